@@ -1,0 +1,1 @@
+"""Other people's code, run beside ours: the yardsticks of the benchmarks."""
