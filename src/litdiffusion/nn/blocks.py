@@ -1,0 +1,116 @@
+"""The bricks of the U-Net: weight-standardized convolutions, residual blocks, resampling.
+
+All of them keep whatever memory format they are given; the U-Net feeds them channels-last.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from einops.layers.torch import Rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class WeightStandardizedConv2d(nn.Conv2d):
+    """A convolution whose filters have mean 0 and variance 1 (Qiao et al., 1903.10520).
+
+        W_hat = (W - mean(W)) / sqrt(var(W) + eps)         mean and variance over each output filter
+
+    That is a layer norm of the flattened filters. It is computed in float32 with one eps under any autocast:
+    under bfloat16 the filters' small variances would drown in rounding.
+    """
+
+    eps = 1e-5
+
+    def standardized_weight(self) -> Float[Tensor, "out in kh kw"]:
+        """Return W_hat in float32."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            filters = self.weight.float().flatten(1)
+            return F.layer_norm(filters, filters.shape[1:], eps=self.eps).view_as(self.weight)
+
+    def forward(self, x: Float[Tensor, "batch in h w"]) -> Float[Tensor, "batch out h2 w2"]:
+        """Convolve with W_hat."""
+        weight = self.standardized_weight().to(self.weight.dtype)
+        return self._conv_forward(x, weight, self.bias)
+
+    def folded(self) -> nn.Conv2d:
+        """Return a plain convolution that computes the same: for inference, where the weights stand still."""
+        plain = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            (self.kernel_size[0], self.kernel_size[1]),
+            padding=self.padding if isinstance(self.padding, str) else (self.padding[0], self.padding[1]),
+            bias=self.bias is not None,
+        )
+        state = {"weight": self.standardized_weight().detach()}
+        if self.bias is not None:
+            state["bias"] = self.bias.detach()
+        plain.load_state_dict(state)
+        return plain.to(self.weight.device, self.weight.dtype).requires_grad_(False)
+
+
+class Block(nn.Module):
+    """Convolution, group norm, optional scale and shift by the time, SiLU, optional dropout."""
+
+    def __init__(self, dim: int, dim_out: int, groups: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv = WeightStandardizedConv2d(dim, dim_out, 3, padding=1)
+        self.norm = nn.GroupNorm(groups, dim_out)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch in h w"],
+        scale_shift: tuple[Float[Tensor, "batch out 1 1"], Float[Tensor, "batch out 1 1"]] | None = None,
+    ) -> Float[Tensor, "batch out h w"]:
+        """Apply the block."""
+        x = self.norm(self.conv(x))
+        if scale_shift is not None:
+            scale, shift = scale_shift
+            x = torch.addcmul(shift, x, scale + 1)
+        return self.dropout(F.silu(x))
+
+
+class ResnetBlock(nn.Module):
+    """Two blocks and a shortcut (He et al., 1512.03385); the time scales and shifts the first one's output."""
+
+    def __init__(self, dim: int, dim_out: int, time_dim: int, groups: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.time_mlp = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, dim_out * 2))
+        self.block1 = Block(dim, dim_out, groups)
+        self.block2 = Block(dim_out, dim_out, groups, dropout)
+        self.shortcut = nn.Conv2d(dim, dim_out, 1) if dim != dim_out else nn.Identity()
+
+    def forward(
+        self, x: Float[Tensor, "batch in h w"], time: Float[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch out h w"]:
+        """Apply the block at the embedded time."""
+        scale, shift = rearrange(self.time_mlp(time), "b (two c) -> two b c 1 1", two=2)
+        h = self.block2(self.block1(x, (scale, shift)))
+        return h + self.shortcut(x)
+
+
+class Downsample(nn.Sequential):
+    """Halve height and width: each 2x2 patch becomes channels, then a 1x1 convolution mixes them."""
+
+    def __init__(self, dim: int, dim_out: int) -> None:
+        super().__init__(
+            Rearrange("b c (h p1) (w p2) -> b (c p1 p2) h w", p1=2, p2=2), nn.Conv2d(dim * 4, dim_out, 1)
+        )
+
+
+class Upsample(nn.Sequential):
+    """Double height and width by repeating pixels, then smooth with a 3x3 convolution."""
+
+    def __init__(self, dim: int, dim_out: int) -> None:
+        super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim_out, 3, padding=1))
+
+
+def fold_weight_standardization(net: nn.Module) -> nn.Module:
+    """Replace, in place, every weight-standardized convolution in ``net`` by its plain equal; return ``net``."""
+    for name, child in net.named_children():
+        if isinstance(child, WeightStandardizedConv2d):
+            setattr(net, name, child.folded())
+        else:
+            fold_weight_standardization(child)
+    return net
