@@ -1,10 +1,10 @@
 """The Annotated Diffusion Model's own system, written as the blog writes it: the yardstick.
 
 It shares no line with ``src/``. The benchmarks measure it, and the tests compare loss curves with it, so it
-keeps the blog's choices and its slowness: NCHW, attention by einsum, weights standardized with ``torch.var`` and
-an eps that follows the activation's dtype, ``extract`` by way of the CPU, plain Adam. Completed is only what the
-extraction of the text mangled: the convolution of ``upsample`` and of each last level, arguments, ``[0]``,
-``zero_grad``.
+keeps the blog's choices and its slowness: NCHW, attention by einsum, weights standardized with ``torch.var``
+and an eps that follows the activation's dtype, ``extract`` by way of the CPU, plain Adam. Completed is only
+what the extraction of the text mangled: the convolution of ``upsample`` and of each last level, arguments,
+``[0]``, ``zero_grad``.
 
 With ``Unet(dim=28, channels=1, dim_mults=(1, 2, 4))`` it has 2,020,257 parameters.
 """

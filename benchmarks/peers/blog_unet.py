@@ -1,4 +1,4 @@
-"""The blog's U-Net, written as the blog writes it; see ``blog.py`` for what was completed and why it is slow."""
+"""The blog's U-Net, written as the blog writes it; ``blog.py`` says what was completed."""
 
 import math
 from functools import partial

@@ -1,0 +1,152 @@
+"""A run's curves, and schedules side by side, as matplotlib figures without pyplot and its global state."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
+
+from litdiffusion.files import whole_file
+from litdiffusion.reporting.metrics import Metrics, Series, read_metrics
+
+BLUE, ORANGE, GRAY = "#2b6cb0", "#dd6b20", "#718096"
+LABELS = {"images_seen": "training images seen", "step": "training steps"}
+
+
+def curves(metrics_csv: Path, png: Path) -> None:
+    """Draw loss, loss by timestep, learning rate and gradient norm from ``metrics.csv`` into ``png``.
+
+    What was not logged leaves its panel empty, in so many words.
+
+    Raises:
+        UserError: the file is missing or is no table of metrics.
+    """
+    metrics = read_metrics(metrics_csv)
+    figure = _figure(9.6, 6.0)
+    loss, by_time, rate, norm = figure.subplots(2, 2).flat
+    _draw_loss(loss, metrics)
+    _draw_loss_by_time(by_time, metrics)
+    _draw_one(rate, metrics, "train/lr", "learning rate", smooth=False)
+    _draw_one(norm, metrics, "train/grad_norm", "gradient norm", smooth=True)
+    with whole_file(png) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def schedules_figure(schedules: Mapping[str, Sequence[float]]) -> Figure:
+    """Compare noise schedules: alpha_bar and log-SNR over t / T.
+
+    Args:
+        schedules: for each name, ``alphas_cumprod`` at t = 1..T, each in (0, 1).
+    """
+    figure = _figure(9.6, 3.6)
+    alpha_bar, log_snr = figure.subplots(1, 2)
+    for name, table in schedules.items():
+        values = np.asarray(table, dtype=np.float64)
+        t = np.arange(1, len(values) + 1) / len(values)
+        alpha_bar.plot(t, values, label=name)
+        with np.errstate(divide="ignore"):
+            log_snr.plot(t, np.log(values) - np.log1p(-values), label=name)
+    _dress(alpha_bar, "share of the image's variance that is left", "t / T")
+    alpha_bar.set_ylabel(r"$\bar\alpha_t$")
+    _dress(log_snr, "signal-to-noise ratio", "t / T")
+    log_snr.set_ylabel(r"$\log\,\bar\alpha_t / (1 - \bar\alpha_t)$")
+    alpha_bar.legend(frameon=False)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _dress(axes: Axes, title: str, x_label: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    axes.set_xlabel(x_label, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#e2e8f0", linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _empty(axes: Axes, title: str) -> None:
+    _dress(axes, title, "")
+    axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", va="center", color=GRAY)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _over_images(axes: Axes, metrics: Metrics, title: str) -> None:
+    _dress(axes, title, LABELS[metrics.axis])
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _log_scale(axes: Axes) -> None:
+    """Loss curves often span less than a decade, where the default log axis shows a single label."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high / low < 30:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+
+
+def _line(axes: Axes, series: Series, color: str, label: str) -> None:
+    """A single point has no line to show, so few points get markers."""
+    axes.plot(
+        series.x, series.y, color=color, label=label, linewidth=1.8, marker="o" if len(series.x) < 25 else ""
+    )
+
+
+def _draw_loss(axes: Axes, metrics: Metrics) -> None:
+    train = metrics.get("train/loss")
+    held_out, raw = metrics.get("val/loss"), metrics.get("val/loss_raw")
+    if train is None and held_out is None and raw is None:
+        _empty(axes, "loss")
+        return
+    _over_images(axes, metrics, "loss")
+    if train is not None:
+        axes.plot(train.x, train.y, color=BLUE, alpha=0.25, linewidth=0.8)
+        _line(axes, train.smoothed(), BLUE, "training")
+    if raw is not None:
+        axes.plot(raw.x, raw.y, color=ORANGE, linewidth=1, linestyle=":", label="held out, raw weights")
+    if held_out is not None:
+        _line(axes, held_out, ORANGE, "held out")
+    _log_scale(axes)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_loss_by_time(axes: Axes, metrics: Metrics) -> None:
+    tenths = [metrics.get(f"train/loss_t{tenth:02d}") for tenth in range(10)]
+    title = "training loss by timestep, at the end"
+    if not any(tenths):
+        _empty(axes, title)
+        return
+    _dress(axes, title, "t / T")
+    for tenth, series in enumerate(tenths):
+        if series is not None:
+            axes.bar(tenth / 10, series.smoothed(0.1).y[-1], width=0.094, align="edge", color=BLUE)
+    axes.set_xlim(0, 1)
+    axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    axes.grid(visible=False, axis="x")
+
+
+def _draw_one(axes: Axes, metrics: Metrics, name: str, title: str, smooth: bool) -> None:
+    series = metrics.get(name)
+    if series is None:
+        _empty(axes, title)
+        return
+    _over_images(axes, metrics, title)
+    if smooth:
+        axes.plot(series.x, series.y, color=BLUE, alpha=0.25, linewidth=0.8)
+        _line(axes, series.smoothed(), BLUE, title)
+        _log_scale(axes)
+    else:
+        _line(axes, series, BLUE, title)
+        axes.set_ylim(bottom=0)
+        axes.ticklabel_format(axis="y", scilimits=(-2, 4))

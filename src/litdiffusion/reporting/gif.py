@@ -1,0 +1,106 @@
+"""The reverse process as an animated GIF of modest size."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from litdiffusion.files import whole_file
+from litdiffusion.reporting.images import PAPER, grid
+
+GRAYS = (256, 128, 64, 48, 32, 24, 16, 12, 8, 6, 4)
+COLOURS = (256, 128, 64, 48, 32)
+
+
+def pick_frames(num_steps: int, num_frames: int = 60) -> list[int]:
+    """Choose which of a sampler's ``num_steps`` + 1 moments to show: evenly spaced, the first and the last too.
+
+    Returns:
+        Rising indices in 0..num_steps, ``num_frames`` of them or as many as there are.
+
+    Raises:
+        ValueError: there are no steps, or fewer than two frames are asked for.
+    """
+    if num_steps < 1 or num_frames < 2:
+        raise ValueError(f"cannot pick {num_frames} frames of {num_steps} steps: at least 2 frames, 1 step")
+    if num_steps < num_frames:
+        return list(range(num_steps + 1))
+    return [round(i * num_steps / (num_frames - 1)) for i in range(num_frames)]
+
+
+def save_gif(
+    frames: Sequence[Float[Tensor, "batch channel height width"]],
+    path: Path,
+    *,
+    max_images: int = 16,
+    columns: int | None = None,
+    min_pixels: int = 56,
+    max_bytes: int = 800_000,
+    milliseconds: int = 50,
+    hold_milliseconds: int = 1500,
+) -> None:
+    """Write frames in [-1, 1] as a looping GIF of grids; the last frame stays for ``hold_milliseconds``.
+
+    Noise does not compress, and a GIF of it would take many megabytes. So ``max_bytes`` is shared among the
+    frames and each gets as many shades as fit its share: few while all is noise, where nobody can tell, and
+    more as the picture clears. The last frame has them all. No frame goes below 4 grays or 32 colours, so
+    large grids and colour may take more than ``max_bytes``.
+
+    Args:
+        frames: batches of one shape, the noisiest first.
+        path: the file, written whole or not at all.
+        max_images: images of each batch that are shown.
+        columns: as in ``grid``.
+        min_pixels: as in ``grid``.
+        max_bytes: what the file is meant to stay below.
+        milliseconds: time for each frame but the last; GIF counts in hundredths of a second.
+        hold_milliseconds: time for the last frame.
+
+    Raises:
+        ValueError: there are no frames, their shapes differ, or one of them is refused by ``grid``.
+    """
+    if not frames:
+        raise ValueError("a GIF needs at least one frame")
+    if len({frame.shape for frame in frames}) > 1:
+        raise ValueError(f"the frames of a GIF differ in shape: {sorted({tuple(f.shape) for f in frames})}")
+    share = max_bytes // len(frames)
+    *moving, last = (grid(frame[:max_images], columns, min_pixels) for frame in frames)
+    pictures = [_within(picture, share) for picture in moving] + [_shaded(last, 256)]
+    with whole_file(path) as temporary:
+        pictures[0].save(
+            temporary,
+            format="GIF",
+            save_all=True,
+            append_images=pictures[1:],
+            duration=[milliseconds] * len(moving) + [hold_milliseconds],
+            loop=0,
+            disposal=1,
+        )
+
+
+def _within(picture: Image.Image, share: int) -> Image.Image:
+    """The picture in as many shades as its share of bytes allows."""
+    for shades in COLOURS if picture.mode == "RGB" else GRAYS:
+        candidate = _shaded(picture, shades)
+        buffer = io.BytesIO()
+        candidate.save(buffer, format="GIF")
+        if buffer.tell() <= share:
+            break
+    return candidate
+
+
+def _shaded(picture: Image.Image, shades: int) -> Image.Image:
+    """Grays are spaced evenly from black to white; colours are chosen to suit the picture."""
+    if picture.mode == "L":
+        steps = shades - 1
+        return picture.point([round(round(value / 255 * steps) * 255 / steps) for value in range(256)])
+    paletted = picture.quantize(shades, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    # The gutters' white shares its palette entry with the lightest pixels, and would change from frame to frame.
+    palette = paletted.getpalette() or []
+    lightest = max(range(0, len(palette), 3), key=lambda entry: sum(palette[entry : entry + 3]))
+    palette[lightest : lightest + 3] = [PAPER] * 3
+    paletted.putpalette(palette)
+    return paletted
