@@ -1,0 +1,219 @@
+"""Batches for Lightning: the same images in the same order on any number of processes, from any step on."""
+
+import logging
+from collections.abc import Callable, Iterator
+
+import datasets
+import torch
+from lightning.pytorch import LightningDataModule
+
+from litdiffusion.data.sampling_order import SamplingOrder
+from litdiffusion.data.sources import Source
+from litdiffusion.data.stores import ArrowStore, Batch, ImageStore, MemoryStore, Request, to_float
+from litdiffusion.errors import UserError
+from litdiffusion.randomness import uniform_positions
+
+__all__ = ["Batch", "ImageDataModule", "TrainLoader", "ValidationLoader", "to_float"]
+
+log = logging.getLogger(__name__)
+
+
+class TrainLoader:
+    """The endless training stream from global batch ``first_step()`` on, restricted to one process's rows.
+
+    It has no length: training ends by its step count, and an epoch is only where the permutation changes.
+    """
+
+    def __init__(
+        self,
+        store: ImageStore,
+        order: SamplingOrder,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        first_step: Callable[[], int],
+    ) -> None:
+        self._store = store
+        self._order = order
+        self._batch_size = batch_size
+        self._start = batch_size * rank // world_size
+        self._stop = batch_size * (rank + 1) // world_size
+        self._first_step = first_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._store.batches(self._requests(self._first_step()))
+
+    def _requests(self, step: int) -> Iterator[Request]:
+        while True:
+            indices = self._order.batch(step, self._batch_size, self._start, self._stop)
+            yield Request(indices.tolist(), self._start, step)
+            step += 1
+
+
+class ValidationLoader:
+    """Every image once, in the order of the data set; each process takes a share of each batch."""
+
+    def __init__(self, store: ImageStore, batch_size: int, rank: int, world_size: int) -> None:
+        self._store = store
+        size = len(store)
+        requests = []
+        for step, first in enumerate(range(0, size, batch_size)):
+            rows = min(batch_size, size - first)
+            start, stop = first + rows * rank // world_size, first + rows * (rank + 1) // world_size
+            if start < stop:  # a last batch with fewer rows than processes has none for some of them
+                requests.append(Request(list(range(start, stop)), start, step))
+        self._requests = requests
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._store.batches(iter(self._requests))
+
+
+class ImageDataModule(LightningDataModule):
+    """Images of a source as batches for training and validation.
+
+    Args:
+        source: where the images come from.
+        batch_size: size of the global batch, all processes together; divisible by their number.
+        seed: decides the order and the flips.
+        num_val: validation uses the first ``num_val`` images of the test split; 0 switches it off.
+        num_workers: processes that decode a split too large for memory.
+        memory_limit_mb: a split whose decoded pixels need no more than this (in MiB) is held in memory.
+
+    Raises:
+        UserError: a value is out of range, or (in ``setup``) the data cannot be had or read.
+    """
+
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        seed: int,
+        num_val: int = 1024,
+        num_workers: int = 2,
+        memory_limit_mb: int = 1024,
+    ) -> None:
+        super().__init__()
+        smallest = {"batch_size": 1, "num_val": 0, "num_workers": 0, "memory_limit_mb": 0}
+        given = {
+            "batch_size": batch_size,
+            "num_val": num_val,
+            "num_workers": num_workers,
+            "memory_limit_mb": memory_limit_mb,
+        }
+        for name, value in given.items():
+            if value < smallest[name]:
+                raise UserError(f"datamodule.{name} must be at least {smallest[name]}, not {value}")
+        self.source = source
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_val = num_val
+        self.num_workers = num_workers
+        self.memory_limit_mb = memory_limit_mb
+        self._train: ImageStore | None = None
+        self._val: ImageStore | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W); known before any data is read."""
+        return (self.source.channels, *self.source.image_size)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes after ``setup``; None where the images carry no labels."""
+        return None if self.source.class_names is None else len(self.source.class_names)
+
+    @property
+    def num_train(self) -> int:
+        """Number of training images, after ``setup``."""
+        return len(self._store("fit"))
+
+    def prepare_data(self) -> None:
+        """Download what is missing (Lightning calls this on one process of each machine)."""
+        self.source.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load what the stage needs and is not yet there; a second call does nothing."""
+        self._shares()
+        if stage in (None, "fit") and self._train is None:
+            self._train = self._open(self.source.load("train"), "training")
+        if stage in (None, "fit", "validate") and self._val is None and self.num_val > 0:
+            test = self.source.load("test")
+            self._val = self._open(test.select(range(min(self.num_val, len(test)))), "validation")
+
+    def train_dataloader(self) -> TrainLoader:
+        """The endless stream; each iteration begins at the trainer's step, so a resumed run goes on mid-epoch."""
+        rank, world_size = self._shares()
+        store = self._store("fit")
+        order = SamplingOrder(len(store), self.seed)
+        return TrainLoader(store, order, self.batch_size, rank, world_size, self._first_step)
+
+    def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:
+        """The held-out images, unflipped and in fixed order; an empty list where ``num_val`` is 0."""
+        if self.num_val == 0:
+            return []
+        return ValidationLoader(self._store("validate"), self.batch_size, *self._shares())
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Lightning's hook: finish the batch where it now lies."""
+        return self.finish(batch, training=self.trainer is not None and bool(self.trainer.training))
+
+    def finish(self, batch: Batch, *, training: bool) -> Batch:
+        """Mirror a random half of the images (in training, where the source allows it) and scale to [-1, 1].
+
+        The coin of a row depends on (seed, step, position in the global batch) alone.
+        """
+        images = batch.images
+        if training and self.source.flip:
+            stop = batch.start + len(images)
+            coins = uniform_positions(batch.start, stop, self.seed, "flip", batch.step) < 0.5
+            images = torch.where(coins.to(images.device)[:, None, None, None], images.flip(-1), images)
+        return batch._replace(images=to_float(images))
+
+    def _first_step(self) -> int:
+        if self.trainer is None:
+            return 0
+        return int(self.trainer.global_step) * int(self.trainer.accumulate_grad_batches)
+
+    def _shares(self) -> tuple[int, int]:
+        """Rank of this process and the number of processes.
+
+        Raises:
+            UserError: the global batch cannot be shared evenly.
+        """
+        if self.trainer is None:
+            return 0, 1
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        if self.batch_size % world_size:
+            near = max(world_size, round(self.batch_size / world_size) * world_size)
+            raise UserError(
+                f"datamodule.batch_size={self.batch_size} is the global batch and cannot be shared evenly "
+                f"among {world_size} processes; take {near}"
+            )
+        return rank, world_size
+
+    def _store(self, stage: str) -> ImageStore:
+        store = self._train if stage == "fit" else self._val
+        if store is None:
+            raise RuntimeError(f"call setup({stage!r}) first")
+        return store
+
+    def _open(self, dataset: datasets.Dataset, role: str) -> ImageStore:
+        """Choose memory or Arrow by the size of the decoded pixels."""
+        channels, height, width = self.image_shape
+        size = len(dataset)
+        if size == 0:
+            raise UserError(f"{self.source.name} has no {role} images")
+        megabytes = size * channels * height * width / 2**20
+        place = "memory" if megabytes <= self.memory_limit_mb else "Arrow"
+        log.info(
+            "%s: %s %s images, %.0f MiB, read from %s", self.source.name, f"{size:,}", role, megabytes, place
+        )
+        if place == "memory":
+            return MemoryStore(dataset, (height, width), channels)
+        pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return ArrowStore(dataset, (height, width), channels, self.num_workers, pin)

@@ -1,0 +1,111 @@
+"""From what a data set stores (files, encoded bytes, arrays) to uint8 pixels of one size.
+
+Both kinds of store (``stores.py``) decode with these functions, so they hold the same images bit for bit.
+"""
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from litdiffusion.errors import UserError
+
+Pixels = UInt8[np.ndarray, "batch channels height width"]
+
+
+def array_dataset(
+    images: Pixels, labels: UInt8[np.ndarray, " batch"], class_names: list[str]
+) -> datasets.Dataset:
+    """Wrap arrays as a ``datasets.Dataset`` without a copy (``Dataset.from_dict`` walks them pixel by pixel)."""
+    features = datasets.Features(
+        image=datasets.Array3D(shape=images.shape[1:], dtype="uint8"),
+        label=datasets.ClassLabel(names=class_names),
+    )
+    nested = pa.array(np.ascontiguousarray(images).reshape(-1))
+    for length in reversed(images.shape[1:]):
+        offsets = pa.array(np.arange(0, len(nested) + 1, length, dtype=np.int32))
+        nested = pa.ListArray.from_arrays(offsets, nested)
+    schema = features.arrow_schema
+    image_column = pa.ExtensionArray.from_storage(schema.field("image").type, nested)
+    table = pa.table([image_column, pa.array(labels.astype(np.int64))], schema=schema)
+    return datasets.Dataset(datasets.table.InMemoryTable(table))
+
+
+def decode_column(column: pa.ChunkedArray, image_size: tuple[int, int], channels: int) -> Pixels:
+    """Decode the image column of an Arrow table.
+
+    Args:
+        column: images as ``datasets.Image`` stores them ({bytes, path}), or as ``Array3D`` uint8 [C, H, W].
+        image_size: (height, width) of the result.
+        channels: 1 (luma) or 3 (RGB).
+
+    Raises:
+        UserError: an image cannot be read; the text names its file.
+    """
+    if isinstance(column.type, pa.BaseExtensionType):
+        arrays = _arrays(column)
+        if arrays.shape[1:] == (channels, *image_size):
+            return arrays
+        pictures = [Image.fromarray(a[0] if len(a) == 1 else np.moveaxis(a, 0, -1)) for a in arrays]
+        return np.stack([_pixels(picture, image_size, channels) for picture in pictures])
+    return np.stack([_decode(record, image_size, channels) for record in column.to_pylist()])
+
+
+def _arrays(column: pa.ChunkedArray) -> Pixels:
+    """The pixels of an ``Array3D`` column, straight from Arrow's buffer."""
+    values = pa.chunked_array([chunk.storage for chunk in column.chunks]).combine_chunks()
+    while pa.types.is_list(values.type):
+        values = values.flatten()
+    pixels: Pixels = values.to_numpy().reshape(len(column), *column.type.shape)
+    return pixels
+
+
+def _decode(record: dict[str, Any], image_size: tuple[int, int], channels: int) -> UInt8[np.ndarray, "c h w"]:
+    try:
+        if record["bytes"] is None:
+            with Path(record["path"]).open("rb") as file, Image.open(file) as picture:
+                return _pixels(picture, image_size, channels)
+        with Image.open(BytesIO(record["bytes"])) as picture:
+            return _pixels(picture, image_size, channels)
+    except Exception as error:  # Pillow's plugins raise a dozen unrelated types on damaged files
+        name = (record or {}).get("path") or "an image without a name"
+        reason = "not an image Pillow can open" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"cannot read image {name}: {one_line(reason)}; repair or remove it") from error
+
+
+def _pixels(picture: Image.Image, image_size: tuple[int, int], channels: int) -> UInt8[np.ndarray, "c h w"]:
+    """Turn upright, convert, then resize the shorter side and crop the centre (antialiased bicubic)."""
+    height, width = image_size
+    picture = _eight_bit(ImageOps.exif_transpose(picture))
+    picture = picture.convert("L" if channels == 1 else "RGB")
+    if picture.size != (width, height):
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(picture)
+    return pixels[None] if channels == 1 else np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
+
+
+def _eight_bit(picture: Image.Image) -> Image.Image:
+    """Bring the rarer modes to 8 bits a channel: deep gray by its full range, transparency onto white."""
+    mode = picture.mode
+    if mode.startswith("I"):  # 16-bit gray; Pillow's own conversion to "L" cuts everything above 255 to white
+        deep = np.asarray(picture).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+    if mode == "F":  # floats have no agreed range: 0..1 where they stay inside it, else 0..255
+        values = np.nan_to_num(np.asarray(picture))
+        scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
+        return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return picture
+
+
+def one_line(error: object) -> str:
+    """The text of a foreign error on one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

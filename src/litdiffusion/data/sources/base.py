@@ -1,0 +1,64 @@
+"""What every source of images promises."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import datasets
+
+from litdiffusion.errors import UserError
+
+Split = Literal["train", "test"]
+
+
+class Source(ABC):
+    """A data set of images with a training and a held-out split.
+
+    Args:
+        image_size: a side in pixels, or [height, width]; images of another size are resized and cropped.
+        channels: 1 (gray) or 3 (RGB); images of the other kind are converted.
+        flip: a mirror image is as plausible as the image, so training may show both.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    name: str
+    """How messages call this source."""
+    class_names: list[str] | None = None
+    """Names of the labels 0, 1, ... once a split is loaded; None where there are no labels."""
+
+    def __init__(self, image_size: int | Sequence[int], channels: int, flip: bool) -> None:
+        self.image_size = _height_width(image_size)
+        if channels not in (1, 3):
+            raise UserError(f"data.channels must be 1 (gray) or 3 (RGB), not {channels}")
+        self.channels = channels
+        self.flip = flip
+
+    def prepare(self) -> None:  # noqa: B027  (most sources have nothing to fetch)
+        """Fetch what ``load`` needs and this machine lacks; called by one process only."""
+
+    @abstractmethod
+    def load(self, split: Split) -> datasets.Dataset:
+        """Open a split, images undecoded.
+
+        Returns:
+            Column "image" (``datasets.Image``, or ``Array3D`` uint8 [C, H, W]) and, where there are labels,
+            "label" (int, an index into ``class_names``).
+
+        Raises:
+            UserError: the data is not there or is damaged.
+        """
+
+
+def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    sides = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UserError(f"data.image_size must be a positive integer or [height, width], not {image_size}")
+    return sides[0], sides[1]
+
+
+def check_holdout(holdout: float) -> None:
+    """Raise UserError unless a fraction leaves images on both sides."""
+    if not 0.0 < holdout < 1.0:
+        raise UserError(f"data.holdout must lie between 0 and 1, both excluded, not {holdout}")

@@ -1,0 +1,279 @@
+"""Image data sets of the Hugging Face Hub, and local ones that the ``datasets`` library can open."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import datasets.config
+import huggingface_hub.constants
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from litdiffusion.data.decoding import one_line
+from litdiffusion.data.sources.base import Source, Split, check_holdout
+from litdiffusion.errors import UserError
+from litdiffusion.randomness import generator_at
+
+HELD_OUT = ("test", "validation", "valid", "val", "eval", "dev")
+"""Splits that serve as the held-out one, best first."""
+SECONDS_TO_ANSWER = 5.0
+
+
+class Hub(Source):
+    """Any image data set of the Hub, or of a local folder or file of Parquet.
+
+    Args:
+        name: "owner/name" on the Hub, or a path: a folder that ``datasets`` can open, or one Parquet file.
+        image_size: see ``Source``.
+        channels: see ``Source``.
+        flip: see ``Source``.
+        config: which of the data set's configurations, if it has several.
+        revision: commit or tag on the Hub, so that a run can be repeated after the data set has changed.
+        image_column: "auto" finds it by its type.
+        label_column: "auto" finds it by its type; None for no labels.
+        train_split: name of the split to train on.
+        test_split: name of the split held out; "auto" takes test, else validation, else a fixed random
+            ``holdout`` of the training split.
+        holdout: fraction held out where no split is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        image_size: int | Sequence[int] = 32,
+        channels: int = 3,
+        flip: bool = True,
+        config: str | None = None,
+        revision: str | None = None,
+        image_column: str = "auto",
+        label_column: str | None = "auto",
+        train_split: str = "train",
+        test_split: str = "auto",
+        holdout: float = 0.1,
+    ) -> None:
+        super().__init__(image_size, channels, flip)
+        check_holdout(holdout)
+        self.name = name
+        self.config = config
+        self.revision = revision
+        self.image_column = image_column
+        self.label_column = label_column
+        self.train_split = train_split
+        self.test_split = test_split
+        self.holdout = holdout
+        self._splits: dict[Split, datasets.Dataset] | None = None
+
+    def prepare(self) -> None:
+        """Download it and convert it to memory-mapped Arrow in the library's own cache."""
+        self._open()
+
+    def load(self, split: Split) -> datasets.Dataset:
+        """Open a split from the cache."""
+        if self._splits is None:
+            self._splits = self._choose(self._open())
+        return self._splits[split]
+
+    def _open(self) -> datasets.DatasetDict:
+        path = Path(self.name).expanduser()
+        if path.exists():
+            return _load_local(path, self.config)
+        if path.is_absolute() or self.name.startswith((".", "~")) or path.suffix == ".parquet":
+            raise UserError(f"data.name={self.name}: there is no such file or folder")
+        return load_from_hub(self.name, self.config, self.revision)
+
+    def _choose(self, found: datasets.DatasetDict) -> dict[Split, datasets.Dataset]:
+        """Pick splits and columns, and bring them to the form that ``Source.load`` promises."""
+        for wanted in {self.train_split, self.test_split} - {"auto"}:
+            if wanted not in found:
+                raise UserError(f"{self.name} has no split {wanted!r}; it has {', '.join(found)}")
+        train = found[self.train_split]
+        image = find_image_column(train.features, self.image_column, self.name)
+        label = find_label_column(train.features, self.label_column, self.name)
+        columns = {image: "image"} if label is None else {image: "image", label: "label"}
+        splits = {name: split for name, split in found.items() if set(columns) <= set(split.column_names)}
+        if self.test_split != "auto" and self.test_split not in splits:
+            raise UserError(
+                f"split {self.test_split!r} of {self.name} lacks a column among {', '.join(columns)}"
+            )
+        candidates = HELD_OUT if self.test_split == "auto" else (self.test_split,)
+        tests = [splits[name] for name in candidates if name in splits and name != self.train_split]
+        if label is not None:
+            # Competitions publish test images with the labels blanked out.
+            tests = [split for split in tests if _labelled(split, label)]
+        train, test = (train, tests[0]) if tests else hold_out(train, self.holdout, self.name)
+        pair = [_renamed(split, columns) for split in (train, test)]
+        if label is not None:
+            pair, self.class_names = _with_class_labels(pair, self.name)
+        return {"train": pair[0], "test": pair[1]}
+
+
+def load_from_hub(name: str, config: str | None = None, revision: str | None = None) -> datasets.DatasetDict:
+    """Load a data set of the Hub, or the copy of an earlier download when the Hub cannot be reached.
+
+    One request asks whether the Hub answers: ``datasets`` itself would retry for half a minute.
+
+    Raises:
+        UserError: there is no such data set, or neither the Hub nor a copy can be had.
+    """
+    try:
+        huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=SECONDS_TO_ANSWER)
+    except GatedRepoError as error:
+        raise UserError(
+            f"the data set {name} is gated: ask for access on its page, then `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"the data set {name} has no revision {revision}") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"the Hub has no data set {name!r}, nor is it a local path (a private one needs `hf auth login`)"
+        ) from error
+    except (
+        Exception
+    ) as unreachable:  # the HTTP library's own errors, which differ by the Hub client's version
+        with _offline():
+            try:
+                return _as_dict(datasets.load_dataset(name, config, revision=revision))
+            except Exception as error:
+                raise UserError(
+                    f"the Hub cannot be reached for {name} ({one_line(unreachable)}), "
+                    "nor is there an earlier download of it"
+                ) from error
+    return _load(name, name, config, revision=revision)
+
+
+def find_image_column(features: datasets.Features, wanted: str, source: str) -> str:
+    """Name the column of images: the one asked for, else by type, an "image" or "img" before others."""
+    if wanted != "auto":
+        if wanted not in features:
+            raise UserError(f"{source} has no column {wanted!r}; it has {', '.join(features)}")
+        return wanted
+    found = [name for name, feature in features.items() if _holds_images(feature)]
+    preferred = [name for name in ("image", "img") if name in found]
+    if not found:
+        raise UserError(
+            f"{source} has no column of images; it has {', '.join(features)}: name one by data.image_column"
+        )
+    if len(found) > 1 and not preferred:
+        raise UserError(
+            f"{source} has several columns of images: choose data.image_column from {', '.join(found)}"
+        )
+    return (preferred or found)[0]
+
+
+def find_label_column(features: datasets.Features, wanted: str | None, source: str) -> str | None:
+    """Name the column of labels: the one asked for, else one of class labels, else integers called "label"."""
+    if wanted is None:
+        return None
+    if wanted != "auto":
+        if wanted not in features:
+            raise UserError(f"{source} has no column {wanted!r}; it has {', '.join(features)}")
+        return wanted
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    integers = [name for name, feature in features.items() if "int" in str(getattr(feature, "dtype", ""))]
+    for found in (classes, integers):
+        preferred = [name for name in ("label", "labels") if name in found]
+        if preferred:
+            return preferred[0]
+    return classes[0] if classes else None
+
+
+def hold_out(
+    dataset: datasets.Dataset, fraction: float, source: str
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Split rows at random, the same way every time, at least one on each side."""
+    size = len(dataset)
+    if size < 2:
+        raise UserError(f"{source} has {size} images; at least 2 are needed, one of them to hold out")
+    held = min(max(round(size * fraction), 1), size - 1)
+    order = torch.randperm(size, generator=generator_at("holdout", size))
+    test, train = order[:held].sort().values, order[held:].sort().values
+    return dataset.select(train.numpy()), dataset.select(test.numpy())
+
+
+def _load_local(path: Path, config: str | None) -> datasets.DatasetDict:
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise UserError(
+                f"data.name={path} is a file, but not of Parquet; for a folder of images use data=image_folder"
+            )
+        return _load(str(path), "parquet", data_files={"train": str(path)})
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return _as_dict(datasets.load_from_disk(str(path)))
+    return _load(str(path), str(path), config)
+
+
+def _load(what: str, path: str, config: str | None = None, **options: object) -> datasets.DatasetDict:
+    try:
+        return _as_dict(datasets.load_dataset(path, config, **options))
+    except Exception as error:  # the library's builders raise whatever their file formats raise
+        raise UserError(f"cannot load the data set {what}: {one_line(error.__cause__ or error)}") from error
+
+
+def _as_dict(loaded: datasets.Dataset | datasets.DatasetDict) -> datasets.DatasetDict:
+    return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keep both libraries from the network, as HF_HUB_OFFLINE=1 does for a whole process."""
+    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
+
+
+def _holds_images(feature: object) -> bool:
+    """Also {bytes, path} without the library's own metadata, as other tools write Parquet."""
+    return isinstance(feature, datasets.Image) or (
+        isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    )
+
+
+def _labelled(dataset: datasets.Dataset, column: str) -> bool:
+    values = dataset.with_format("arrow")[:][column]
+    return values.null_count == 0 and not (pa.types.is_integer(values.type) and pc.min(values).as_py() < 0)
+
+
+def _renamed(dataset: datasets.Dataset, columns: dict[str, str]) -> datasets.Dataset:
+    """Only the columns that matter, under our names; images typed as such."""
+    chosen = dataset.select_columns(list(columns)).rename_columns(
+        {a: b for a, b in columns.items() if a != b}
+    )
+    if isinstance(chosen.features["image"], datasets.Image):
+        return chosen
+    try:
+        return chosen.cast_column("image", datasets.Image())
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        column = next(iter(columns))
+        raise UserError(
+            f"column {column!r} holds no images: its type is {dataset.features[column]}"
+        ) from error
+
+
+def _with_class_labels(pair: list[datasets.Dataset], source: str) -> tuple[list[datasets.Dataset], list[str]]:
+    """Number the labels 0, 1, ...; both splits alike."""
+    feature = pair[0].features["label"]
+    if isinstance(feature, datasets.ClassLabel):
+        return pair, list(feature.names)
+    columns = [split.with_format("arrow")[:]["label"].combine_chunks() for split in pair]
+    if any(column.null_count for column in columns):
+        raise UserError(f"{source} has images without a label; ignore the labels by data.label_column=null")
+    values = sorted(set().union(*(column.unique().to_pylist() for column in columns)))
+    names = [str(value) for value in values]
+    numbered = []
+    for split, column in zip(pair, columns, strict=True):
+        index = pc.index_in(column, value_set=pa.array(values, type=column.type))
+        plain = split.remove_columns("label").add_column("label", np.asarray(index, dtype=np.int64))
+        numbered.append(plain.cast_column("label", datasets.ClassLabel(names=names)))
+    return numbered, names

@@ -1,0 +1,154 @@
+"""Any folder of images."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import datasets
+import pyarrow as pa
+
+from litdiffusion.data.sources.base import Source, Split, check_holdout
+from litdiffusion.errors import UserError
+from litdiffusion.randomness import seed_of
+
+EXTENSIONS = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
+)
+HELD_OUT = ("test", "val", "validation", "valid")
+"""Subfolders that serve as the held-out split, best first."""
+
+
+class Files(NamedTuple):
+    """Images of a split: paths relative to the split's own folder, sorted."""
+
+    root: Path
+    paths: list[Path]
+
+    @property
+    def folders(self) -> set[str] | None:
+        """The first-level subfolders; None if some image lies in none."""
+        return None if any(len(path.parts) == 1 for path in self.paths) else {p.parts[0] for p in self.paths}
+
+
+class ImageFolder(Source):
+    """All images of a folder, at any depth.
+
+    Subfolders are classes if there are at least two and every image lies in one. A ``train`` subfolder makes
+    its neighbour ``test`` (else ``val``, ``validation``, ``valid``) the held-out split; otherwise a fixed
+    fraction is held out, chosen by a hash of each path, so that new images leave the old ones where they were.
+
+    Args:
+        path: the folder.
+        image_size: see ``Source``.
+        channels: see ``Source``.
+        flip: see ``Source``.
+        holdout: fraction held out where there is no such subfolder.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        image_size: int | Sequence[int] = 32,
+        channels: int = 3,
+        flip: bool = True,
+        holdout: float = 0.1,
+    ) -> None:
+        super().__init__(image_size, channels, flip)
+        check_holdout(holdout)
+        self.path = Path(path).expanduser()
+        self.name = str(self.path)
+        self.holdout = holdout
+        self._splits: dict[Split, Files] | None = None
+
+    def load(self, split: Split) -> datasets.Dataset:
+        """List the files; none is opened."""
+        if self._splits is None:
+            self._splits = self._find()
+            self.class_names = _classes(self._splits["train"], self._splits["test"])
+        root, paths = self._splits[split]
+        full = pa.array([str(root / path) for path in paths], pa.string())
+        columns = [pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), full], ["bytes", "path"])]
+        features = datasets.Features(image=datasets.Image())
+        if self.class_names is not None:
+            features["label"] = datasets.ClassLabel(names=self.class_names)
+            number = {name: i for i, name in enumerate(self.class_names)}
+            columns.append(pa.array([number[path.parts[0]] for path in paths], pa.int64()))
+        table = pa.table(columns, schema=features.arrow_schema)
+        return datasets.Dataset(datasets.table.InMemoryTable(table))
+
+    def _find(self) -> dict[Split, Files]:
+        if not self.path.exists():
+            raise UserError(f"data.path={self.path}: there is no such folder")
+        if not self.path.is_dir():
+            raise UserError(f"data.path={self.path} is a file; give a folder of images")
+        everything = _images_in(self.path)
+        subfolders = {path.parts[0].lower(): path.parts[0] for path in everything if len(path.parts) > 1}
+        root = self.path
+        if "train" in subfolders:
+            for name in HELD_OUT:
+                if name in subfolders:
+                    train, test = (self.path / subfolders[part] for part in ("train", name))
+                    return {"train": Files(train, _images_in(train)), "test": Files(test, _images_in(test))}
+            root = self.path / subfolders["train"]
+            everything = _images_in(root)
+        if len(everything) < 2:
+            what = (
+                "no images"
+                if not everything
+                else "only one image; at least 2 are needed, one of them to hold out"
+            )
+            raise UserError(
+                f"data.path={self.path} has {what} (looked for {' '.join(EXTENSIONS)} at any depth)"
+            )
+        return _hold_out(root, everything, self.holdout)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """Images below a folder by their extension, hidden ones left out, as sorted relative paths."""
+    return sorted(path.relative_to(folder) for path in _walk(folder))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    visited: set[str] = set()
+    for parent, subfolders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        real = os.path.realpath(parent)
+        # A link may lead back up; what was seen once is not walked again.
+        subfolders[:] = [] if real in visited else [s for s in subfolders if s[0] not in "._"]
+        if real not in visited:
+            yield from (Path(parent, f) for f in files if f[0] != "." and f.lower().endswith(EXTENSIONS))
+        visited.add(real)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+
+def _hold_out(root: Path, paths: list[Path], fraction: float) -> dict[Split, Files]:
+    """Hold out the images whose hash falls below ``fraction``; if that is none or all, the next best does."""
+    hashes = {path: seed_of("holdout", path.as_posix()) / 2**63 for path in paths}
+    ranked = sorted(hashes.values())
+    threshold = min(max(fraction, ranked[1]), ranked[-1])
+    return {
+        "train": Files(root, [path for path in paths if hashes[path] >= threshold]),
+        "test": Files(root, [path for path in paths if hashes[path] < threshold]),
+    }
+
+
+def _classes(train: Files, test: Files) -> list[str] | None:
+    """Names of the classes, or None where the folders do not say.
+
+    Raises:
+        UserError: the held-out split has a class that training never sees.
+    """
+    classes, held_out = train.folders, test.folders
+    if classes is None or held_out is None:
+        return None
+    if train.root == test.root:  # one folder, shared out by hash: a small class may lie on one side whole
+        classes = classes | held_out
+    elif unknown := held_out - classes:
+        raise UserError(
+            f"{test.root} has class folders that {train.root} lacks: {', '.join(sorted(unknown))}"
+        )
+    return sorted(classes) if len(classes) > 1 else None

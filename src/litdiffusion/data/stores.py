@@ -1,0 +1,192 @@
+"""Decoded images behind one interface: all of them in memory, or read from memory-mapped Arrow by workers."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+import datasets
+import torch
+from jaxtyping import Float32, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from litdiffusion.data.decoding import decode_column
+from litdiffusion.errors import UserError
+
+CHUNK = 256
+"""Images decoded together by one thread."""
+
+
+class Request(NamedTuple):
+    """Which images make the next batch, and where it stands (see ``Batch``)."""
+
+    indices: list[int]
+    start: int
+    step: int
+
+
+class Batch(NamedTuple):
+    """The rows of one global batch that fall to this process.
+
+    Fields:
+        images: [B, C, H, W]; uint8 from the loaders, float32 in [-1, 1] once on the device.
+        labels: int64 [B], or None where the data set has none.
+        start: position of row 0 in the global batch; for validation, in the validation set.
+        step: index of the global batch in the training stream; for validation, index of the batch.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    start: int
+    step: int
+
+
+def to_float(images: UInt8[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
+    """Pixels 0..255 as float32 in [-1, 1], ``x / 127.5 - 1``; ``round((y + 1) * 127.5)`` is the exact inverse."""
+    return images.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+class ImageStore(Protocol):
+    """Images of one split, each decoded to uint8 [C, H, W]."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def batches(self, requests: Iterator[Request]) -> Iterator[Batch]:
+        """One batch for each request, in order."""
+        ...
+
+
+class MemoryStore:
+    """A small split: decoded once, one contiguous uint8 tensor [N, C, H, W]; a batch is one gather."""
+
+    def __init__(self, dataset: datasets.Dataset, image_size: tuple[int, int], channels: int) -> None:
+        size = len(dataset)
+        self.images = torch.empty((size, channels, *image_size), dtype=torch.uint8)
+        self.labels = torch.empty(size, dtype=torch.int64) if "label" in dataset.column_names else None
+        rows = dataset.with_format("arrow")
+
+        def decode(first: int) -> None:
+            batch = _read(rows, slice(first, first + CHUNK), image_size, channels, first)
+            self.images[first : first + CHUNK] = batch.images
+            if self.labels is not None and batch.labels is not None:
+                self.labels[first : first + CHUNK] = batch.labels
+
+        # Pillow lets go of the interpreter lock while it decodes, so threads are enough.
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            try:
+                for _ in pool.map(decode, range(0, size, CHUNK)):
+                    pass
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, requests: Iterator[Request]) -> Iterator[Batch]:
+        """One gather for each request."""
+        for indices, start, step in requests:
+            index = torch.tensor(indices, dtype=torch.int64)
+            labels = None if self.labels is None else self.labels[index]
+            yield Batch(self.images[index], labels, start, step)
+
+
+class ArrowStore:
+    """A large split: stays in memory-mapped Arrow or in its files; worker processes decode ahead.
+
+    Args:
+        dataset: columns "image" and, where there are labels, "label".
+        image_size: (height, width).
+        channels: 1 or 3.
+        num_workers: processes; 0 decodes in this one. No more are started than this process has cores.
+        pin_memory: page-locked batches, for a CUDA device.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        image_size: tuple[int, int],
+        channels: int,
+        num_workers: int,
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset = dataset
+        self._reader = _Reader(dataset.with_format("arrow"), image_size, channels)
+        self._num_workers = min(num_workers, _cores())
+        self._pin_memory = pin_memory
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batches(self, requests: Iterator[Request]) -> Iterator[Batch]:
+        """Worker processes read ahead; the batches come in the order of the requests.
+
+        Raises:
+            UserError: an image cannot be read.
+        """
+        loader = DataLoader(
+            self._reader,
+            sampler=_Requests(requests),
+            batch_size=None,
+            num_workers=self._num_workers,
+            collate_fn=_as_is,
+            pin_memory=self._pin_memory,
+            # Its own generator, or the workers' seeds would be drawn from the global one.
+            generator=torch.Generator().manual_seed(0),
+        )
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+class _Requests:
+    """Gives a one-way stream of requests the form of a sampler."""
+
+    def __init__(self, requests: Iterator[Request]) -> None:
+        self.requests = requests
+
+    def __iter__(self) -> Iterator[Request]:
+        return self.requests
+
+
+class _Reader(Dataset[Batch | UserError]):
+    """Answers a request in a worker. An error is returned: raised there, it would arrive wrapped in a traceback."""
+
+    def __init__(self, rows: datasets.Dataset, image_size: tuple[int, int], channels: int) -> None:
+        self.rows = rows
+        self.image_size = image_size
+        self.channels = channels
+
+    def __getitem__(self, request: Request) -> Batch | UserError:
+        indices, start, step = request
+        try:
+            return _read(self.rows, indices, self.image_size, self.channels, start, step)
+        except UserError as error:
+            return error
+
+
+def _read(
+    rows: datasets.Dataset,
+    where: slice | list[int],
+    image_size: tuple[int, int],
+    channels: int,
+    start: int = 0,
+    step: int = 0,
+) -> Batch:
+    """Read and decode some rows of a data set in Arrow format."""
+    table = rows[where]
+    images = torch.from_numpy(decode_column(table["image"], image_size, channels).copy())
+    labels = torch.tensor(table["label"].to_pylist()) if "label" in table.column_names else None
+    return Batch(images, labels, start, step)
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _cores() -> int:
+    """Cores this process may use; fewer than the machine has under a job scheduler."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
