@@ -65,7 +65,9 @@ def _arrays(column: pa.ChunkedArray) -> Pixels:
     return pixels
 
 
-def _decode(record: dict[str, Any], image_size: tuple[int, int], channels: int) -> UInt8[np.ndarray, "c h w"]:
+def _decode(record: dict[str, Any] | None, image_size: tuple[int, int], channels: int) -> UInt8[np.ndarray, "c h w"]:
+    if record is None:
+        raise UserError("the data set has a row without an image; remove it")
     try:
         if record["bytes"] is None:
             with Path(record["path"]).open("rb") as file, Image.open(file) as picture:
@@ -73,7 +75,7 @@ def _decode(record: dict[str, Any], image_size: tuple[int, int], channels: int) 
         with Image.open(BytesIO(record["bytes"])) as picture:
             return _pixels(picture, image_size, channels)
     except Exception as error:  # Pillow's plugins raise a dozen unrelated types on damaged files
-        name = (record or {}).get("path") or "an image without a name"
+        name = record["path"] or "an image without a name"
         reason = "not an image Pillow can open" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"cannot read image {name}: {one_line(reason)}; repair or remove it") from error
 

@@ -1,5 +1,6 @@
 """Image data sets of the Hugging Face Hub, and local ones that the ``datasets`` library can open."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from litdiffusion.data.decoding import one_line
 from litdiffusion.data.sources.base import Source, Split, check_holdout
 from litdiffusion.errors import UserError
 from litdiffusion.randomness import generator_at
+
+log = logging.getLogger(__name__)
 
 HELD_OUT = ("test", "validation", "valid", "val", "eval", "dev")
 """Splits that serve as the held-out one, best first."""
@@ -141,12 +144,16 @@ def load_from_hub(name: str, config: str | None = None, revision: str | None = N
     ) as unreachable:  # the HTTP library's own errors, which differ by the Hub client's version
         with _offline():
             try:
-                return _as_dict(datasets.load_dataset(name, config, revision=revision))
+                found = _as_dict(datasets.load_dataset(name, config, revision=revision))
             except Exception as error:
                 raise UserError(
                     f"the Hub cannot be reached for {name} ({one_line(unreachable)}), "
                     "nor is there an earlier download of it"
                 ) from error
+        log.warning(
+            "the Hub cannot be reached; using the latest earlier download of %s, its revision unchecked", name
+        )
+        return found
     return _load(name, name, config, revision=revision)
 
 

@@ -1,0 +1,62 @@
+"""Small worlds of images: real files and data sets, a few pixels each."""
+
+from pathlib import Path
+
+import datasets
+import datasets.config
+import huggingface_hub.constants
+import numpy as np
+import pytest
+from PIL import Image
+
+from litdiffusion.data.sources.fashion_mnist import find_folder
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist_folder() -> Path:
+    folder = find_folder(REPOSITORY / "data" / "fashion-mnist")
+    if folder is None:
+        pytest.skip("no Fashion-MNIST on this machine: `make data` fetches it")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep what ``datasets`` writes out of the user's cache, and its progress bars out of the test report."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    datasets.disable_progress_bars()
+    return cache
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub that cannot be reached, on a machine with a network too: nothing listens on port 9."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def no_debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without Debian's package."""
+    nowhere = tmp_path / "not-installed"
+    monkeypatch.setattr("litdiffusion.data.sources.fashion_mnist.DEBIAN_FOLDER", nowhere)
+
+
+def noise(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save_images(folder: Path, count: int, size: tuple[int, int] = (9, 7), suffix: str = ".png") -> list[Path]:
+    """Write ``count`` RGB images of noise, (height, width) pixels each; no two are alike."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i:03d}{suffix}" for i in range(count)]
+    for i, path in enumerate(paths):
+        Image.fromarray(noise(hash_of(folder, i), *size, 3)).save(path)
+    return paths
+
+
+def hash_of(folder: Path, number: int) -> int:
+    return sum(folder.name.encode()) * 1000 + number

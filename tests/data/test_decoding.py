@@ -1,0 +1,165 @@
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from conftest import noise
+from PIL import Image
+
+from litdiffusion.data.decoding import array_dataset, decode_column
+from litdiffusion.errors import UserError
+
+
+def decode(image: Image.Image, size: tuple[int, int], channels: int, suffix: str = "png") -> np.ndarray:
+    """Through a real encoded file in a real Arrow column."""
+    buffer = io.BytesIO()
+    image.save(buffer, suffix)
+    return decode_bytes(buffer.getvalue(), size, channels)
+
+
+def decode_bytes(data: bytes, size: tuple[int, int], channels: int) -> np.ndarray:
+    features = datasets.Features(image=datasets.Image())
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": data, "path": "some/name.png"}]}, features=features
+    )
+    return decode_column(rows.with_format("arrow")[:]["image"], size, channels)[0]
+
+
+def test_an_image_of_the_right_size_is_untouched() -> None:
+    rgb, gray = noise(0, 6, 5, 3), noise(1, 6, 5)
+    assert np.array_equal(decode(Image.fromarray(rgb), (6, 5), 3), np.moveaxis(rgb, -1, 0))
+    assert np.array_equal(decode(Image.fromarray(gray), (6, 5), 1), gray[None])
+
+
+def test_gray_becomes_three_equal_channels_and_colour_its_luma() -> None:
+    gray = noise(1, 4, 4)
+    assert np.array_equal(decode(Image.fromarray(gray), (4, 4), 3), np.stack([gray] * 3))
+    pure = np.zeros((1, 3, 3), np.uint8)
+    pure[0, range(3), range(3)] = 255
+    assert decode(Image.fromarray(pure), (1, 3), 1).ravel() == pytest.approx([76, 150, 29], abs=1)  # BT.601
+
+
+def test_sixteen_bit_gray_keeps_its_range() -> None:
+    """Pillow's plain conversion would turn every value above 255 into white."""
+    deep = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
+    image = Image.fromarray(deep)
+    assert image.mode == "I;16"
+    assert decode(image, (1, 4), 1).ravel().tolist() == [0, 1, 128, 255]
+    assert decode(image, (1, 4), 3)[2].ravel().tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([0.0, 0.5, 1.0], [0, 128, 255]), ([0.0, 99.6, 300.0], [0, 100, 255])]
+)
+def test_floats_are_read_as_0_to_1_or_0_to_255(values: list[float], expected: list[int]) -> None:
+    assert (
+        decode(Image.fromarray(np.array([values], np.float32)), (1, 3), 1, "tiff").ravel().tolist()
+        == expected
+    )
+
+
+def test_one_bit_images_are_black_and_white() -> None:
+    assert decode(Image.fromarray(np.array([[True, False]])), (1, 2), 1).ravel().tolist() == [255, 0]
+
+
+def test_transparency_lies_on_white() -> None:
+    rgba = np.array([[[200, 0, 0, 255], [200, 0, 0, 0]]], np.uint8)
+    assert decode(Image.fromarray(rgba), (1, 2), 3).reshape(3, 2).T.tolist() == [[200, 0, 0], [255, 255, 255]]
+    gray_alpha = Image.fromarray(np.array([[[9, 255], [9, 0]]], np.uint8))
+    assert gray_alpha.mode == "LA"
+    assert decode(gray_alpha, (1, 2), 1).ravel().tolist() == [9, 255]
+
+
+def test_palettes_are_looked_up_with_their_transparent_colour() -> None:
+    image = Image.new("P", (3, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    image.putdata([0, 1, 2])
+    assert decode(image, (1, 3), 3).reshape(3, 3).T.tolist() == [[10, 20, 30], [40, 50, 60], [70, 80, 90]]
+    buffer = io.BytesIO()
+    image.save(buffer, "png", transparency=1)
+    pixels = decode_bytes(buffer.getvalue(), (1, 3), 3).reshape(3, 3).T.tolist()
+    assert pixels == [[10, 20, 30], [255, 255, 255], [70, 80, 90]]
+
+
+def test_cmyk_and_rotated_photographs_come_out_upright_rgb() -> None:
+    assert decode(Image.new("CMYK", (2, 2), (255, 0, 0, 0)), (2, 2), 3, "tiff")[:, 0, 0].tolist() == [
+        0,
+        255,
+        255,
+    ]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([[0, 255]], np.uint8)).save(buffer, "png", exif=exif)
+    assert decode_bytes(buffer.getvalue(), (2, 1), 1).tolist() == [[[0], [255]]]
+
+
+def test_the_shorter_side_is_resized_and_the_centre_cropped() -> None:
+    """A wide image of three thirds: the middle third is what a square crop keeps."""
+    thirds = np.repeat(np.array([[50, 150, 250]], np.uint8), 30, axis=1).repeat(30, axis=0)
+    assert (decode(Image.fromarray(thirds), (10, 10), 1)[0, :, 2:-2] == 150).all()
+    assert decode(Image.fromarray(thirds), (12, 20), 1).shape == (1, 12, 20)
+    assert decode(Image.fromarray(thirds), (64, 64), 1).shape == (1, 64, 64)
+
+
+def test_shrinking_is_antialiased() -> None:
+    """The finest checkerboard averages to gray; without a filter it would alias to black or white."""
+    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    small = decode(Image.fromarray(board), (8, 8), 1).astype(float)
+    assert np.abs(small - 127.5).max() < 8
+
+
+def test_extreme_shapes_survive() -> None:
+    assert decode(Image.fromarray(noise(0, 1, 500)), (8, 8), 1).shape == (1, 8, 8)
+    assert decode(Image.fromarray(noise(0, 1, 1)), (8, 6), 3).shape == (3, 8, 6)
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(noise(0, 32, 32, 3)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", png()[:200], png()[:1500]])
+def test_an_undecodable_image_is_named_in_one_line(data: bytes) -> None:
+    with pytest.raises(UserError, match=r"cannot read image some/name\.png") as error:
+        decode_bytes(data, (8, 8), 3)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
+    features = datasets.Features(image=datasets.Image())
+    rows = datasets.Dataset.from_dict({"image": [str(tmp_path / "gone.png")]}, features=features)
+    with pytest.raises(UserError, match=r"gone\.png.*No such file"):
+        decode_column(rows.with_format("arrow")[:]["image"], (8, 8), 3)
+
+
+def test_a_missing_image_is_an_error_too() -> None:
+    features = datasets.Features(image=datasets.Image())
+    rows = datasets.Dataset.from_dict({"image": [None]}, features=features)
+    with pytest.raises(UserError, match="a row without an image"):
+        decode_column(rows.with_format("arrow")[:]["image"], (8, 8), 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_arrays_go_through_arrow_unharmed(channels: int) -> None:
+    images, labels = noise(3, 5, channels, 4, 6), np.arange(5, dtype=np.uint8)
+    rows = array_dataset(images, labels, list("abcde"))
+    assert rows.features["image"] == datasets.Array3D(shape=(channels, 4, 6), dtype="uint8")
+    assert rows["label"][:] == [0, 1, 2, 3, 4]
+    assert np.array_equal(np.array(rows[2]["image"]), images[2])
+    arrow = rows.with_format("arrow")
+    assert np.array_equal(decode_column(arrow[:]["image"], (4, 6), channels), images)
+    assert np.array_equal(decode_column(arrow[[4, 1]]["image"], (4, 6), channels), images[[4, 1]])
+    assert np.array_equal(decode_column(arrow[1:3]["image"], (4, 6), channels), images[1:3])
+    selected = rows.select([3, 0]).with_format("arrow")
+    assert np.array_equal(decode_column(selected[:]["image"], (4, 6), channels), images[[3, 0]])
+
+
+def test_arrays_are_converted_and_resized_like_files() -> None:
+    images = noise(4, 2, 3, 12, 9)
+    column = array_dataset(images, np.zeros(2, np.uint8), ["a"]).with_format("arrow")[:]["image"]
+    for size, channels in [((6, 6), 3), ((12, 9), 1), ((20, 10), 1)]:
+        by_file = [decode(Image.fromarray(np.moveaxis(image, 0, -1)), size, channels) for image in images]
+        assert np.array_equal(decode_column(column, size, channels), np.stack(by_file))
