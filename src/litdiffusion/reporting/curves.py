@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
 from litdiffusion.files import whole_file
@@ -52,13 +53,14 @@ def schedules_figure(schedules: Mapping[str, Sequence[float]]) -> Figure:
     _dress(alpha_bar, "share of the image's variance that is left", "t / T")
     alpha_bar.set_ylabel(r"$\bar\alpha_t$")
     _dress(log_snr, "signal-to-noise ratio", "t / T")
-    log_snr.set_ylabel(r"$\log\,\bar\alpha_t / (1 - \bar\alpha_t)$")
+    log_snr.set_ylabel(r"$\log\,(\bar\alpha_t \,/\, (1 - \bar\alpha_t))$")
     alpha_bar.legend(frameon=False)
     return figure
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.03, hspace=0.03)
+    figure = Figure(figsize=(width, height), dpi=110, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
@@ -118,6 +120,7 @@ def _draw_loss(axes: Axes, metrics: Metrics) -> None:
     if held_out is not None:
         _line(axes, held_out, ORANGE, "held out")
     _log_scale(axes)
+    axes.set_xlim(left=0)
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -130,7 +133,7 @@ def _draw_loss_by_time(axes: Axes, metrics: Metrics) -> None:
     _dress(axes, title, "t / T")
     for tenth, series in enumerate(tenths):
         if series is not None:
-            axes.bar(tenth / 10, series.smoothed(0.1).y[-1], width=0.094, align="edge", color=BLUE)
+            axes.bar(tenth / 10, series.final(), width=0.094, align="edge", color=BLUE)
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.grid(visible=False, axis="x")
@@ -149,4 +152,5 @@ def _draw_one(axes: Axes, metrics: Metrics, name: str, title: str, smooth: bool)
     else:
         _line(axes, series, BLUE, title)
         axes.set_ylim(bottom=0)
-        axes.ticklabel_format(axis="y", scilimits=(-2, 4))
+        axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(left=0)

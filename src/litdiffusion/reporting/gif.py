@@ -55,7 +55,7 @@ def save_gif(
         max_images: images of each batch that are shown.
         columns: as in ``grid``.
         min_pixels: as in ``grid``.
-        max_bytes: what the file is meant to stay below.
+        max_bytes: the size of the file, within some tenths.
         milliseconds: time for each frame but the last; GIF counts in hundredths of a second.
         hold_milliseconds: time for the last frame.
 
@@ -66,9 +66,10 @@ def save_gif(
         raise ValueError("a GIF needs at least one frame")
     if len({frame.shape for frame in frames}) > 1:
         raise ValueError(f"the frames of a GIF differ in shape: {sorted({tuple(f.shape) for f in frames})}")
-    share = max_bytes // len(frames)
     *moving, last = (grid(frame[:max_images], columns, min_pixels) for frame in frames)
-    pictures = [_within(picture, share) for picture in moving] + [_shaded(last, 256)]
+    end = _shaded(last, 256)
+    share = (max_bytes - _size(end)) // max(1, len(moving))
+    pictures = [*(_within(picture, share) for picture in moving), end]
     with whole_file(path) as temporary:
         pictures[0].save(
             temporary,
@@ -85,18 +86,27 @@ def _within(picture: Image.Image, share: int) -> Image.Image:
     """The picture in as many shades as its share of bytes allows."""
     for shades in COLOURS if picture.mode == "RGB" else GRAYS:
         candidate = _shaded(picture, shades)
-        buffer = io.BytesIO()
-        candidate.save(buffer, format="GIF")
-        if buffer.tell() <= share:
+        if _size(candidate) <= share:
             break
     return candidate
+
+
+def _size(picture: Image.Image) -> int:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="GIF")
+    return buffer.tell()
 
 
 def _shaded(picture: Image.Image, shades: int) -> Image.Image:
     """Grays are spaced evenly from black to white; colours are chosen to suit the picture."""
     if picture.mode == "L":
         steps = shades - 1
-        return picture.point([round(round(value / 255 * steps) * 255 / steps) for value in range(256)])
+        shaded = picture.point(
+            [255 - round(round(value / 255 * steps) * 255 / steps) for value in range(256)]
+        )
+        # White first: Pillow reads a later frame whose palette runs from black to white with the first's palette.
+        shaded.putpalette([255 - index // 3 for index in range(768)])
+        return shaded
     paletted = picture.quantize(shades, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     # The gutters' white shares its palette entry with the lightest pixels, and would change from frame to frame.
     palette = paletted.getpalette() or []

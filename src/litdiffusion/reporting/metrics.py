@@ -3,6 +3,7 @@
 import csv
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from litdiffusion.errors import UserError
@@ -15,15 +16,25 @@ class Series:
     x: list[float]
     y: list[float]
 
-    def smoothed(self, share: float = 0.02) -> "Series":
-        """Average exponentially over the last ``share`` of the points, without bias towards the first."""
-        keep = 1 - 1 / max(1.0, share * len(self.y))
-        total = weight = 0.0
+    def smoothed(self, share: float = 0.05) -> "Series":
+        """Average over a window of ``share`` of the points; centred, so that the line does not lag behind.
+
+        At the steep start the window shrinks to stay centred; at the flat end it is cut off on one side, so
+        that the line does not end in the noise of its last point.
+        """
+        half = round(share * len(self.y) / 2)
+        sums = list(accumulate(self.y, initial=0.0))
         means = []
-        for value in self.y:
-            total, weight = keep * total + value, keep * weight + 1
-            means.append(total / weight)
+        for i in range(len(self.y)):
+            before = min(half, i)
+            after = min(before, len(self.y) - 1 - i)
+            means.append((sums[i + after + 1] - sums[i - before]) / (before + after + 1))
         return Series(self.x, means)
+
+    def final(self, share: float = 0.1) -> float:
+        """The mean over the last ``share`` of the points."""
+        last = self.y[-max(1, round(share * len(self.y))) :]
+        return sum(last) / len(last)
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,10 @@ def _losses(summary: Mapping[str, object]) -> str:
     train, held_out = _number(summary, "train_loss"), _number(summary, "val_loss")
     said = []
     if train is not None:
-        said.append(f"the training loss ended at {train:.4g}")
+        said.append(f"{train:.4g} in training")
     if held_out is not None:
-        said.append(f"the loss on held-out images at {held_out:.4g}")
-    text = " and ".join(said)
-    return text[:1].upper() + text[1:] + "." if text else ""
+        said.append(f"{held_out:.4g} on held-out images")
+    return f"The loss ended at {' and '.join(said)}." if said else ""
 
 
 def _places(summary: Mapping[str, object], run_dir: Path) -> str:
@@ -81,7 +80,7 @@ def _places(summary: Mapping[str, object], run_dir: Path) -> str:
     if not places:
         return f"Everything lies in {run_dir}."
     listed = places[0] if len(places) == 1 else f"{', '.join(places[:-1])} and {places[-1]}"
-    return f"In {run_dir} lie {listed}."
+    return f"It left in {run_dir}: {listed}."
 
 
 def _within(path: Path, run_dir: Path) -> Path:
