@@ -1,0 +1,191 @@
+"""Combinations that cannot work, found in the configuration alone: before data is read or anything is built."""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, TypeGuard
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+
+from litdiffusion.configuration.hardware import num_devices, resolve_hardware
+from litdiffusion.configuration.messages import needs_value, one_line
+from litdiffusion.configuration.nearest import dotted_keys, suggestion
+from litdiffusion.configuration.nodes import arguments_of, check_nodes, locate
+from litdiffusion.configuration.resolvers import is_sweep
+from litdiffusion.configuration.sweeps import check_sweep
+from litdiffusion.errors import UserError
+
+
+def validate(cfg: DictConfig, supplied: Mapping[str, Collection[str]] | None = None) -> None:
+    """Check a whole configuration, settle what this machine decides ("auto"), and resolve it, in place.
+
+    ``supplied`` as in ``check_nodes``.
+
+    Raises:
+        UserError: the first thing that cannot work.
+    """
+    check_values(cfg)
+    resolve_hardware(cfg)
+    check_nodes(cfg, supplied)
+    check_config(cfg)
+    OmegaConf.resolve(cfg)
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Check that every mandatory value is there and every interpolation leads somewhere.
+
+    Raises:
+        UserError: one is missing, or does not.
+    """
+    for key in _missing(cfg):
+        raise UserError(needs_value(key))
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except InterpolationKeyError as error:
+        sought = str(error).partition("'")[2].partition("'")[0]
+        keys = dotted_keys(OmegaConf.to_container(cfg, resolve=False))
+        raise UserError(f"{one_line(error)}{suggestion(sought, keys, listed=0)}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from error
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Check what no single constructor can see. Keys that a configuration lacks are not asked for.
+
+    Raises:
+        UserError: naming the keys and the way out.
+    """
+    if is_sweep():
+        hydra_cfg = HydraConfig.get()
+        check_sweep(hydra_cfg.overrides.task, hydra_cfg.sweeper.get("params") or ())
+    for key, least in (("seed", 0), ("num_images", 1), ("batch_size", 1)):
+        _check_whole(cfg, key, least)
+    _check_net(cfg)
+    _check_target(cfg)
+    _check_sampler(cfg)
+    _check_length(cfg)
+    _check_batch(cfg)
+
+
+def _check_net(cfg: DictConfig) -> None:
+    net = arguments_of(cfg, "net")
+    if not all(_is_whole(net.get(name)) for name in ("dim", "groups")):
+        return
+    mults = list(net.get("dim_mults", ()))
+    if not mults or min(net["dim"], net["groups"], *mults) < 1:
+        raise UserError("net: dim, groups and each of dim_mults must be at least 1, and dim_mults not empty")
+    if net["dim"] % 2:
+        raise UserError(
+            f"net.dim={net['dim']}: must be even, for the sines and cosines of the time embedding"
+        )
+    init_dim = net.get("init_dim") or net["dim"]
+    for width in (init_dim, net["dim"], *(net["dim"] * mult for mult in mults)):
+        if width % net["groups"]:
+            fitting = [
+                str(groups)
+                for groups in range(1, net["dim"] + 1)
+                if _fits(groups, init_dim, net["dim"], mults)
+            ]
+            raise UserError(
+                f"net.groups={net['groups']} does not divide a width of {width} channels (net.dim={net['dim']}, "
+                f"net.dim_mults={mults}); these do: {', '.join(fitting)}"
+            )
+    halvings = len(mults) - 1
+    for key, size in _image_sizes(cfg):
+        if size % 2**halvings:
+            below, above = size // 2**halvings * 2**halvings, -(-size // 2**halvings) * 2**halvings
+            sizes = " or ".join(str(other) for other in (below, above) if other)
+            raise UserError(
+                f"{key}: {size} pixels cannot go through {halvings} halvings (net.dim_mults={mults}); "
+                f"use {key}={sizes}, or fewer net.dim_mults"
+            )
+
+
+def _fits(groups: int, init_dim: int, dim: int, mults: list[int]) -> bool:
+    return not any(width % groups for width in (init_dim, *(dim * mult for mult in mults), dim))
+
+
+def _image_sizes(cfg: DictConfig) -> Iterator[tuple[str, int]]:
+    size = arguments_of(cfg, "data").get("image_size")
+    sides = size if isinstance(size, ListConfig | list | tuple) else [size]
+    for side in sides:
+        if _is_whole(side):
+            if side < 1:
+                raise UserError(f"data.image_size={size}: must be at least 1")
+            yield "data.image_size", side
+
+
+def _check_target(cfg: DictConfig) -> None:
+    target = OmegaConf.select(cfg, "target._target_")
+    defined = target is None or getattr(locate("target", target), "defined_at_zero_snr", True)
+    if not defined and arguments_of(cfg, "schedule").get("zero_terminal_snr"):
+        raise UserError(
+            "target=epsilon with schedule.zero_terminal_snr=true: noise says nothing about the image where "
+            "there is only noise; use target=v, or schedule.zero_terminal_snr=false"
+        )
+
+
+def _check_sampler(cfg: DictConfig) -> None:
+    steps = arguments_of(cfg, "sampler").get("num_steps")
+    most = arguments_of(cfg, "schedule").get("num_steps")
+    if _is_whole(most) and most < 1:
+        raise UserError(f"schedule.num_steps={most}: must be at least 1")
+    if _is_whole(steps) and (steps < 1 or (_is_whole(most) and steps > most)):
+        limit = f"from 1 to schedule.num_steps={most}" if _is_whole(most) else "at least 1"
+        raise UserError(f"sampler.num_steps={steps}: must be {limit}")
+
+
+def _check_length(cfg: DictConfig) -> None:
+    """A run's length is a number of steps: it means the same on any data set and any number of devices."""
+    trainer = cfg.get("trainer")
+    if not isinstance(trainer, DictConfig) or "optimizer" not in cfg:
+        return
+    if trainer.get("max_epochs") not in (None, -1):
+        batch_size = OmegaConf.select(cfg, "datamodule.batch_size")
+        raise UserError(
+            f"trainer.max_epochs={trainer.max_epochs}: a run's length is counted in steps; give "
+            f"trainer.max_steps = epochs x training images / batch size ({batch_size}) instead"
+        )
+    max_steps = trainer.get("max_steps")
+    if not _is_whole(max_steps) or max_steps < 1:
+        raise UserError(
+            f"trainer.max_steps={'null' if max_steps is None else max_steps}: a run needs an end; "
+            "give a number of steps, at least 1"
+        )
+
+
+def _check_batch(cfg: DictConfig) -> None:
+    _check_whole(cfg, "datamodule.batch_size", 1)
+    batch_size = OmegaConf.select(cfg, "datamodule.batch_size")
+    trainer = cfg.get("trainer")
+    if batch_size is None or not isinstance(trainer, DictConfig):
+        return
+    _check_whole(cfg, "trainer.num_nodes", 1)
+    processes = num_devices(trainer.get("devices", 1), str(trainer.get("accelerator", "cpu")))
+    processes *= trainer.get("num_nodes", 1)
+    if batch_size % processes:
+        rounded = -(-batch_size // processes) * processes
+        raise UserError(
+            f"datamodule.batch_size={batch_size}: the global batch must divide among {processes} processes "
+            f"(trainer.devices x trainer.num_nodes); use datamodule.batch_size={rounded}"
+        )
+
+
+def _check_whole(cfg: DictConfig, key: str, least: int) -> None:
+    value = OmegaConf.select(cfg, key)
+    if value is not None and (not _is_whole(value) or value < least):
+        raise UserError(f"{key}={value}: must be a whole number, at least {least}")
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _missing(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
+    names = list(range(len(cfg))) if isinstance(cfg, ListConfig) else list(cfg)
+    for name in names:
+        key = f"{prefix}{name}"
+        if OmegaConf.is_missing(cfg, name):
+            yield key
+        elif not OmegaConf.is_interpolation(cfg, name) and OmegaConf.is_config(cfg[name]):
+            yield from _missing(cfg[name], f"{key}.")

@@ -1,0 +1,218 @@
+"""Entry points: Hydra's command line, with one readable line and exit code 2 for whatever the user can mend.
+
+Hydra prints tracebacks or several lines and exits with 1. It raises instead where ``HYDRA_FULL_ERROR`` is set,
+so it is set here. A user who sets it gets the traceback of the one line as well.
+"""
+
+import functools
+import logging
+import os
+import sys
+import traceback
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+import litdiffusion
+from litdiffusion.configuration.messages import one_line, user_error
+from litdiffusion.configuration.overrides import CommandLine, find_fault
+from litdiffusion.configuration.resolvers import is_sweep
+from litdiffusion.configuration.sweeps import check_sweep
+from litdiffusion.errors import UserError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+_COMPOSING = (HydraException, OmegaConfBaseException)
+
+
+def entry_point(
+    config_name: str, config_dir: Path | None = None
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Make ``task(cfg)`` a command that composes ``config_name`` of ``config_dir`` (the package's by default).
+
+    Exit codes: 0; 1 for a bug, with its traceback; 2 with one line ``error: ...`` on stderr for what the user
+    can mend; 130 when interrupted. In a sweep the other jobs still run, and the whole then ends with 2.
+    """
+
+    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+        @functools.wraps(task)
+        def main() -> None:
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"hydra\.")
+            wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+            job = _Job(task, wants_traceback)
+            try:
+                with _hydra_raises():
+                    _run(job, config_name, str(config_dir or config_folder()))
+            except KeyboardInterrupt:
+                sys.exit(INTERRUPTED)
+            except SystemExit as leaving:
+                # Lightning answers an interruption by tidying up and leaving with 1.
+                sys.exit(INTERRUPTED if isinstance(leaving.__context__, KeyboardInterrupt) else leaving.code)
+            except UserError as error:
+                complain(one_line(error), wants_traceback)
+                sys.exit(USER_ERROR)
+            if job.failed:
+                sys.exit(USER_ERROR)
+
+        return main
+
+    return decorate
+
+
+def config_folder() -> Path:
+    """Return the folder of the configuration: inside an installed package, or beside ``src`` in a checkout.
+
+    Raises:
+        UserError: there is neither.
+    """
+    package = Path(litdiffusion.__file__).parent
+    for folder in (package / "configs", package.parents[1] / "configs"):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"{package / 'configs'}: the configuration is missing; install litdiffusion again")
+
+
+@contextmanager
+def _hydra_raises() -> Iterator[None]:
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+class _Job:
+    """The task as Hydra calls it, once or once for each job of a sweep."""
+
+    def __init__(self, task: Callable[[DictConfig], None], wants_traceback: bool) -> None:
+        self.task, self._wants_traceback = task, wants_traceback
+        self.started = self.failed = False
+
+    def __call__(self, cfg: DictConfig) -> None:
+        self.started = True
+        if process_rank() > 0:
+            logging.disable(logging.INFO)
+        try:
+            self.task(cfg)
+        except Exception as error:
+            line = user_error(error) or _deleted(error)
+            if line is None:
+                raise
+            if not is_sweep():
+                complain(line, self._wants_traceback)
+                raise SystemExit(USER_ERROR) from None
+            if not _in_this_process():
+                raise UserError(
+                    line
+                ) from error  # the sweeper's to know: it reports, and counts a failed trial
+            self.failed = True
+            complain(f"job {_job_title()}: {line}", self._wants_traceback)
+
+
+def _run(job: _Job, config_name: str, config_dir: str) -> None:
+    """Hand over to Hydra; what it raises before any job has started is the user's to mend.
+
+    Raises:
+        UserError: the command line or a file of the configuration is at fault.
+    """
+    arguments = _parse_command_line()
+    multirun = arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
+    if multirun:
+        check_sweep(arguments.overrides)
+    command = CommandLine(
+        config_dir=str(Path(arguments.config_path or config_dir).resolve()),
+        config_name=arguments.config_name or config_name,
+        overrides=[text for text in arguments.overrides if text != "hydra.mode=MULTIRUN"],
+        multirun=multirun,
+        extra_dir=arguments.config_dir and str(Path(arguments.config_dir).resolve()),
+    )
+
+    @functools.wraps(job.task)  # Hydra names the job after the task's file
+    def task(cfg: DictConfig) -> None:
+        job(cfg)
+
+    try:
+        hydra.main(version_base="1.3", config_path=config_dir, config_name=config_name)(task)()
+    except UserError:
+        raise
+    except Exception as error:
+        line = None if job.started else _explained(error, command)
+        if line is None:
+            raise
+        raise UserError(line) from error
+
+
+def _explained(error: Exception, command: CommandLine) -> str | None:
+    """Return the line of an error that came before any job started here, or None: then it is a bug."""
+    try:
+        fault = find_fault(command)
+    except Exception:  # whatever goes wrong while looking for the fault, the error itself still has a text
+        fault = None
+    composing = isinstance(error, _COMPOSING) or type(error).__module__.startswith("yaml.")
+    # In a sweep, another process may have started a job and sent its ValueError here.
+    if composing or (isinstance(error, ValueError | OSError) and not command.multirun):
+        return fault or one_line(error)
+    return fault
+
+
+def _parse_command_line() -> Namespace:
+    """Parse as Hydra will; argparse's complaints become one line.
+
+    Raises:
+        UserError: an option that does not exist.
+    """
+    with redirect_stderr(StringIO()) as complaint:
+        try:
+            return get_args_parser().parse_args()
+        except SystemExit as leaving:
+            if not leaving.code:
+                raise
+    text = complaint.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+    raise UserError(f"{text}; overrides are written key=value, without dashes; --help lists the options")
+
+
+def _in_this_process() -> bool:
+    """Whether Hydra's own sweeper and launcher run the jobs of a sweep, here and one after the other."""
+    hydra_cfg = HydraConfig.get()
+    own = "hydra._internal.core_plugins."
+    return all(str(node._target_).startswith(own) for node in (hydra_cfg.sweeper, hydra_cfg.launcher))
+
+
+def _job_title() -> str:
+    hydra_cfg = HydraConfig.get()
+    return f"{hydra_cfg.job.num} ({' '.join(hydra_cfg.overrides.task)})"
+
+
+def _deleted(error: Exception) -> str | None:
+    """Return the line for a key that the task needs and the command line took away (``~key``)."""
+    if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        for text in HydraConfig.get().overrides.task:
+            if text.startswith("~") and str(error.full_key) in text:
+                return f"{error.full_key}: needed here, and deleted by {text}"
+    return None
+
+
+def complain(line: str, with_traceback: bool = False) -> None:
+    """Print one line on stderr, from the first process alone; after the traceback of the error being handled."""
+    if process_rank() == 0:
+        if with_traceback:
+            traceback.print_exc()
+        print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def process_rank() -> int:
+    """Return this process's rank among those that torchrun or Lightning started; 0 when it is alone."""
+    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)

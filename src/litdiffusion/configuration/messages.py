@@ -1,0 +1,78 @@
+"""Exceptions of Hydra, OmegaConf and YAML as one line for the person at the keyboard."""
+
+import re
+
+from omegaconf.errors import (
+    InterpolationResolutionError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from litdiffusion.errors import UserError
+
+_WORKER = re.compile(r"\ACaught \w+ in ")
+_RESOLVER = re.compile(r"\A\w+ raised while resolving interpolation: ")
+_MISSING = re.compile(r"Missing mandatory value: (\S+)")
+_NOISE = re.compile(
+    r"\A(full_key|object_type|reference_type)\b|\ASee https?:|\A(Config s|S)earch path:|\Aprovider="
+)
+
+
+def user_error(error: BaseException) -> str | None:
+    """Return the line of an error that the user can mend, or None: then it is a bug, and wants its traceback.
+
+    Counted in: ``UserError``, also as the cause of another exception, and values that the configuration lacks.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return _of_user_error(cause)
+        cause = cause.__cause__
+    if isinstance(error, MissingMandatoryValue | InterpolationResolutionError):
+        return one_line(error)
+    return None
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's text without line breaks, references to manuals, or lists of folders."""
+    if isinstance(error, UserError):
+        return _of_user_error(error)
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:  # a file that is not YAML
+        return f"{mark.name}, line {mark.line + 1}: {getattr(error, 'problem', 'not valid YAML')}"
+    if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
+        found = _MISSING.search(str(error))
+        if found is not None:
+            return needs_value(found[1])
+    text = _flat(str(error))
+    if isinstance(error, OmegaConfBaseException):
+        text = _RESOLVER.sub("", text)
+        if error.full_key:
+            text = f"{error.full_key}: {text}"
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        text = f"{text}: {one_line(error.__cause__)}" if text else one_line(error.__cause__)
+    return text or type(error).__name__
+
+
+def needs_value(key: str) -> str:
+    """Return the line for a mandatory value that nobody gave."""
+    return f"{key}: needs a value; give it as {key}=VALUE"
+
+
+def _of_user_error(error: UserError) -> str:
+    text = str(error)
+    if _WORKER.match(text):
+        # Loader processes send their traceback along as text; its last line is the error itself.
+        text = text.strip().splitlines()[-1].partition("UserError: ")[2]
+    return _flat(text)
+
+
+def _flat(text: str) -> str:
+    """Join lines; what Hydra indents as a list becomes one, and what follows "Search path" goes."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        words = line.strip()
+        if words and not _NOISE.match(words):
+            lines.append(words + "," if line.startswith("\t") else words)
+    return " ".join(lines).rstrip(",")

@@ -1,0 +1,166 @@
+"""Nodes of the configuration: a mapping with ``_target_`` builds one object, and is checked before any is built."""
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pkgutil import resolve_name
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from litdiffusion.configuration.annotations import accepts, could_accept, hints_of, spelled
+from litdiffusion.configuration.messages import one_line
+from litdiffusion.configuration.nearest import suggestion
+from litdiffusion.errors import UserError
+
+_SPECIAL = {"_target_", "_args_", "_convert_", "_partial_", "_recursive_"}
+_OPEN = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+
+
+def check_nodes(cfg: DictConfig, supplied: Mapping[str, Collection[str]] | None = None) -> None:
+    """Check every node's arguments against its target's signature: names, presence, types.
+
+    Args:
+        cfg: the configuration, not necessarily resolved. A node reached by interpolation is checked where it is
+            written.
+        supplied: for nodes (by dotted key) that code completes, the names of the arguments it passes to ``build``.
+
+    Raises:
+        UserError: the first argument that the constructor would not take.
+    """
+    for key, node in _nodes(cfg):
+        _check(key, node, (supplied or {}).get(key, ()))
+
+
+def build(node: DictConfig, name: str, **overrides: Any) -> Any:
+    """Build the object that a node describes; ``overrides`` are further arguments, passed as they are.
+
+    Raises:
+        UserError: the constructor refused its arguments (``ValueError``, ``TypeError``), a package is missing, or
+            Lightning found the configuration impossible. The line begins with the node's dotted key.
+    """
+    try:
+        return instantiate(node, _convert_="all", **overrides)
+    except InstantiationException as error:
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        mendable = (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException)
+        if cause is not None and not isinstance(cause, mendable):
+            raise
+        where = str(error).rpartition("full_key: ")[2].strip() if "full_key: " in str(error) else name
+        raise UserError(f"{where}: {one_line(cause or error)}") from cause
+
+
+def locate(key: str, target: object) -> Callable[..., Any]:
+    """Return the class or function that a ``_target_`` names.
+
+    Raises:
+        UserError: there is no such thing.
+    """
+    if isinstance(target, str):
+        module, _, name = target.rpartition(".")
+        try:
+            found: Callable[..., Any] = resolve_name(target)
+        except Exception:  # importing a user's module can fail in any way
+            raise UserError(f"{key}._target_: cannot import {target}{_others(module, name)}") from None
+        if callable(found):
+            return found
+    raise UserError(f"{key}._target_: {target} is neither a class nor a function")
+
+
+def arguments_of(cfg: DictConfig, key: str) -> dict[str, Any]:
+    """Return a node's arguments, with its target's defaults for those it does not name; {} where there is no node."""
+    node = OmegaConf.select(cfg, key)
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        return {}
+    signature = _signature(locate(key, node._target_))
+    defaults = {
+        name: parameter.default
+        for name, parameter in (signature.parameters.items() if signature else ())
+        if parameter.default is not parameter.empty
+    }
+    return defaults | {str(name): node[name] for name in node if name not in _SPECIAL}
+
+
+def takes(node: DictConfig, name: str) -> bool:
+    """Whether a node's target has an argument of this name."""
+    try:
+        signature = _signature(locate("", node._target_)) if "_target_" in node else None
+    except UserError:
+        return False
+    return signature is not None and name in signature.parameters
+
+
+def _nodes(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """Yield every node with ``_target_`` where it is written, outer before inner."""
+    names = list(range(len(cfg))) if isinstance(cfg, ListConfig) else list(cfg)
+    for name in names:
+        if OmegaConf.is_missing(cfg, name) or OmegaConf.is_interpolation(cfg, name):
+            continue
+        child = cfg[name]
+        key = f"{prefix}{name}"
+        if isinstance(child, DictConfig) and "_target_" in child:
+            yield key, child
+        if isinstance(child, DictConfig | ListConfig):
+            yield from _nodes(child, f"{key}.")
+
+
+def _check(key: str, node: DictConfig, supplied: Collection[str]) -> None:
+    target = locate(key, node._target_)
+    signature = _signature(target)
+    if signature is None:
+        return
+    owner = getattr(target, "__qualname__", str(node._target_))
+    parameters = {name: p for name, p in signature.parameters.items() if p.kind in _OPEN}
+    anything = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    hints = hints_of(target, signature)
+    names = [str(name) for name in node if name not in _SPECIAL]
+
+    for name in names:
+        if name not in parameters:
+            if anything:
+                continue
+            raise UserError(f"{key}.{name}: {owner} takes no such argument{suggestion(name, parameters)}")
+        if OmegaConf.is_missing(node, name):
+            continue
+        optional = parameters[name].default is None
+        fault = _fault(f"{key}.{name}", node[name], hints.get(name, Any), optional)
+        if fault is not None:
+            raise UserError(f"{key}.{name}: {fault} ({owner}.{name})")
+
+    if not node.get("_partial_", False) and "_args_" not in node:
+        for name, parameter in parameters.items():
+            if parameter.default is parameter.empty and name not in names and name not in supplied:
+                raise UserError(f"{key}.{name}: {owner} needs it; give it as +{key}.{name}=VALUE")
+
+
+def _fault(key: str, value: Any, hint: Any, optional: bool) -> str | None:
+    """Return what is wrong with a value for an annotation, or None."""
+    if isinstance(value, DictConfig) and "_target_" in value:
+        if value.get("_partial_", False) or could_accept(locate(key, value._target_), hint):
+            return None
+        return f"{value._target_} is not {spelled(hint)}"
+    plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    if (plain is None and optional) or accepts(plain, hint):
+        return None
+    shown = "null" if plain is None else repr(plain)
+    return f"{shown} is not {spelled(hint, plain)}"
+
+
+def _signature(target: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(target)
+    except (TypeError, ValueError):  # written in C, without a signature
+        return None
+
+
+def _others(module: str, name: str) -> str:
+    try:
+        public = [other for other in dir(resolve_name(module)) if not other.startswith("_")] if module else []
+    except Exception:
+        return ""
+    return suggestion(name, public, listed=0)
