@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 
 import datasets
 import torch
+from jaxtyping import Float
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 
 from litdiffusion.data.sampling_order import SamplingOrder
 from litdiffusion.data.sources import Source
@@ -157,6 +159,12 @@ class ImageDataModule(LightningDataModule):
         if self.num_val == 0:
             return []
         return ValidationLoader(self._store("validate"), self.batch_size, *self._shares())
+
+    def examples(self, count: int) -> Float[Tensor, "count channels h w"]:
+        """Return the first training images in [-1, 1], unflipped, on the CPU, after ``setup``."""
+        store = self._store("fit")
+        request = Request(list(range(min(count, len(store)))), 0, 0)
+        return self.finish(next(store.batches(iter([request]))), training=False).images
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Lightning's hook: finish the batch where it now lies."""

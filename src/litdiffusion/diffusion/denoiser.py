@@ -34,7 +34,8 @@ class Denoiser(nn.Module):
             ``self_condition``; returns the target.
         schedule: the tables alpha and sigma.
         target: what the network returns.
-        image_shape: [channels, height, width] of the images.
+        channels: of the images.
+        image_size: their height and width, or one number for both.
         clip: ``static`` clamps the estimate to [-1, 1], as DDPM does; ``none`` leaves it, as the blog does.
 
     Raises:
@@ -46,7 +47,8 @@ class Denoiser(nn.Module):
         net: nn.Module,
         schedule: Schedule,
         target: Target,
-        image_shape: Sequence[int],
+        channels: int,
+        image_size: int | Sequence[int],
         clip: Literal["none", "static"] = "static",
     ) -> None:
         super().__init__()
@@ -57,8 +59,14 @@ class Denoiser(nn.Module):
         self.net = net
         self.schedule = schedule
         self.target = target
-        self.image_shape = tuple(image_shape)
-        self.clip = clip
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.image_shape = (channels, height, width)
+        self.clip: Literal["none", "static"] = clip
+
+    def with_net(self, net: nn.Module) -> "Denoiser":
+        """Return the same denoiser around another network."""
+        channels, *image_size = self.image_shape
+        return Denoiser(net, self.schedule, self.target, channels, image_size, self.clip)
 
     @property
     def self_condition(self) -> bool:

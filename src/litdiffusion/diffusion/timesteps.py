@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 from jaxtyping import Float, Int
 from torch import Tensor
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+
 
 class TimestepRule(ABC):
     """A rule that draws times from 1..T."""
@@ -45,6 +47,14 @@ class StratifiedTimesteps(TimestepRule):
     ) -> Int[Tensor, " batch"]:
         """1 + floor(T (position + u) / batch_size)."""
         return _to_times((position + u.double()) / batch_size, num_steps)
+
+
+def spread_times(position: Int[Tensor, " batch"], num_steps: int) -> Int[Tensor, " batch"]:
+    """Return fixed times for validation: evenly spread over 1..T in every run of positions.
+
+    Multiples of the golden ratio modulo 1, the additive recurrence of lowest discrepancy.
+    """
+    return _to_times((position.double() + 0.5) * GOLDEN_RATIO % 1, num_steps)
 
 
 def _to_times(u: Float[Tensor, " batch"], num_steps: int) -> Int[Tensor, " batch"]:

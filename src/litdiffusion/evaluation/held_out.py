@@ -1,0 +1,27 @@
+"""The loss on images the training never sees, with everything random held fixed.
+
+Image i of the held-out split always meets the same t and the same noise, whatever the run, its seed, its batch
+size and its number of processes. So the loss of two checkpoints, or of two runs, differs by what was learned.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from litdiffusion.diffusion import Denoiser, Objective
+from litdiffusion.diffusion.timesteps import spread_times
+from litdiffusion.randomness import normal_positions
+
+
+@torch.no_grad()
+def held_out_losses(
+    denoiser: Denoiser, objective: Objective, images: Float[Tensor, "batch channels h w"], first: int
+) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
+    """Return the loss and the time of each image; ``images[0]`` is image ``first`` of the split.
+
+    A self-conditioned network is given its own estimate, as in sampling.
+    """
+    position = torch.arange(first, first + len(images), device=images.device)
+    t = spread_times(position, denoiser.schedule.num_steps)
+    eps = normal_positions(tuple(images.shape[1:]), first, first + len(images), "held out")
+    return objective(denoiser, images, t, eps.to(images.device), feed_back=True), t

@@ -1,0 +1,98 @@
+"""The run folder: the folder is the run.
+
+config.yaml       the resolved configuration          checkpoints/    last.ckpt, previous.ckpt
+overrides.txt     what was typed                      metrics.csv     numbers over the course of the run
+provenance.json   code, versions, hardware, seed      samples/        grids, noised strip, denoising GIF
+summary.json      how it ended                        curves.png, wandb/, tensorboard/
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from litdiffusion.errors import UserError
+from litdiffusion.files import whole_file, write_text
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of everything in a run folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def overrides(self) -> Path:
+        """The overrides of the command, one a line."""
+        return self.path / "overrides.txt"
+
+    @property
+    def provenance(self) -> Path:
+        """Where the run came from: appended to by each start of it."""
+        return self.path / "provenance.json"
+
+    @property
+    def summary(self) -> Path:
+        """How the run ended."""
+        return self.path / "summary.json"
+
+    @property
+    def metrics(self) -> Path:
+        """The table of numbers."""
+        return self.path / "metrics.csv"
+
+    @property
+    def curves(self) -> Path:
+        """The picture of the numbers."""
+        return self.path / "curves.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """The folder of pictures."""
+        return self.path / "samples"
+
+    def prepare(self) -> None:
+        """Make the folder, and make sure that it can be written.
+
+        Raises:
+            UserError: it cannot.
+        """
+        try:
+            for folder in (self.checkpoints, self.samples):
+                folder.mkdir(parents=True, exist_ok=True)
+            with whole_file(self.path / "probe") as probe:
+                probe.write_text("")
+            (self.path / "probe").unlink()
+        except OSError as error:
+            raise UserError(
+                f"run_dir {self.path} cannot be written ({error.strerror}): choose another, run_dir=DIR"
+            ) from error
+
+    def describe(self, config: dict[str, Any], overrides: Iterable[str], provenance: dict[str, Any]) -> None:
+        """Write down what is about to run."""
+        write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(config)))
+        write_text(self.overrides, "".join(f"{override}\n" for override in overrides))
+        starts = json.loads(self.provenance.read_text()) if self.provenance.exists() else []
+        write_text(self.provenance, json.dumps([*starts, provenance], indent=2) + "\n")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write down how the run ended."""
+        write_text(self.summary, json.dumps(summary, indent=2) + "\n")
+
+
+def absolute(path: str) -> str:
+    """Return a path as the user meant it: relative to where the command was typed, ``~`` for home."""
+    return str(Path(path).expanduser().absolute())

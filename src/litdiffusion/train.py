@@ -1,0 +1,171 @@
+"""python -m litdiffusion.train: compose, build, run, write the summary."""
+
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning import Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from litdiffusion.configuration.checks import validate
+from litdiffusion.configuration.entry import entry_point, process_rank
+from litdiffusion.configuration.nodes import build
+from litdiffusion.reporting.curves import curves
+from litdiffusion.reporting.report import paragraph
+from litdiffusion.runs.folder import RunFolder, absolute
+from litdiffusion.runs.provenance import provenance
+from litdiffusion.runs.resume import Resumption, find_resumption
+from litdiffusion.training.callbacks import Interrupted, Monitor, SampleImages, SaveCheckpoints
+from litdiffusion.training.callbacks.monitor import images_seen
+from litdiffusion.training.checkpoint_io import WholeCheckpointIO
+from litdiffusion.training.loggers import close_loggers, describe_run, resume_loggers
+from litdiffusion.training.memory import keep_freed_memory
+from litdiffusion.training.module import LitDiffusion
+
+log = logging.getLogger("litdiffusion.train")  # run as a script, __name__ is __main__
+T = TypeVar("T")
+
+SUPPLIED = {
+    "trainer": ("logger", "callbacks", "plugins"),
+    "callbacks.save_checkpoints": ("model_config", "data_config"),
+}
+"""Arguments that are not configuration: what is built here and passed on."""
+
+
+@entry_point("train")
+def main(cfg: DictConfig) -> None:
+    """Train, or go on training, the model that the configuration describes."""
+    started = time.perf_counter()
+    cfg.run_dir = absolute(cfg.run_dir)
+    validate(cfg, SUPPLIED)
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    run = RunFolder(Path(cfg.run_dir))
+    resumption = find_resumption(run, config, cfg.resume)
+
+    keep_freed_memory()
+    torch.manual_seed(cfg.seed)  # every process starts from the same weights
+    datamodule = build(cfg.datamodule, "datamodule")
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    module: LitDiffusion = build(cfg.module, "module")
+    run.prepare()
+    if process_rank() == 0:
+        run.describe(config, overrides(), provenance(cfg.seed))
+    trainer = build_trainer(cfg, config)
+    announce(trainer, module, run, resumption)
+
+    try:
+        describe_run(trainer.loggers, config)
+        if resumption is not None:
+            resume_loggers(trainer.loggers, resumption.step)
+        checkpoint = resumption.checkpoint if resumption else None
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+        finish(trainer, module, run, config, started)
+    except Interrupted as interrupted:
+        log.warning("%s: the same command with run_dir=%s continues", interrupted, run.path)
+        sys.exit(128 + interrupted.signum)
+    finally:
+        close_loggers(trainer.loggers)
+
+
+def build_trainer(cfg: DictConfig, config: dict[str, Any]) -> Trainer:
+    """Build loggers, callbacks and the trainer that runs them."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning's own, with this torch
+    model_config = {name: config[name] for name in ("denoiser", "sampler", "loss", "weighting")}
+    late = {"save_checkpoints": {"model_config": model_config, "data_config": config["data"]}}
+    callbacks = [
+        build(node, f"callbacks.{name}", **late.get(name, {})) for name, node in cfg.callbacks.items() if node
+    ]
+    loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node]
+    trainer: Trainer = build(
+        cfg.trainer, "trainer", logger=loggers, callbacks=callbacks, plugins=[WholeCheckpointIO()]
+    )
+    return trainer
+
+
+def announce(trainer: Trainer, module: LitDiffusion, run: RunFolder, resumption: Resumption | None) -> None:
+    """Say what is about to happen, in one line."""
+    if process_rank() > 0:
+        return
+    start = f"Continuing from step {resumption.step} of" if resumption else "Training"
+    log.info(
+        "%s %s steps: %s parameters on %s, %s. Run folder: %s",
+        start,
+        f"{trainer.max_steps:,}",
+        f"{num_parameters(module):,}",
+        trainer.strategy.root_device,
+        trainer.precision,
+        run.path,
+    )
+
+
+def finish(
+    trainer: Trainer, module: LitDiffusion, run: RunFolder, config: dict[str, Any], started: float
+) -> None:
+    """Validate and sample the trained model, draw the curves, write and print the summary."""
+    monitor = find(trainer, Monitor)
+    if monitor and monitor.validated_step != trainer.global_step and trainer.datamodule.num_val:  # type: ignore[attr-defined]
+        trainer.validate(module, datamodule=trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
+    sampling = find(trainer, SampleImages)
+    if sampling:
+        sampling.finish(trainer, module)
+    if not trainer.is_global_zero:
+        return
+    if run.metrics.exists():
+        curves(run.metrics, run.curves)
+    saving = find(trainer, SaveCheckpoints)
+    files = {
+        "checkpoint": saving.last if saving else None,
+        "grid": run.samples / "grid.png",
+        "gif": run.samples / "denoising.gif",
+        "noised_strip": run.samples / "noised_strip.png",
+        "curves": run.curves,
+    }
+    summary = {
+        "experiment": experiment(),
+        "seed": config["seed"],
+        "steps": trainer.global_step,
+        "images_seen": images_seen(trainer),
+        "wall_seconds": round(time.perf_counter() - started, 1),
+        "images_per_second": round(monitor.images_per_second, 1) if monitor else None,
+        "train_loss": monitor.loss if monitor else None,
+        "val_loss": monitor.val_loss if monitor else None,
+        "parameters": num_parameters(module),
+        "device": str(trainer.strategy.root_device),
+        "precision": trainer.precision,
+        "run_dir": str(run.path),
+        **{name: str(path) for name, path in files.items() if path and path.exists()},
+    }
+    run.write_summary(summary)
+    print(f"\n{paragraph(summary, run.path)}")
+
+
+def num_parameters(module: LitDiffusion) -> int:
+    """Count the network's parameters, once."""
+    return sum(p.numel() for p in module.denoiser.net.parameters())
+
+
+def find(trainer: Trainer, kind: type[T]) -> T | None:
+    """Return the trainer's callback of a kind; a configuration may leave any of them out."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)  # type: ignore[attr-defined]
+
+
+def overrides() -> list[str]:
+    """What was typed."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def experiment() -> str | None:
+    """The name of the experiment preset, if one was chosen."""
+    return HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None
+
+
+if __name__ == "__main__":
+    main()

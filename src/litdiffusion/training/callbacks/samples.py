@@ -1,0 +1,94 @@
+"""Pictures over the course of a run: the same seeds every time, so that one sees what training changes."""
+
+from pathlib import Path
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from PIL.Image import Image
+
+from litdiffusion.diffusion import Sampler, Step
+from litdiffusion.reporting import images as pictures
+from litdiffusion.reporting.gif import pick_frames, save_gif
+from litdiffusion.sampling import sample_images
+from litdiffusion.training.callbacks.monitor import images_seen
+from litdiffusion.training.loggers import log_gif, log_image
+from litdiffusion.training.module import LitDiffusion
+
+STRIP_IMAGES = 4
+
+
+class SampleImages(Callback):
+    """Save and log a noised strip at the start, a sample grid every so often, a denoising GIF at the end.
+
+    Args:
+        folder: where the pictures go.
+        sampler: how to sample.
+        every_n_steps: optimizer steps between grids.
+        num_images: images in a grid.
+        seed: of the noise; the same for every grid.
+    """
+
+    def __init__(
+        self, folder: str, sampler: Sampler, every_n_steps: int, num_images: int = 64, seed: int = 0
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("num_images", num_images)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        self.folder = Path(folder)
+        self.sampler = sampler
+        self.every_n_steps = every_n_steps
+        self.num_images = num_images
+        self.seed = seed
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show what the network will see: a few training pictures, noised at several t."""
+        if not trainer.is_global_zero or trainer.global_step > 0:
+            return
+        assert isinstance(pl_module, LitDiffusion)
+        few = trainer.datamodule.examples(STRIP_IMAGES)  # type: ignore[attr-defined]  # Lightning attaches it untyped
+        strip = pictures.noised_strip(pl_module.denoiser.schedule, few, seed=self.seed)
+        self._show(trainer, "noised_strip", strip)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Sample where a grid is due."""
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        last = trainer.global_step == trainer.max_steps
+        if stepped and not last and trainer.global_step % self.every_n_steps == 0:
+            self._sample(trainer, pl_module, f"step-{trainer.global_step:07d}", record=False)
+
+    def finish(self, trainer: Trainer, module: LitDiffusion) -> None:
+        """Sample once more when the run is over, and record the way there as a GIF."""
+        self._sample(trainer, module, "grid", record=True)
+
+    def _sample(self, trainer: Trainer, module: LightningModule, name: str, record: bool) -> None:
+        assert isinstance(module, LitDiffusion)
+        if not trainer.is_global_zero:
+            return
+        frames = []
+        num_steps = len(self.sampler.times(module.denoiser.schedule)) - 1
+        shown = set(pick_frames(num_steps)) if record else set()
+        count = 0
+
+        def watch(start: int, moment: Step) -> None:
+            nonlocal count
+            if start == 0 and count in shown:
+                frames.append(moment.x.float().cpu())
+            count += start == 0
+
+        samples = sample_images(
+            module.best_denoiser, self.sampler, self.num_images, self.seed, self.num_images, watch
+        )
+        self._show(trainer, name, pictures.grid(samples))
+        if record:
+            path = self.folder / "denoising.gif"
+            save_gif(frames, path)
+            for logger in trainer.loggers:
+                log_gif(logger, "samples/denoising", path, trainer.global_step, images_seen(trainer))
+
+    def _show(self, trainer: Trainer, name: str, image: Image) -> None:
+        pictures.save(image, self.folder / f"{name}.png")
+        key = "samples/noised_strip" if name == "noised_strip" else "samples/grid"
+        for logger in trainer.loggers:
+            log_image(logger, key, image, trainer.global_step, images_seen(trainer))

@@ -1,0 +1,148 @@
+"""Where numbers and pictures go: the run folder's ``metrics.csv``, W&B, TensorBoard."""
+
+import logging
+import os
+import secrets
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from PIL.Image import Image
+
+from litdiffusion.runs.metrics import MetricsTable
+
+log = logging.getLogger(__name__)
+
+
+class CSVLogger(Logger):
+    """One row of ``metrics.csv`` for each logged step.
+
+    Lightning's own logger deletes the file when a run is resumed; this one keeps the rows up to the step the run
+    resumes from, and appends.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = Path(path)
+        self._table: MetricsTable | None = None
+
+    @property
+    def name(self) -> str:
+        """Lightning asks for one."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """Lightning asks for one."""
+        return ""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The run folder holds the configuration already."""
+
+    @rank_zero_only
+    def resume_at(self, step: int) -> None:
+        """Drop what lies beyond ``step``: the resumed run will log it again."""
+        self._table = MetricsTable(self._path, up_to_step=step)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a row."""
+        if self._table is None:
+            self._table = MetricsTable(self._path)
+        self._table.append({"step": step or 0, **metrics})
+
+
+def wandb_logger(
+    run_dir: str,
+    project: str = "litdiffusion",
+    name: str | None = None,
+    group: str | None = None,
+    tags: list[str] | None = None,
+    mode: Literal["auto", "online", "offline"] = "auto",
+) -> WandbLogger:
+    """Return a W&B logger whose run belongs to the run folder for life.
+
+    ``auto`` is online where this machine has a W&B account, and offline otherwise, in so many words: nobody is
+    ever asked a question. The run's id is kept in the folder, so a resumed run continues the same W&B run.
+    """
+    import wandb
+
+    folder = Path(run_dir)
+    (folder / "wandb").mkdir(parents=True, exist_ok=True)
+    id_file = folder / "wandb" / "run_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4))
+    offline = mode == "offline"
+    if mode == "auto":
+        forced = os.environ.get("WANDB_MODE", "").lower()
+        offline = forced in ("offline", "dryrun") or (forced != "online" and not wandb.login(prompt=False))
+        if offline and not forced:
+            log.warning(
+                "W&B: this machine has no account (see `wandb login`), so the run is logged offline in"
+                " %s; upload it later with `wandb sync %s/offline-run-*`",
+                folder / "wandb",
+                folder / "wandb",
+            )
+    return WandbLogger(
+        save_dir=folder,
+        project=project,
+        name=name or folder.name,
+        id=id_file.read_text().strip(),
+        group=group,
+        tags=tags,
+        offline=offline,
+        resume="allow",
+        settings=wandb.Settings(silent=True),
+    )
+
+
+def log_image(logger: Logger, key: str, image: Image, step: int, images_seen: int) -> None:
+    """Show a picture on a dashboard; loggers without pictures pass."""
+    if isinstance(logger, WandbLogger):
+        import wandb
+
+        logger.experiment.log(
+            {key: wandb.Image(image), "images_seen": images_seen, "trainer/global_step": step}
+        )
+    elif isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(key, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+
+def log_gif(logger: Logger, key: str, path: Path, step: int, images_seen: int) -> None:
+    """Show a GIF on a dashboard; loggers that cannot pass."""
+    if isinstance(logger, WandbLogger):
+        import wandb
+
+        logger.experiment.log(
+            {
+                key: wandb.Video(str(path), format="gif"),
+                "images_seen": images_seen,
+                "trainer/global_step": step,
+            }
+        )
+
+
+def describe_run(loggers: list[Logger], config: dict[str, Any]) -> None:
+    """Hand the resolved configuration to the dashboards, and make images seen their axis."""
+    for logger in loggers:
+        logger.log_hyperparams(config)
+        if isinstance(logger, WandbLogger):
+            logger.experiment.define_metric("images_seen")
+            logger.experiment.define_metric("*", step_metric="images_seen")
+
+
+def resume_loggers(loggers: list[Logger], step: int) -> None:
+    """Tell the loggers that keep a table where the run continues."""
+    for logger in loggers:
+        if isinstance(logger, CSVLogger):
+            logger.resume_at(step)
+
+
+def close_loggers(loggers: list[Logger]) -> None:
+    """Finish what a dashboard keeps open, so that the next job of a sweep starts a run of its own."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
