@@ -1,17 +1,14 @@
-"""Small worlds of images: real files and data sets, a few pixels each."""
+"""What the tests of the data room share: the real data set, and machines that lack something."""
 
 from pathlib import Path
 
 import datasets
 import datasets.config
 import huggingface_hub.constants
-import numpy as np
 import pytest
-from PIL import Image
+from image_worlds import REPOSITORY
 
 from litdiffusion.data.sources.fashion_mnist import find_folder
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -43,20 +40,3 @@ def no_debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without Debian's package."""
     nowhere = tmp_path / "not-installed"
     monkeypatch.setattr("litdiffusion.data.sources.fashion_mnist.DEBIAN_FOLDER", nowhere)
-
-
-def noise(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def save_images(folder: Path, count: int, size: tuple[int, int] = (9, 7), suffix: str = ".png") -> list[Path]:
-    """Write ``count`` RGB images of noise, (height, width) pixels each; no two are alike."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{i:03d}{suffix}" for i in range(count)]
-    for i, path in enumerate(paths):
-        Image.fromarray(noise(hash_of(folder, i), *size, 3)).save(path)
-    return paths
-
-
-def hash_of(folder: Path, number: int) -> int:
-    return sum(folder.name.encode()) * 1000 + number

@@ -4,7 +4,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import noise
+from image_worlds import noise
 from PIL import Image
 
 from litdiffusion.data.decoding import array_dataset, decode_column

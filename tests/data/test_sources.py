@@ -4,33 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import noise
+from image_worlds import FILES, noise, small_copy
 
 from litdiffusion.data.decoding import decode_column
 from litdiffusion.data.idx import write_idx
 from litdiffusion.data.sources import Digits, FashionMNIST
 from litdiffusion.errors import UserError
-
-FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
-
-
-def small_copy(folder: Path, suffix: str = "") -> dict[str, np.ndarray]:
-    """Fashion-MNIST in form, with 20 training and 5 test images of noise."""
-    folder.mkdir(exist_ok=True)
-    values = {
-        FILES[0]: noise(0, 20, 28, 28),
-        FILES[1]: noise(1, 20) % 10,
-        FILES[2]: noise(2, 5, 28, 28),
-        FILES[3]: noise(3, 5) % 10,
-    }
-    for name, value in values.items():
-        write_idx(folder / f"{name}{suffix}", value)
-    return values
 
 
 def pixels(source: FashionMNIST | Digits, split: str) -> np.ndarray:

@@ -65,7 +65,9 @@ def _arrays(column: pa.ChunkedArray) -> Pixels:
     return pixels
 
 
-def _decode(record: dict[str, Any] | None, image_size: tuple[int, int], channels: int) -> UInt8[np.ndarray, "c h w"]:
+def _decode(
+    record: dict[str, Any] | None, image_size: tuple[int, int], channels: int
+) -> UInt8[np.ndarray, "c h w"]:
     if record is None:
         raise UserError("the data set has a row without an image; remove it")
     try:

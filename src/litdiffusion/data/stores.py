@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -45,18 +45,6 @@ class Batch(NamedTuple):
 def to_float(images: UInt8[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
     """Pixels 0..255 as float32 in [-1, 1], ``x / 127.5 - 1``; ``round((y + 1) * 127.5)`` is the exact inverse."""
     return images.to(torch.float32).div_(127.5).sub_(1.0)
-
-
-class ImageStore(Protocol):
-    """Images of one split, each decoded to uint8 [C, H, W]."""
-
-    def __len__(self) -> int:
-        """Number of images."""
-        ...
-
-    def batches(self, requests: Iterator[Request]) -> Iterator[Batch]:
-        """One batch for each request, in order."""
-        ...
 
 
 class MemoryStore:
@@ -140,6 +128,9 @@ class ArrowStore:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+ImageStore = MemoryStore | ArrowStore
 
 
 class _Requests:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import datasets
 import numpy as np
-import sklearn.datasets
 
 from litdiffusion.data.decoding import array_dataset
 from litdiffusion.data.sources.base import Source, Split
@@ -23,6 +22,8 @@ class Digits(Source):
 
     def load(self, split: Split) -> datasets.Dataset:
         """Scale the 17 gray levels 0..16 to 0..255."""
+        import sklearn.datasets  # here, since every other start would wait a second for it
+
         digits = sklearn.datasets.load_digits()
         chosen = (np.arange(len(digits.target)) % 6 == 5) == (split == "test")
         pixels = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)

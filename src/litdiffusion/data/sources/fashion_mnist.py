@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from litdiffusion.data.decoding import array_dataset
 from litdiffusion.data.idx import read_idx
 from litdiffusion.data.sources.base import Source, Split
-from litdiffusion.data.sources.hub import load_from_hub
+from litdiffusion.data.sources.hub import Splits, load_from_hub
 from litdiffusion.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class FashionMNIST(Source):
         images, labels = read_split(folder, split)
         return array_dataset(images[:, None], labels, CLASSES)
 
-    def _from_hub(self) -> datasets.DatasetDict:
+    def _from_hub(self) -> Splits:
         try:
             return load_from_hub(HUB_NAME)
         except UserError as error:

@@ -30,6 +30,8 @@ HELD_OUT = ("test", "validation", "valid", "val", "eval", "dev")
 """Splits that serve as the held-out one, best first."""
 SECONDS_TO_ANSWER = 5.0
 
+Splits = dict[str, datasets.Dataset]
+
 
 class Hub(Source):
     """Any image data set of the Hub, or of a local folder or file of Parquet.
@@ -85,7 +87,7 @@ class Hub(Source):
             self._splits = self._choose(self._open())
         return self._splits[split]
 
-    def _open(self) -> datasets.DatasetDict:
+    def _open(self) -> Splits:
         path = Path(self.name).expanduser()
         if path.exists():
             return _load_local(path, self.config)
@@ -93,7 +95,7 @@ class Hub(Source):
             raise UserError(f"data.name={self.name}: there is no such file or folder")
         return load_from_hub(self.name, self.config, self.revision)
 
-    def _choose(self, found: datasets.DatasetDict) -> dict[Split, datasets.Dataset]:
+    def _choose(self, found: Splits) -> dict[Split, datasets.Dataset]:
         """Pick splits and columns, and bring them to the form that ``Source.load`` promises."""
         for wanted in {self.train_split, self.test_split} - {"auto"}:
             if wanted not in found:
@@ -119,7 +121,7 @@ class Hub(Source):
         return {"train": pair[0], "test": pair[1]}
 
 
-def load_from_hub(name: str, config: str | None = None, revision: str | None = None) -> datasets.DatasetDict:
+def load_from_hub(name: str, config: str | None = None, revision: str | None = None) -> Splits:
     """Load a data set of the Hub, or the copy of an earlier download when the Hub cannot be reached.
 
     One request asks whether the Hub answers: ``datasets`` itself would retry for half a minute.
@@ -142,9 +144,9 @@ def load_from_hub(name: str, config: str | None = None, revision: str | None = N
     except (
         Exception
     ) as unreachable:  # the HTTP library's own errors, which differ by the Hub client's version
-        with _offline():
+        with _offline(), _quiet():
             try:
-                found = _as_dict(datasets.load_dataset(name, config, revision=revision))
+                loaded = datasets.load_dataset(name, config, revision=revision)
             except Exception as error:
                 raise UserError(
                     f"the Hub cannot be reached for {name} ({one_line(unreachable)}), "
@@ -153,7 +155,7 @@ def load_from_hub(name: str, config: str | None = None, revision: str | None = N
         log.warning(
             "the Hub cannot be reached; using the latest earlier download of %s, its revision unchecked", name
         )
-        return found
+        return _as_dict(loaded)
     return _load(name, name, config, revision=revision)
 
 
@@ -185,7 +187,11 @@ def find_label_column(features: datasets.Features, wanted: str | None, source: s
             raise UserError(f"{source} has no column {wanted!r}; it has {', '.join(features)}")
         return wanted
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    integers = [name for name, feature in features.items() if "int" in str(getattr(feature, "dtype", ""))]
+    integers = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, datasets.Value) and "int" in feature.dtype
+    ]
     for found in (classes, integers):
         preferred = [name for name in ("label", "labels") if name in found]
         if preferred:
@@ -206,7 +212,7 @@ def hold_out(
     return dataset.select(train.numpy()), dataset.select(test.numpy())
 
 
-def _load_local(path: Path, config: str | None) -> datasets.DatasetDict:
+def _load_local(path: Path, config: str | None) -> Splits:
     if path.is_file():
         if path.suffix != ".parquet":
             raise UserError(
@@ -218,15 +224,28 @@ def _load_local(path: Path, config: str | None) -> datasets.DatasetDict:
     return _load(str(path), str(path), config)
 
 
-def _load(what: str, path: str, config: str | None = None, **options: object) -> datasets.DatasetDict:
+def _load(what: str, path: str, config: str | None = None, **options: object) -> Splits:
     try:
-        return _as_dict(datasets.load_dataset(path, config, **options))
+        with _quiet():
+            loaded = datasets.load_dataset(path, config, **options)
     except Exception as error:  # the library's builders raise whatever their file formats raise
         raise UserError(f"cannot load the data set {what}: {one_line(error.__cause__ or error)}") from error
+    return _as_dict(loaded)
 
 
-def _as_dict(loaded: datasets.Dataset | datasets.DatasetDict) -> datasets.DatasetDict:
-    return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
+def _as_dict(loaded: datasets.Dataset | Splits) -> Splits:
+    return {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library from logging the errors that end up in ours."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
 
 
 @contextmanager

@@ -1,0 +1,240 @@
+import http.server
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub.constants
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from image_worlds import noise
+from PIL import Image
+
+from litdiffusion.data.decoding import decode_column
+from litdiffusion.data.sources import Hub
+from litdiffusion.errors import UserError
+
+CLASSES = ["ant", "bee", "cow"]
+
+
+def table(count: int, seed: int = 0, label: str | None = "label", image: str = "image") -> datasets.Dataset:
+    """Images of noise, 8x8 RGB as PNG; the label of image i is i mod 3."""
+    columns: dict[str, Any] = {
+        image: [Image.fromarray(noise(seed * 1000 + i, 8, 8, 3)) for i in range(count)]
+    }
+    features = {image: datasets.Image()}
+    if label is not None:
+        columns[label] = [i % 3 for i in range(count)]
+        features[label] = datasets.ClassLabel(names=CLASSES)
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def pixels(source: Hub) -> tuple[np.ndarray, np.ndarray]:
+    train, test = (source.load(split).with_format("arrow")[:]["image"] for split in ("train", "test"))
+    return tuple(decode_column(column, source.image_size, source.channels) for column in (train, test))
+
+
+def test_a_parquet_file_is_shared_out_the_same_way_every_time(tmp_path: Path) -> None:
+    table(20).to_parquet(tmp_path / "images.parquet")
+    source = Hub(str(tmp_path / "images.parquet"), image_size=8, holdout=0.2)
+    source.prepare()
+    train, test = pixels(source)
+    assert train.shape == (16, 3, 8, 8)
+    assert test.shape == (4, 3, 8, 8)
+    every = np.concatenate([train, test])
+    expected = np.stack([np.moveaxis(noise(i, 8, 8, 3), -1, 0) for i in range(20)])
+    assert sorted(map(bytes, every)) == sorted(map(bytes, expected))
+    assert np.array_equal(pixels(Hub(str(tmp_path / "images.parquet"), image_size=8, holdout=0.2))[1], test)
+    assert source.class_names == CLASSES
+
+
+def test_a_folder_of_parquet_with_its_own_splits(tmp_path: Path) -> None:
+    table(6).to_parquet(tmp_path / "train.parquet")
+    table(3, seed=1).to_parquet(tmp_path / "test.parquet")
+    table(2, seed=2).to_parquet(tmp_path / "validation.parquet")
+    source = Hub(str(tmp_path), image_size=[4, 8], channels=1)
+    assert [len(part) for part in pixels(source)] == [6, 3]
+    assert source.load("test")["label"][:] == [0, 1, 2]
+    assert [len(part) for part in pixels(Hub(str(tmp_path), test_split="validation"))] == [6, 2]
+    assert [len(part) for part in pixels(Hub(str(tmp_path), train_split="test"))] == [3, 2]
+    (tmp_path / "test.parquet").unlink()
+    assert [len(part) for part in pixels(Hub(str(tmp_path)))] == [6, 2]
+
+
+def test_what_the_library_saved_to_disk(tmp_path: Path) -> None:
+    datasets.DatasetDict(train=table(5), test=table(2)).save_to_disk(tmp_path / "both")
+    assert [len(part) for part in pixels(Hub(str(tmp_path / "both")))] == [5, 2]
+    table(5).save_to_disk(tmp_path / "one")
+    assert [len(part) for part in pixels(Hub(str(tmp_path / "one"), holdout=0.4))] == [3, 2]
+
+
+def test_columns_are_found_by_type_whatever_their_names(tmp_path: Path) -> None:
+    rows = table(6, label="species", image="photo").add_column("length", [1.5] * 6)
+    rows.to_parquet(tmp_path / "odd.parquet")
+    source = Hub(str(tmp_path / "odd.parquet"))
+    assert source.load("train").column_names == ["image", "label"]
+    assert source.class_names == CLASSES
+    plain = Hub(str(tmp_path / "odd.parquet"), label_column=None)
+    assert plain.load("train").column_names == ["image"]
+    assert plain.class_names is None
+
+
+def test_integer_and_text_labels_are_numbered_alike_in_both_splits(tmp_path: Path) -> None:
+    base = table(6, label=None)
+    base.add_column("label", [7, 3, 7, 10, 3, 7]).to_parquet(tmp_path / "train.parquet")
+    base.select([0, 1]).add_column("label", [10, 99]).to_parquet(tmp_path / "test.parquet")
+    source = Hub(str(tmp_path))
+    assert source.load("train")["label"][:] == [1, 0, 1, 2, 0, 1]
+    assert source.load("test")["label"][:] == [2, 3]
+    assert source.class_names == ["3", "7", "10", "99"]
+    words = tmp_path / "words.parquet"
+    base.add_column("kind", ["b", "a", "b", "c", "a", "b"]).to_parquet(words)
+    assert Hub(str(words)).load("train").column_names == ["image"]
+    named = Hub(str(words), label_column="kind")
+    assert sorted(named.load("train")["label"][:] + named.load("test")["label"][:]) == [0, 0, 1, 1, 1, 2]
+    assert named.class_names == ["a", "b", "c"]
+
+
+def test_a_test_split_with_blanked_labels_is_passed_over(tmp_path: Path) -> None:
+    table(6).to_parquet(tmp_path / "train.parquet")
+    blank = table(3, label=None).add_column("label", [-1] * 3)
+    blank.cast_column("label", datasets.ClassLabel(names=CLASSES)).to_parquet(tmp_path / "test.parquet")
+    table(2, seed=1).to_parquet(tmp_path / "validation.parquet")
+    assert Hub(str(tmp_path)).load("test")["label"][:] == [0, 1]
+    assert len(Hub(str(tmp_path), label_column=None).load("test")) == 3
+
+
+def test_missing_labels_are_an_error_with_a_way_out(tmp_path: Path) -> None:
+    table(4, label=None).add_column("label", [1, None, 2, 1]).to_parquet(tmp_path / "gaps.parquet")
+    with pytest.raises(UserError, match=r"without a label.*label_column=null"):
+        Hub(str(tmp_path / "gaps.parquet")).load("train")
+
+
+def test_parquet_of_other_tools(tmp_path: Path) -> None:
+    """Bytes without the library's metadata: a {bytes, path} struct is recognised, plain bytes when named."""
+    encoded = [row["image"] for row in table(4).cast_column("image", datasets.Image(decode=False))]
+    pq.write_table(pa.table({"picture": encoded}), tmp_path / "struct.parquet")
+    assert [len(part) for part in pixels(Hub(str(tmp_path / "struct.parquet")))] == [3, 1]
+    pq.write_table(pa.table({"raw": [e["bytes"] for e in encoded]}), tmp_path / "bytes.parquet")
+    assert [len(part) for part in pixels(Hub(str(tmp_path / "bytes.parquet"), image_column="raw"))] == [3, 1]
+
+
+def test_no_column_or_too_many_are_listed(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["a", "b"], "n": [1, 2]}).to_parquet(tmp_path / "text.parquet")
+    with pytest.raises(
+        UserError, match=r"no column of images; it has text, n: name one by data\.image_column"
+    ):
+        Hub(str(tmp_path / "text.parquet")).load("train")
+    two = datasets.concatenate_datasets(
+        [table(3, label=None, image=name) for name in ("before", "after")], axis=1
+    )
+    two.to_parquet(tmp_path / "two.parquet")
+    with pytest.raises(UserError, match=r"choose data\.image_column from before, after"):
+        Hub(str(tmp_path / "two.parquet")).load("train")
+    assert len(Hub(str(tmp_path / "two.parquet"), image_column="after").load("train")) == 2
+    with pytest.raises(UserError, match="no column 'befor'; it has before, after"):
+        Hub(str(tmp_path / "two.parquet"), image_column="befor").load("train")
+    with pytest.raises(UserError, match="no column 'kind'"):
+        Hub(str(tmp_path / "two.parquet"), image_column="after", label_column="kind").load("train")
+    with pytest.raises(UserError, match="'n' holds no images"):
+        Hub(str(tmp_path / "text.parquet"), image_column="n", holdout=0.5).load("train")
+
+
+@pytest.mark.parametrize("option", ["train_split", "test_split"])
+def test_an_unknown_split_is_named_with_those_there_are(tmp_path: Path, option: str) -> None:
+    table(3).to_parquet(tmp_path / "train.parquet")
+    table(3).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(UserError, match="no split 'extra'; it has train, test"):
+        Hub(str(tmp_path), **{option: "extra"}).load("train")
+
+
+def test_wrong_paths_and_damaged_files_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 is not enough")
+    (tmp_path / "photo.png").write_bytes(b"x")
+    table(1).to_parquet(tmp_path / "single.parquet")
+    cases = {
+        str(tmp_path / "gone"): "no such file or folder",
+        "./gone": "no such file or folder",
+        "gone.parquet": "no such file or folder",
+        str(tmp_path / "empty"): "cannot load",
+        str(tmp_path / "bad.parquet"): "cannot load",
+        str(tmp_path / "photo.png"): "data=image_folder",
+        str(tmp_path / "single.parquet"): "at least 2 are needed",
+    }
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=message) as error:
+            Hub(name).load("train")
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_an_unreachable_hub_fails_fast_and_quietly(capfd: pytest.CaptureFixture[str]) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match="Hub cannot be reached for owner/images") as error:
+        Hub("owner/images").prepare()
+    assert time.monotonic() - began < 5
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_an_earlier_download_serves_while_the_hub_is_away(
+    tmp_path: Path, own_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "toy").mkdir()
+    table(5).to_parquet(tmp_path / "toy" / "train.parquet")
+    datasets.load_dataset(str(tmp_path / "toy"))
+    [cached] = (path for path in (own_cache / "toy").glob("*/*/*") if path.is_dir())
+    place = own_cache / "owner___toy" / "default" / cached.parent.name
+    place.mkdir(parents=True)
+    cached.rename(place / cached.name)
+    assert len(Hub("owner/toy", holdout=0.2).load("train")) == 4
+    assert "earlier download of owner/toy" in caplog.text
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+class FakeHub(http.server.BaseHTTPRequestHandler):
+    """Answers as the Hub answers for a data set that is not there."""
+
+    def do_GET(self) -> None:
+        if "silent" in self.path:
+            time.sleep(1.0)
+        gated = "gated" in self.path
+        self.send_response(403 if gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def answering_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        yield
+        server.shutdown()
+
+
+@pytest.mark.usefixtures("answering_hub")
+def test_an_unknown_a_gated_and_a_malformed_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, message in {
+        "owner/nothing": "the Hub has no data set 'owner/nothing'",
+        "owner/gated": "owner/gated is gated: ask for access",
+        "three/part/name": "the Hub has no data set 'three/part/name'",
+        "white space": "the Hub has no data set 'white space'",
+    }.items():
+        with pytest.raises(UserError, match=message) as error:
+            Hub(name).load("train")
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr("litdiffusion.data.sources.hub.SECONDS_TO_ANSWER", 0.2)
+    with pytest.raises(UserError, match="Hub cannot be reached for owner/silent"):
+        Hub("owner/silent").load("train")

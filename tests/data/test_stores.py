@@ -1,0 +1,106 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from image_worlds import noise, save_images
+
+from litdiffusion.data.decoding import array_dataset
+from litdiffusion.data.sources import ImageFolder
+from litdiffusion.data.stores import ArrowStore, MemoryStore, Request, to_float
+from litdiffusion.errors import UserError
+
+
+def requests(*indices: list[int]) -> Iterator[Request]:
+    return iter([Request(rows, start=7 * i, step=i) for i, rows in enumerate(indices)])
+
+
+def folder_dataset(folder: Path) -> datasets.Dataset:
+    for name in ("cat", "dog"):
+        save_images(folder / name, 15, size=(11, 13))
+    return ImageFolder(folder).load("train")
+
+
+def test_to_float_is_exact_at_the_ends_and_inverted_by_rounding() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    scaled = to_float(levels)
+    assert scaled.dtype == torch.float32
+    assert (scaled[0], scaled[-1]) == (-1.0, 1.0)
+    assert torch.equal(((scaled + 1) * 127.5).round().to(torch.uint8), levels)
+    assert levels[255] == 255  # the input is left as it was
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_workers_read_what_memory_holds_bit_for_bit(tmp_path: Path, num_workers: int) -> None:
+    rows = folder_dataset(tmp_path)
+    wanted = [[3, 1, 4], [1, 5], [9, 2, 6, 5, 3, 5], [8]]
+    memory = list(MemoryStore(rows, (8, 6), 3).batches(requests(*wanted)))
+    disk = list(ArrowStore(rows, (8, 6), 3, num_workers).batches(requests(*wanted)))
+    assert len(memory) == len(disk) == 4
+    for one, other, indices in zip(memory, disk, wanted, strict=True):
+        assert one.images.shape == (len(indices), 3, 8, 6)
+        assert torch.equal(one.images, other.images)
+        assert one.labels is not None
+        assert other.labels is not None
+        assert torch.equal(one.labels, other.labels)
+        assert one.labels.tolist() == [rows[i]["label"] for i in indices]
+        assert (one.start, one.step) == (other.start, other.step)
+
+
+def test_memory_holds_one_contiguous_uint8_tensor_of_many_chunks() -> None:
+    images, labels = noise(0, 700, 1, 5, 4), (np.arange(700) % 7).astype(np.uint8)
+    store = MemoryStore(array_dataset(images, labels, list("abcdefg")), (5, 4), 1)
+    assert store.images.dtype == torch.uint8
+    assert store.images.is_contiguous()
+    assert np.array_equal(store.images.numpy(), images)
+    assert store.labels is not None
+    assert np.array_equal(store.labels.numpy(), labels)
+    assert len(store) == 700
+
+
+def test_without_labels_there_are_none(tmp_path: Path) -> None:
+    save_images(tmp_path, 5)
+    rows = ImageFolder(tmp_path).load("train")
+    for store in (MemoryStore(rows, (4, 4), 1), ArrowStore(rows, (4, 4), 1, num_workers=0)):
+        [batch] = store.batches(requests([0, 1]))
+        assert batch.labels is None
+        assert len(store) == len(rows)
+
+
+def test_an_unreadable_image_is_named_by_both_in_one_line(tmp_path: Path) -> None:
+    rows = folder_dataset(tmp_path)
+    path = rows.cast_column("image", datasets.Image(decode=False))[4]["image"]["path"]
+    Path(path).write_bytes(b"damaged")
+    with pytest.raises(UserError, match=f"cannot read image {path}") as in_memory:
+        MemoryStore(rows, (8, 8), 3)
+    for num_workers in (0, 1):
+        batches = ArrowStore(rows, (8, 8), 3, num_workers).batches(requests([0, 1], [3, 4]))
+        assert len(next(batches).images) == 2
+        with pytest.raises(UserError) as in_worker:
+            next(batches)
+        assert str(in_worker.value) == str(in_memory.value)
+        assert "\n" not in str(in_worker.value)
+
+
+def test_reading_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    rows = folder_dataset(tmp_path)
+    before = torch.get_rng_state()
+    list(ArrowStore(rows, (8, 8), 3, num_workers=1).batches(requests([0], [1])))
+    list(MemoryStore(rows, (8, 8), 3).batches(requests([0], [1])))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_read_ahead_of_an_endless_stream_and_let_go(tmp_path: Path) -> None:
+    rows = folder_dataset(tmp_path)
+
+    def endless() -> Iterator[Request]:
+        step = 0
+        while True:
+            yield Request([step % len(rows)], 0, step)
+            step += 1
+
+    stream = ArrowStore(rows, (4, 4), 3, num_workers=2).batches(endless())
+    assert [next(stream).step for _ in range(10)] == list(range(10))
+    stream.close()
