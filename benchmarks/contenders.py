@@ -2,8 +2,9 @@
 
     python benchmarks/contenders.py KEY [--batch-size 128] [--warmup 2] [--steps 4]
 
-prints one line of JSON: seconds of each training step and of each sampling step (KEY ``input``: of each batch). Peers train on a batch that
-lies ready in memory; ours is a run of the real trainer, so its steps include the input pipeline.
+prints one line of JSON: seconds of each training step and of each sampling step, or, where KEY is ``input``, of
+each batch of our input pipeline. Peers train on a batch that lies ready in memory; ours is a run of the real
+trainer, so its steps include the input pipeline.
 """
 
 import argparse
@@ -126,8 +127,8 @@ def ours(precision: str) -> Callable[[Plan], Seconds]:
         stamps = watch.stamps
         train = [stop - start for start, stop in pairwise(stamps)][plan.warmup :]
         denoiser = module.best_denoiser.eval()
-        # The first moment comes after half a step, and so does the last: the network has been called, the image
-        # not moved; and the other way round.
+        # The first moment comes before the image has moved, the last without a call of the network: between
+        # them, each is one whole step.
         moments = DDIM(num_steps=plan.total + 1).steps(denoiser, plan.batch())
         next(moments)
         return Seconds(train, between_ticks(islice(moments, plan.total), plan))

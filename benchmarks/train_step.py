@@ -161,7 +161,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{machine['processor']}, {machine['cores']} cores, {machine['vector_instructions']}, "
         f"bfloat16 {'native' if machine['bfloat16'] else 'not native'}; {machine['system']}, "
         f"Python {machine['python']}, torch {machine['torch']}; batch {report['batch_size']}, "
-        f"{report['rounds']} rounds, {report['date']}: `{report['command']}`",
+        f"rounds: {report['rounds']}; {report['date']}: `{report['command']}`",
     ]
     return "\n".join(lines)
 
