@@ -90,8 +90,8 @@ def test_empty_torn_and_infinite_cells_are_left_out(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("images_seen,train/loss,val/loss\n10,0.5,\n20,nan,\n30,0.3,0.4\n40,inf,\n50")
     metrics = read_metrics(path)
-    assert metrics.get("train/loss") == Series([10, 30], [0.5, 0.3])
-    assert metrics.get("val/loss") == Series([30], [0.4])
+    assert metrics.get("train/loss") == Series([10.0, 30.0], [0.5, 0.3])
+    assert metrics.get("val/loss") == Series([30.0], [0.4])
     assert metrics.get("train/lr") is None
 
 

@@ -60,7 +60,7 @@ def test_the_command_survives_the_shell_and_hydra(path):
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(0.2, "0 s"), (59.4, "59 s"), (553.2, "9 min 13 s"), (7265, "2 h 1 min"), (90_000, "1 d 1 h")],
+    [(0.2, "0 s"), (59.4, "59 s"), (553.2, "9 min 13 s"), (7265.0, "2 h 1 min"), (90_000.0, "1 d 1 h")],
 )
 def test_duration_in_two_units(seconds, said):
     assert duration(seconds) == said

@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
+from torch import Tensor
 
 from litdiffusion.files import whole_file
 from litdiffusion.reporting.metrics import Metrics, Series, read_metrics
@@ -36,7 +38,7 @@ def curves(metrics_csv: Path, png: Path) -> None:
         figure.savefig(temporary, format="png")
 
 
-def schedules_figure(schedules: Mapping[str, Sequence[float]]) -> Figure:
+def schedules_figure(schedules: Mapping[str, Sequence[float] | Float[Tensor, " T"]]) -> Figure:
     """Compare noise schedules: alpha_bar and log-SNR over t / T.
 
     Args:
