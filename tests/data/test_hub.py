@@ -14,6 +14,7 @@ import pytest
 from image_worlds import noise
 from PIL import Image
 
+from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.data.decoding import decode_column
 from litdiffusion.data.sources import Hub
 from litdiffusion.errors import UserError
@@ -106,12 +107,25 @@ def test_a_test_split_with_blanked_labels_is_passed_over(tmp_path: Path) -> None
     table(2, seed=1).to_parquet(tmp_path / "validation.parquet")
     assert Hub(str(tmp_path)).load("test")["label"][:] == [0, 1]
     assert len(Hub(str(tmp_path), label_column=None).load("test")) == 3
+    with pytest.raises(UserError, match=r"without a label.*label_column=null"):
+        Hub(str(tmp_path), test_split="test").load("test")
 
 
 def test_missing_labels_are_an_error_with_a_way_out(tmp_path: Path) -> None:
     table(4, label=None).add_column("label", [1, None, 2, 1]).to_parquet(tmp_path / "gaps.parquet")
     with pytest.raises(UserError, match=r"without a label.*label_column=null"):
         Hub(str(tmp_path / "gaps.parquet")).load("train")
+
+
+def test_labels_that_name_no_class_and_an_empty_split_are_refused(tmp_path: Path) -> None:
+    table(4, label=None).add_column("score", [0.5] * 4).to_parquet(tmp_path / "scores.parquet")
+    with pytest.raises(UserError, match="must be integers or text, not double"):
+        Hub(str(tmp_path / "scores.parquet"), label_column="score").load("train")
+    folder = tmp_path / "both"
+    datasets.DatasetDict(train=table(4), test=table(4).select([])).save_to_disk(folder)
+    data = ImageDataModule(Hub(str(folder)), batch_size=2, seed=0)
+    with pytest.raises(UserError, match="both has no validation images"):
+        data.setup("fit")
 
 
 def test_parquet_of_other_tools(tmp_path: Path) -> None:

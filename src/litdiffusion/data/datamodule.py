@@ -217,11 +217,10 @@ class ImageDataModule(LightningDataModule):
         if size == 0:
             raise UserError(f"{self.source.name} has no {role} images")
         megabytes = size * channels * height * width / 2**20
-        place = "memory" if megabytes <= self.memory_limit_mb else "Arrow"
-        log.info(
-            "%s: %s %s images, %.0f MiB, read from %s", self.source.name, f"{size:,}", role, megabytes, place
-        )
-        if place == "memory":
+        in_memory = megabytes <= self.memory_limit_mb
+        how = "decoded once into memory" if in_memory else "decoded as they are needed"
+        log.info("%s: %d %s images, %.1f MiB as pixels, %s", self.source.name, size, role, megabytes, how)
+        if in_memory:
             return MemoryStore(dataset, (height, width), channels)
         pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return ArrowStore(dataset, (height, width), channels, self.num_workers, pin)

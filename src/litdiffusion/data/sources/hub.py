@@ -8,9 +8,6 @@ from pathlib import Path
 import datasets
 import datasets.config
 import huggingface_hub.constants
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -21,6 +18,13 @@ from huggingface_hub.errors import (
 
 from litdiffusion.data.decoding import one_line
 from litdiffusion.data.sources.base import Source, Split, check_holdout
+from litdiffusion.data.sources.columns import (
+    find_image_column,
+    find_label_column,
+    is_labelled,
+    renamed,
+    with_class_labels,
+)
 from litdiffusion.errors import UserError
 from litdiffusion.randomness import generator_at
 
@@ -109,16 +113,17 @@ class Hub(Source):
             raise UserError(
                 f"split {self.test_split!r} of {self.name} lacks a column among {', '.join(columns)}"
             )
-        candidates = HELD_OUT if self.test_split == "auto" else (self.test_split,)
-        tests = [splits[name] for name in candidates if name in splits and name != self.train_split]
+        if self.test_split == "auto":
+            tests = [splits[name] for name in HELD_OUT if name in splits and name != self.train_split]
+            if label is not None:  # competitions publish test images with the labels blanked out
+                tests = [split for split in tests if is_labelled(split, label)]
+        else:
+            tests = [splits[self.test_split]]
+        chosen = [renamed(split, columns) for split in [train, *tests[:1]]]
         if label is not None:
-            # Competitions publish test images with the labels blanked out.
-            tests = [split for split in tests if _labelled(split, label)]
-        train, test = (train, tests[0]) if tests else hold_out(train, self.holdout, self.name)
-        pair = [_renamed(split, columns) for split in (train, test)]
-        if label is not None:
-            pair, self.class_names = _with_class_labels(pair, self.name)
-        return {"train": pair[0], "test": pair[1]}
+            chosen, self.class_names = with_class_labels(chosen, self.name)
+        train, test = chosen if tests else hold_out(train=chosen[0], fraction=self.holdout, source=self.name)
+        return {"train": train, "test": test}
 
 
 def load_from_hub(name: str, config: str | None = None, revision: str | None = None) -> Splits:
@@ -159,57 +164,14 @@ def load_from_hub(name: str, config: str | None = None, revision: str | None = N
     return _load(name, name, config, revision=revision)
 
 
-def find_image_column(features: datasets.Features, wanted: str, source: str) -> str:
-    """Name the column of images: the one asked for, else by type, an "image" or "img" before others."""
-    if wanted != "auto":
-        if wanted not in features:
-            raise UserError(f"{source} has no column {wanted!r}; it has {', '.join(features)}")
-        return wanted
-    found = [name for name, feature in features.items() if _holds_images(feature)]
-    preferred = [name for name in ("image", "img") if name in found]
-    if not found:
-        raise UserError(
-            f"{source} has no column of images; it has {', '.join(features)}: name one by data.image_column"
-        )
-    if len(found) > 1 and not preferred:
-        raise UserError(
-            f"{source} has several columns of images: choose data.image_column from {', '.join(found)}"
-        )
-    return (preferred or found)[0]
-
-
-def find_label_column(features: datasets.Features, wanted: str | None, source: str) -> str | None:
-    """Name the column of labels: the one asked for, else one of class labels, else integers called "label"."""
-    if wanted is None:
-        return None
-    if wanted != "auto":
-        if wanted not in features:
-            raise UserError(f"{source} has no column {wanted!r}; it has {', '.join(features)}")
-        return wanted
-    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    integers = [
-        name
-        for name, feature in features.items()
-        if isinstance(feature, datasets.Value) and "int" in feature.dtype
-    ]
-    for found in (classes, integers):
-        preferred = [name for name in ("label", "labels") if name in found]
-        if preferred:
-            return preferred[0]
-    return classes[0] if classes else None
-
-
-def hold_out(
-    dataset: datasets.Dataset, fraction: float, source: str
-) -> tuple[datasets.Dataset, datasets.Dataset]:
+def hold_out(train: datasets.Dataset, fraction: float, source: str) -> list[datasets.Dataset]:
     """Split rows at random, the same way every time, at least one on each side."""
-    size = len(dataset)
+    size = len(train)
     if size < 2:
         raise UserError(f"{source} has {size} images; at least 2 are needed, one of them to hold out")
     held = min(max(round(size * fraction), 1), size - 1)
     order = torch.randperm(size, generator=generator_at("holdout", size))
-    test, train = order[:held].sort().values, order[held:].sort().values
-    return dataset.select(train.numpy()), dataset.select(test.numpy())
+    return [train.select(rows.sort().values.numpy()) for rows in (order[held:], order[:held])]
 
 
 def _load_local(path: Path, config: str | None) -> Splits:
@@ -257,49 +219,3 @@ def _offline() -> Iterator[None]:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
-
-
-def _holds_images(feature: object) -> bool:
-    """Also {bytes, path} without the library's own metadata, as other tools write Parquet."""
-    return isinstance(feature, datasets.Image) or (
-        isinstance(feature, dict) and set(feature) == {"bytes", "path"}
-    )
-
-
-def _labelled(dataset: datasets.Dataset, column: str) -> bool:
-    values = dataset.with_format("arrow")[:][column]
-    return values.null_count == 0 and not (pa.types.is_integer(values.type) and pc.min(values).as_py() < 0)
-
-
-def _renamed(dataset: datasets.Dataset, columns: dict[str, str]) -> datasets.Dataset:
-    """Only the columns that matter, under our names; images typed as such."""
-    chosen = dataset.select_columns(list(columns)).rename_columns(
-        {a: b for a, b in columns.items() if a != b}
-    )
-    if isinstance(chosen.features["image"], datasets.Image):
-        return chosen
-    try:
-        return chosen.cast_column("image", datasets.Image())
-    except (TypeError, ValueError, pa.ArrowException) as error:
-        column = next(iter(columns))
-        raise UserError(
-            f"column {column!r} holds no images: its type is {dataset.features[column]}"
-        ) from error
-
-
-def _with_class_labels(pair: list[datasets.Dataset], source: str) -> tuple[list[datasets.Dataset], list[str]]:
-    """Number the labels 0, 1, ...; both splits alike."""
-    feature = pair[0].features["label"]
-    if isinstance(feature, datasets.ClassLabel):
-        return pair, list(feature.names)
-    columns = [split.with_format("arrow")[:]["label"].combine_chunks() for split in pair]
-    if any(column.null_count for column in columns):
-        raise UserError(f"{source} has images without a label; ignore the labels by data.label_column=null")
-    values = sorted(set().union(*(column.unique().to_pylist() for column in columns)))
-    names = [str(value) for value in values]
-    numbered = []
-    for split, column in zip(pair, columns, strict=True):
-        index = pc.index_in(column, value_set=pa.array(values, type=column.type))
-        plain = split.remove_columns("label").add_column("label", np.asarray(index, dtype=np.int64))
-        numbered.append(plain.cast_column("label", datasets.ClassLabel(names=names)))
-    return numbered, names
