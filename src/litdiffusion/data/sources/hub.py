@@ -101,9 +101,10 @@ class Hub(Source):
 
     def _choose(self, found: Splits) -> dict[Split, datasets.Dataset]:
         """Pick splits and columns, and bring them to the form that ``Source.load`` promises."""
+        found = {name: split for name, split in found.items() if len(split) > 0}
         for wanted in {self.train_split, self.test_split} - {"auto"}:
             if wanted not in found:
-                raise UserError(f"{self.name} has no split {wanted!r}; it has {', '.join(found)}")
+                raise UserError(f"{self.name} has no images in a split {wanted!r}; it has {', '.join(found)}")
         train = found[self.train_split]
         image = find_image_column(train.features, self.image_column, self.name)
         label = find_label_column(train.features, self.label_column, self.name)
