@@ -1,7 +1,7 @@
 """Image data sets of the Hugging Face Hub, and local ones that the ``datasets`` library can open."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -101,10 +101,9 @@ class Hub(Source):
 
     def _choose(self, found: Splits) -> dict[Split, datasets.Dataset]:
         """Pick splits and columns, and bring them to the form that ``Source.load`` promises."""
-        found = {name: split for name, split in found.items() if len(split) > 0}
         for wanted in {self.train_split, self.test_split} - {"auto"}:
             if wanted not in found:
-                raise UserError(f"{self.name} has no images in a split {wanted!r}; it has {', '.join(found)}")
+                raise UserError(f"{self.name} has no split {wanted!r}; it has {', '.join(found)}")
         train = found[self.train_split]
         image = find_image_column(train.features, self.image_column, self.name)
         label = find_label_column(train.features, self.label_column, self.name)
@@ -162,7 +161,7 @@ def load_from_hub(name: str, config: str | None = None, revision: str | None = N
             "the Hub cannot be reached; using the latest earlier download of %s, its revision unchecked", name
         )
         return _as_dict(loaded)
-    return _load(name, name, config, revision=revision)
+    return _load(name, lambda: datasets.load_dataset(name, config, revision=revision))
 
 
 def hold_out(train: datasets.Dataset, fraction: float, source: str) -> list[datasets.Dataset]:
@@ -181,19 +180,18 @@ def _load_local(path: Path, config: str | None) -> Splits:
             raise UserError(
                 f"data.name={path} is a file, but not of Parquet; for a folder of images use data=image_folder"
             )
-        return _load(str(path), "parquet", data_files={"train": str(path)})
+        return _load(str(path), lambda: datasets.load_dataset("parquet", data_files={"train": str(path)}))
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _as_dict(datasets.load_from_disk(str(path)))
-    return _load(str(path), str(path), config)
+        return _load(str(path), lambda: datasets.load_from_disk(str(path)))
+    return _load(str(path), lambda: datasets.load_dataset(str(path), config))
 
 
-def _load(what: str, path: str, config: str | None = None, **options: object) -> Splits:
+def _load(what: str, loading: Callable[[], datasets.Dataset | Splits]) -> Splits:
     try:
         with _quiet():
-            loaded = datasets.load_dataset(path, config, **options)
+            return _as_dict(loading())
     except Exception as error:  # the library's builders raise whatever their file formats raise
         raise UserError(f"cannot load the data set {what}: {one_line(error.__cause__ or error)}") from error
-    return _as_dict(loaded)
 
 
 def _as_dict(loaded: datasets.Dataset | Splits) -> Splits:
