@@ -49,8 +49,8 @@ def hints_of(target: Callable[..., Any], signature: inspect.Signature) -> dict[s
 def accepts(value: Any, hint: Any) -> bool:
     """Whether a plain value (of the kinds YAML knows) fits; where beartype cannot say, it does."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any or isinstance(hint, str):
-        return True
+    if hint is Any or (isinstance(value, dict) and "_target_" in value):
+        return True  # a node is checked by itself
     if origin is Annotated:
         return accepts(value, arguments[0]) and _bearable(value, hint)
     if origin in (Union, types.UnionType):
@@ -75,9 +75,10 @@ def could_accept(target: Callable[..., Any], hint: Any) -> bool:
     built = (
         target if inspect.isclass(target) else hints_of(target, inspect.signature(target)).get("return", Any)
     )
-    if not (_is_plain_class(hint) and _is_plain_class(built)):
+    wanted = get_origin(hint) or hint
+    if not (_is_plain_class(wanted) and _is_plain_class(built)):
         return True
-    return issubclass(built, hint) or issubclass(hint, built)
+    return issubclass(built, wanted) or issubclass(wanted, built)
 
 
 def spelled(hint: Any, value: Any = None) -> str:
@@ -87,10 +88,15 @@ def spelled(hint: Any, value: Any = None) -> str:
         conditions = ", ".join(map(repr, arguments[1:]))
         return f"{spelled(arguments[0], value)} with {conditions}"
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(spelled(argument, value) for argument in arguments))
+        literals = [argument for argument in arguments if get_origin(argument) is Literal]
+        words = [spelled(argument, value) for argument in arguments if argument not in literals]
+        if literals:
+            words.append(
+                _spelled_choices([choice for literal in literals for choice in get_args(literal)], value)
+            )
+        return " or ".join(words)
     if origin is Literal:
-        near = suggestion(value, map(str, arguments), listed=0) if isinstance(value, str) else ""
-        return f"one of {', '.join(map(repr, arguments))}{near}"
+        return _spelled_choices(list(arguments), value)
     if hint is None or hint is type(None):
         return "null"
     name = (
@@ -102,6 +108,11 @@ def spelled(hint: Any, value: Any = None) -> str:
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
+def _spelled_choices(choices: list[Any], value: Any) -> str:
+    near = suggestion(value, map(str, choices), listed=0) if isinstance(value, str) else ""
+    return f"one of {', '.join(map(repr, choices))}{near}"
+
+
 def _accepts_list(value: list[Any], origin: Any, arguments: tuple[Any, ...]) -> bool:
     if not arguments:
         return True
@@ -111,7 +122,7 @@ def _accepts_list(value: list[Any], origin: Any, arguments: tuple[Any, ...]) -> 
 
 
 def _is_plain_class(hint: Any) -> bool:
-    return inspect.isclass(hint) and hint is not object and not getattr(hint, "_is_protocol", False)
+    return inspect.isclass(hint) and hint not in (Any, object) and not getattr(hint, "_is_protocol", False)
 
 
 def _bearable(value: Any, hint: Any) -> bool:

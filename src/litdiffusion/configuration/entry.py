@@ -32,8 +32,6 @@ from litdiffusion.errors import UserError
 
 USER_ERROR, INTERRUPTED = 2, 130
 
-_COMPOSING = (HydraException, OmegaConfBaseException)
-
 
 def entry_point(
     config_name: str, config_dir: Path | None = None
@@ -99,10 +97,9 @@ class _Job:
 
     def __init__(self, task: Callable[[DictConfig], None], wants_traceback: bool) -> None:
         self.task, self._wants_traceback = task, wants_traceback
-        self.started = self.failed = False
+        self.failed = False
 
     def __call__(self, cfg: DictConfig) -> None:
-        self.started = True
         if process_rank() > 0:
             logging.disable(logging.INFO)
         try:
@@ -129,9 +126,8 @@ def _run(job: _Job, config_name: str, config_dir: str) -> None:
         UserError: the command line or a file of the configuration is at fault.
     """
     arguments = _parse_command_line()
-    multirun = arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
-    if multirun:
-        check_sweep(arguments.overrides)
+    sweeping = ("hydra.mode=MULTIRUN", "sweep=", "+sweep=")
+    multirun = arguments.multirun or any(text.startswith(sweeping) for text in arguments.overrides)
     command = CommandLine(
         config_dir=str(Path(arguments.config_path or config_dir).resolve()),
         config_name=arguments.config_name or config_name,
@@ -145,27 +141,31 @@ def _run(job: _Job, config_name: str, config_dir: str) -> None:
         job(cfg)
 
     try:
+        if multirun:
+            check_sweep(arguments.overrides)
         hydra.main(version_base="1.3", config_path=config_dir, config_name=config_name)(task)()
     except UserError:
         raise
     except Exception as error:
-        line = None if job.started else _explained(error, command)
+        line = _explained(error, command)
         if line is None:
             raise
         raise UserError(line) from error
 
 
 def _explained(error: Exception, command: CommandLine) -> str | None:
-    """Return the line of an error that came before any job started here, or None: then it is a bug."""
+    """Return the line of an error from composing the configuration, or None: then it is a bug."""
+    # Only what a job raised, here or in another process, comes out of JobReturn.return_value.
+    if any(frame.name == "return_value" for frame in traceback.extract_tb(error.__traceback__)):
+        return None
+    is_yaml = type(error).__module__.startswith("yaml.")
+    if not is_yaml and not isinstance(error, HydraException | OmegaConfBaseException | ValueError | OSError):
+        return None
     try:
         fault = find_fault(command)
     except Exception:  # whatever goes wrong while looking for the fault, the error itself still has a text
         fault = None
-    composing = isinstance(error, _COMPOSING) or type(error).__module__.startswith("yaml.")
-    # In a sweep, another process may have started a job and sent its ValueError here.
-    if composing or (isinstance(error, ValueError | OSError) and not command.multirun):
-        return fault or one_line(error)
-    return fault
+    return fault or one_line(error)
 
 
 def _parse_command_line() -> Namespace:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 
 from litdiffusion.configuration.nearest import suggestion
 from litdiffusion.errors import UserError
@@ -79,7 +79,7 @@ def num_devices(devices: Any, accelerator: str) -> int:
         UserError: more than there are, or none.
     """
     there = {"gpu": torch.cuda.device_count(), "cuda": torch.cuda.device_count(), "mps": 1}.get(accelerator)
-    if OmegaConf.is_list(devices) or (isinstance(devices, str) and "," in devices):
+    if isinstance(devices, ListConfig | list) or (isinstance(devices, str) and "," in devices):
         listed = (
             [part for part in devices.split(",") if part.strip()] if isinstance(devices, str) else devices
         )

@@ -2,6 +2,7 @@
 
 import re
 
+from hydra.errors import MissingConfigException
 from omegaconf.errors import (
     InterpolationResolutionError,
     InterpolationToMissingValueError,
@@ -9,6 +10,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from litdiffusion.configuration.nearest import suggestion
 from litdiffusion.errors import UserError
 
 _WORKER = re.compile(r"\ACaught \w+ in ")
@@ -45,6 +47,10 @@ def one_line(error: BaseException) -> str:
         found = _MISSING.search(str(error))
         if found is not None:
             return needs_value(found[1])
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        near = suggestion(choice, error.options)
+        return f"{group}={choice}, which a configuration file asks for: no such choice{near}"
     text = _flat(str(error))
     if isinstance(error, OmegaConfBaseException):
         text = _RESOLVER.sub("", text)

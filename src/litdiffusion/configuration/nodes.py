@@ -48,7 +48,7 @@ def build(node: DictConfig, name: str, **overrides: Any) -> Any:
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from None
-        mendable = (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException)
+        mendable = (ValueError, TypeError, ImportError, MisconfigurationException)
         if cause is not None and not isinstance(cause, mendable):
             raise
         where = str(error).rpartition("full_key: ")[2].strip() if "full_key: " in str(error) else name

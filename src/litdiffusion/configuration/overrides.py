@@ -54,7 +54,7 @@ def find_fault(command: CommandLine) -> str | None:
         faults = itertools.chain(
             (_choice_fault(override, repository, base) for override in overrides),
             (_sweep_fault(override, command.multirun) for override in overrides),
-            _key_faults(overrides, repository),
+            _key_faults(overrides, repository, base),
         )
         return next((fault for fault in faults if fault is not None), None)
 
@@ -120,7 +120,7 @@ def _sweep_fault(override: Override, multirun: bool) -> str | None:
     return None
 
 
-def _key_faults(overrides: list[Override], repository: _Repository) -> Iterator[str | None]:
+def _key_faults(overrides: list[Override], repository: _Repository, base: DictConfig) -> Iterator[str | None]:
     """Keys that do not exist, given the choices of groups."""
     groups = [override for override in overrides if repository.choices(override.key_or_group)]
     lines = [
@@ -129,7 +129,7 @@ def _key_faults(overrides: list[Override], repository: _Repository) -> Iterator[
     ]
     for combination in itertools.islice(itertools.product(*lines), MAX_COMBINATIONS):
         try:
-            cfg = repository.compose(list(combination))
+            cfg = repository.compose(list(combination)) if combination else base
         except (HydraException, OmegaConfBaseException):
             continue
         for override in overrides:

@@ -1,0 +1,164 @@
+"""Combinations that cannot work, and what the machine decides."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from litdiffusion.configuration import check_config, native_accelerator, native_precision, validate
+from litdiffusion.configuration.checks import check_values
+from litdiffusion.configuration.hardware import num_devices, resolve_hardware
+from litdiffusion.errors import UserError
+
+SOUND: dict[str, Any] = {
+    "seed": 0,
+    "data": {"_target_": "litdiffusion.data.sources.FashionMNIST", "path": "somewhere", "image_size": 28},
+    "datamodule": {"batch_size": 128},
+    "net": {"_target_": "litdiffusion.nn.UNet", "dim": 28, "channels": 1},
+    "schedule": {"_target_": "litdiffusion.diffusion.schedules.linear", "num_steps": 300},
+    "target": {"_target_": "litdiffusion.diffusion.Epsilon"},
+    "sampler": {"_target_": "litdiffusion.diffusion.DDIM", "num_steps": 50},
+    "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3},
+    "trainer": {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "precision": "32-true", "max_steps": 10},
+}
+
+
+def config(**changes: Any) -> DictConfig:
+    cfg = OmegaConf.create(SOUND)
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key.replace("__", "."), value, force_add=True)
+    return cfg
+
+
+def test_sound_configuration_passes_and_is_resolved() -> None:
+    cfg = config(trainer__precision="auto", trainer__accelerator="auto", copy="${seed}")
+    validate(cfg)
+    assert cfg.trainer.accelerator == native_accelerator()
+    assert cfg.trainer.precision in ("32-true", "bf16-mixed")
+    assert OmegaConf.to_container(cfg, resolve=False)["copy"] == 0  # type: ignore[index,call-overload]
+
+
+def test_keys_may_be_absent() -> None:
+    validate(OmegaConf.create({}))
+    validate(OmegaConf.create({"ckpt": "a", "num_images": 3, "sampler": None, "seed": None}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"net__dim_mults": [1, 2, 4, 8]},
+            ["data.image_size: 28", "3 halvings", "24 or 32", "net.dim_mults"],
+        ),
+        ({"data__image_size": [28, 30]}, ["data.image_size: 30", "28 or 32"]),
+        ({"data__image_size": 2}, ["data.image_size: 2 pixels", "data.image_size=4"]),
+        ({"data__image_size": 0}, ["data.image_size=0"]),
+        ({"net__groups": 8}, ["net.groups=8", "28 channels", "1, 2, 4, 7, 14, 28"]),
+        ({"net__init_dim": 30}, ["net.groups=4", "30 channels", "these do: 1, 2"]),
+        ({"net__groups": 0}, ["net:", "groups"]),
+        ({"net__dim_mults": []}, ["net:", "dim_mults"]),
+        ({"net__dim": 27, "net__groups": 1}, ["net.dim=27", "even"]),
+        ({"schedule__zero_terminal_snr": True}, ["target=epsilon", "schedule.zero_terminal_snr", "target=v"]),
+        ({"sampler__num_steps": 301}, ["sampler.num_steps=301", "schedule.num_steps=300"]),
+        ({"sampler__num_steps": 0}, ["sampler.num_steps=0"]),
+        ({"schedule__num_steps": 0}, ["schedule.num_steps=0"]),
+        ({"trainer__max_epochs": 6}, ["trainer.max_epochs=6", "trainer.max_steps", "128"]),
+        ({"trainer__max_steps": -1}, ["trainer.max_steps=-1", "end"]),
+        ({"trainer__max_steps": None}, ["trainer.max_steps=null", "end"]),
+        ({"trainer__max_steps": 2.5}, ["trainer.max_steps=2.5"]),
+        ({"trainer__devices": 3}, ["datamodule.batch_size=128", "3 processes", "datamodule.batch_size=129"]),
+        ({"trainer__num_nodes": 3}, ["datamodule.batch_size=128", "3 processes"]),
+        ({"trainer__num_nodes": 0}, ["trainer.num_nodes=0"]),
+        ({"trainer__devices": 0}, ["trainer.devices=0"]),
+        ({"trainer__devices": "many"}, ["trainer.devices='many'", "auto"]),
+        ({"datamodule__batch_size": 0}, ["datamodule.batch_size=0"]),
+        ({"datamodule__batch_size": "big"}, ["datamodule.batch_size=big"]),
+        ({"trainer__precision": "16-mixed"}, ["trainer.precision=16-mixed", "GPU"]),
+        ({"trainer__precision": 16}, ["trainer.precision=16", "GPU"]),
+        ({"trainer__precision": "bf16-mix"}, ["trainer.precision=bf16-mix", "nearest: bf16-mixed"]),
+        ({"seed": "abc"}, ["seed=abc", "whole number"]),
+        ({"seed": -1}, ["seed=-1"]),
+        ({"seed": True}, ["seed=True"]),
+        ({"num_images": 0}, ["num_images=0"]),
+        ({"data__path": "???"}, ["data.path: needs a value", "data.path=VALUE"]),
+        ({"extra": [{"deep": "???"}]}, ["extra.0.deep: needs a value"]),
+        ({"a": "${data.image_siz}"}, ["a:", "data.image_siz", "nearest: data.image_size"]),
+        ({"a": "${new_run_dirr:}"}, ["a:", "new_run_dirr"]),
+    ],
+    ids=str,
+)
+def test_impossible_combinations(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(config(**changes))
+    line = str(caught.value)
+    assert "\n" not in line
+    assert [word for word in words if word not in line] == [], line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_without_a_gpu() -> None:
+    with pytest.raises(UserError, match=r"trainer\.accelerator=gpu: .* trainer=cpu"):
+        validate(config(trainer__accelerator="gpu"))
+
+
+def test_more_devices_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert num_devices("auto", "gpu") == num_devices(-1, "gpu") == num_devices(2, "gpu") == 2
+    assert num_devices([1], "gpu") == num_devices("1,", "gpu") == num_devices("1", "gpu") == 1
+    assert num_devices(OmegaConf.create([0, 1]), "gpu") == 2
+    assert num_devices(5, "cpu") == 5  # processes
+    with pytest.raises(UserError, match=r"trainer\.devices=4: this machine has 2; use trainer\.devices=2"):
+        num_devices(4, "gpu")
+    with pytest.raises(UserError, match="0 to 1"):
+        num_devices("0,2", "gpu")
+
+
+def test_precision_follows_the_processor() -> None:
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists() or "flags" not in flags.read_text():
+        pytest.skip("no /proc/cpuinfo of an x86 processor to compare with")
+    words = flags.read_text().split()
+    expected = "bf16-mixed" if {"avx512_bf16", "amx_bf16"} & set(words) else "32-true"
+    assert native_precision("cpu") == expected
+    assert native_precision("mps") == "32-true"
+
+
+def test_what_was_chosen_is_kept() -> None:
+    cfg = config(trainer__precision="bf16-mixed")
+    resolve_hardware(cfg)
+    assert (cfg.trainer.precision, cfg.trainer.accelerator) == ("bf16-mixed", "cpu")
+
+
+def test_epochs_are_no_ones_business_without_training() -> None:
+    cfg = config(trainer__max_epochs=6)
+    del cfg.optimizer
+    check_config(cfg)
+
+
+def test_default_run_folder(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All interpolations of one configuration agree; two configurations differ."""
+    for name in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS", "LITDIFFUSION_RUN_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def composed() -> DictConfig:
+        with initialize_config_dir(str(tree), version_base="1.3"):
+            return compose("train", ["+again=${run_dir}", "+samples=${new_run_dir:}/samples"])
+
+    first, second = composed(), composed()
+    assert first.run_dir == first.again
+    assert first.samples == f"{first.run_dir}/samples"
+    assert first.run_dir != second.run_dir
+
+    # A process that Lightning started for another device takes its parent's folder.
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert composed().run_dir == second.run_dir
+
+    # torchrun's processes have no parent that chose.
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(UserError, match=r"run_dir.*run_dir=DIR"):
+        check_values(composed())

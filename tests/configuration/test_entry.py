@@ -1,0 +1,238 @@
+"""The command line: what is wrong is one line that names it and what was meant, and the exit code is 2."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import litdiffusion
+from litdiffusion.configuration import config_folder
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def test_runs_and_leaves_no_files(command: Command) -> None:
+    code, out, err = command("experiment=small", "run_dir=here")
+    assert (code, out, err) == (0, "here 7 cosine UNet\n", "")
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_default_run_folder_is_named_after_the_experiment(command: Command) -> None:
+    _, out, _ = command("experiment=small")
+    assert re.fullmatch(r"logs/small/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-[0-9a-f]{4} 7 cosine UNet\n", out)
+    assert command()[1].startswith("logs/default/")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["schedule=liner"], ["schedule=liner", "nearest: linear", "cosine, linear, quadratic"]),
+        (["batch_size=64"], ["batch_size:", "nearest: datamodule.batch_size"]),
+        (["schedul=linear"], ["schedul:", "nearest: schedule"]),
+        (["net.dmi=3"], ["net.dmi", "nearest: net.dim"]),
+        (["sampler=ddpm", "sampler.eta=1"], ["sampler.eta", "sampler has: num_steps"]),
+        (["seed=1", "net.dmi=3", "schedule=cosine"], ["net.dmi", "nearest: net.dim"]),
+        (["optimizer.amsgrad=true"], ["optimizer.amsgrad", "AdamW takes it", "+optimizer.amsgrad=true"]),
+        (["+optimizer.amsgard=true"], ["optimizer.amsgard", "nearest: amsgrad"]),
+        (["+seed=3"], ["seed: exists already", "seed=3"]),
+        (["~net.foo"], ["net.foo", "no such key"]),
+        (["~net"], ["net: needed here", "~net"]),
+        (["net=null"], ["net=null", "~net", "unet"]),
+        (["experiment=smal"], ["experiment=smal", "nearest: small"]),
+        (["experiment=wrong_choice"], ["schedule=liner", "file", "nearest: linear"]),
+        (["experiment=not_yaml"], ["not_yaml.yaml, line 1"]),
+        (["experiment=half_open"], ["seed: "]),
+        (["schedule@other=cosine"], ["schedule@other", "+schedule@other=cosine"]),
+        (["hydra.run.dri=x"], ["hydra.run.dri", "nearest: hydra.run.dir"]),
+        (["hydra/launcher=slurm"], ["hydra/launcher=slurm", "basic"]),
+        (["nonsense=1"], ["nonsense", "--cfg job"]),
+        (["seed"], ["seed:", "key=value"]),
+        (["--seed", "3"], ["--seed", "key=value"]),
+        (["run_dir=a (1)"], ["run_dir=a (1)", "'run_dir=\"a (1)\"'"]),
+        (["seed=1,2"], ["seed=1,2", "-m"]),
+        (["--config-name", "trein"], ["trein"]),
+        (["--config-dir", "nowhere"], ["nowhere"]),
+        (["--multirun", "--cfg", "job"], ["--multirun"]),
+        (["net.dim=abc"], ["net.dim: 'abc' is not an int (UNet.dim)"]),
+        (["seed=???"], ["seed: needs a value"]),
+        (
+            ["seed=${datamodule.batch_sise}"],
+            ["seed:", "datamodule.batch_sise", "nearest: datamodule.batch_size"],
+        ),
+        (["seed=${oops:3}"], ["seed:", "oops"]),
+        (["net.dim_mults=[1,2,3,x]"], ["net.dim_mults", "'x'"]),
+        (["+net.groups=3"], ["net.groups=3", "1, 2, 4, 8"]),
+        (["+net.dropout=3"], ["net: dropout probability", "3"]),
+        (["schedule.num_steps=40"], ["sampler.num_steps=50", "schedule.num_steps=40"]),
+        (["seed=1003"], ["seed: 1003 is unlucky; take another"]),
+        (["-m", "schedule=linear,cosin"], ["schedule=cosin:", "nearest: cosine"]),
+        (["-m", "sampler=ddim,ddpm", "sampler.eta=1"], ["sampler.eta", "sampler has: num_steps"]),
+        (["-m", "seed=1,2", "run_dir=here"], ["run_dir=here", "seed", "${hydra:job.num}"]),
+        (["sweep=seeds", "run_dir=here"], ["run_dir=here", "sweep", "${hydra:job.num}"]),
+        (["-m", "seed=1,2", "run_dir=a b=c"], ["run_dir=a b=c", "quote"]),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_end_in_one_line(command: Command, arguments: list[str], named: list[str]) -> None:
+    code, _, err = command(*arguments)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    assert [words for words in named if words not in err] == [], err
+
+
+def test_mistake_leaves_nothing_behind(command: Command) -> None:
+    command("net.dim=abc")
+    command("schedule=liner", "run_dir=here")
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_extra_config_folder_is_searched_for_what_was_meant(command: Command, tmp_path: Path) -> None:
+    mine = tmp_path / "mine/schedule"
+    mine.mkdir(parents=True)
+    (mine / "steep.yaml").write_text("{_target_: litdiffusion.diffusion.schedules.linear, num_steps: 60}")
+    folder = f"--config-dir={mine.parent}"
+    assert command(folder, "schedule=steep")[0] == 0
+    assert "nearest: steep" in command(folder, "schedule=stepp")[2]
+
+
+def test_bug_keeps_its_traceback(command: Command) -> None:
+    with pytest.raises(RuntimeError, match="a bug"):
+        command("seed=1001")
+
+
+def test_interruption_is_quiet(command: Command) -> None:
+    code, _, err = command("seed=1002")
+    assert (code, err) == (130, "")
+
+
+def test_only_the_first_process_speaks(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert command("net.dim=abc")[::2] == (2, "")
+    assert command("schedule=liner")[::2] == (2, "")
+    monkeypatch.setenv("RANK", "0")
+    assert command("net.dim=abc")[2] != ""
+
+
+def test_traceback_on_request(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    code, _, err = command("+net.dropout=3")
+    assert code == 2
+    assert "torch/nn/modules/dropout.py" in err
+    assert err.splitlines()[-1].startswith("error: net: dropout")
+
+
+def test_environment_is_left_as_it_was(command: Command) -> None:
+    command("net.dim=abc")
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_sweep_goes_on_after_a_mistake_and_ends_with_2(command: Command) -> None:
+    code, out, err = command("-m", "seed=1,1003,2", "schedule=linear")
+    assert code == 2
+    assert err == "error: job 1 (seed=1003 schedule=linear): seed: 1003 is unlucky; take another\n"
+    folders = re.findall(r"(logs/sweeps/\S+)/(\d) \d linear", out)
+    assert [job for _, job in folders] == ["0", "2"]
+    assert len({sweep for sweep, _ in folders}) == 1
+
+
+def test_sweep_of_a_config_file_gives_each_job_its_folder(command: Command) -> None:
+    code, out, err = command("sweep=seeds")
+    assert (code, err) == (0, "")
+    assert len(set(re.findall(r"logs/sweeps/\S+/\d", out))) == 2
+
+
+def test_sweep_may_name_its_folders(command: Command) -> None:
+    code, out, _ = command("-m", "seed=1,2", "run_dir=here/${hydra:job.num}")
+    assert code == 0
+    assert re.findall(r"here/\d \d", out) == ["here/0 1", "here/1 2"]
+
+
+def test_bug_in_a_sweep_keeps_its_traceback(command: Command) -> None:
+    with pytest.raises(RuntimeError, match="a bug"):
+        command("-m", "seed=1,1001")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--help"], "schedule: cosine, linear, quadratic"),
+        (["--cfg", "job"], "batch_size: 128"),
+        (["--cfg", "job", "--resolve"], "run_dir: logs/default/"),
+        (["--info", "searchpath"], "Config search path"),
+        (["--version"], "Hydra"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_hydra_options_still_work(command: Command, arguments: list[str], shown: str) -> None:
+    code, out, err = command(*arguments)
+    assert (code, err) == (0, "")
+    assert shown in out
+
+
+def test_tab_completion(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMP_LINE", "train.py schedule=")
+    monkeypatch.setenv("COMP_POINT", "18")
+    code, out, _ = command("-sc", "query=bash")
+    assert code == 0
+    assert {"schedule=linear", "schedule=cosine", "schedule=quadratic"} <= set(out.split())
+
+
+def test_the_package_finds_its_own_configuration() -> None:
+    assert (config_folder() / "hydra/default.yaml").is_file()
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from litdiffusion.configuration import entry_point, validate
+
+@entry_point("train", Path(sys.argv.pop(1)))
+def main(cfg):
+    validate(cfg)
+    if cfg.seed == 1:
+        raise RuntimeError("a bug")
+    print("running", flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def start(tree: Path, *arguments: str) -> "subprocess.Popen[str]":
+    script = tree.parent / "train.py"
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(Path(litdiffusion.__file__).parents[1])}
+    return subprocess.Popen(
+        [sys.executable, str(script), str(tree), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=tree.parent,
+    )
+
+
+def test_as_processes(tree: Path) -> None:
+    """The same through a real interpreter: exit codes, stderr, and a real Ctrl-C."""
+    mistaken, buggy, interrupted = start(tree, "net.dmi=3"), start(tree, "seed=1"), start(tree)
+    assert interrupted.stdout is not None
+    assert interrupted.stdout.readline() == "running\n"
+    interrupted.send_signal(signal.SIGINT)
+    assert interrupted.communicate()[1] == ""
+    assert interrupted.returncode == 130
+
+    assert mistaken.communicate() == ("", "error: net.dmi: no such key; nearest: net.dim\n")
+    assert mistaken.returncode == 2
+
+    _, err = buggy.communicate()
+    assert buggy.returncode == 1
+    assert "Traceback" in err
+    assert err.splitlines()[-1] == "RuntimeError: a bug"
