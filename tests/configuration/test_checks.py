@@ -41,6 +41,12 @@ def test_sound_configuration_passes_and_is_resolved() -> None:
     assert OmegaConf.to_container(cfg, resolve=False)["copy"] == 0  # type: ignore[index,call-overload]
 
 
+def test_interpolation_that_leads_nowhere_is_not_its_own_remedy() -> None:
+    with pytest.raises(UserError) as caught:
+        check_values(OmegaConf.create({"denoiser": {"net": "${net}"}}))
+    assert str(caught.value) == "denoiser.net: Interpolation key 'net' not found"
+
+
 def test_keys_may_be_absent() -> None:
     validate(OmegaConf.create({}))
     validate(OmegaConf.create({"ckpt": "a", "num_images": 3, "sampler": None, "seed": None}))

@@ -43,7 +43,7 @@ def check_values(cfg: DictConfig) -> None:
         OmegaConf.to_container(cfg, resolve=True)
     except InterpolationKeyError as error:
         sought = str(error).partition("'")[2].partition("'")[0]
-        keys = dotted_keys(OmegaConf.to_container(cfg, resolve=False))
+        keys = set(dotted_keys(OmegaConf.to_container(cfg, resolve=False))) - {error.full_key}
         raise UserError(f"{one_line(error)}{suggestion(sought, keys, listed=0)}") from error
     except OmegaConfBaseException as error:
         raise UserError(one_line(error)) from error
