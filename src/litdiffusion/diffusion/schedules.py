@@ -36,7 +36,7 @@ class Schedule(nn.Module):
     alpha: Tensor
     sigma: Tensor
 
-    def __init__(self, alpha: Float64[Tensor, " T+1"], sigma: Float64[Tensor, " T+1"]) -> None:
+    def __init__(self, alpha: Float64[Tensor, " times"], sigma: Float64[Tensor, " times"]) -> None:
         super().__init__()
         if len(alpha) < 2:
             raise ValueError("num_steps must be at least 1")
