@@ -42,6 +42,8 @@ class Schedule(nn.Module):
             raise ValueError("num_steps must be at least 1")
         if alpha[0] != 1 or sigma[0] != 0:
             raise ValueError("a schedule starts at the clean image: alpha_0 = 1 and sigma_0 = 0")
+        if bool((alpha < 0).any()) or bool((sigma < 0).any()):
+            raise ValueError("alpha and sigma may not be negative")
         snr = (alpha[1:] / sigma[1:]).square()
         if not bool((snr.diff() < 0).all()) or not bool(torch.isfinite(snr).all()):
             raise ValueError("the signal-to-noise ratio of a schedule must fall at every step")
@@ -130,6 +132,8 @@ def quadratic(
     zero_terminal_snr: bool = False,
 ) -> Schedule:
     """Square roots of the betas on a straight line; ``rescale`` as in ``linear``."""
+    if beta_start < 0 or beta_end < 0:
+        raise ValueError(f"beta_start={beta_start} and beta_end={beta_end}: neither may be negative")
     betas = _linspace(beta_start**0.5, beta_end**0.5, num_steps).square()
     return from_betas(_rescaled(betas, rescale), zero_terminal_snr)
 
@@ -157,7 +161,7 @@ def cosine(
 
     IDDPM clips beta from above at 0.999 and not from below; the blog clips to [1e-4, 0.9999].
     """
-    time = _linspace(0, 1, num_steps + 1)
+    time = _fractions(num_steps)
     alphas_cumprod = torch.cos((time + s) / (1 + s) * math.pi / 2).square()
     betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
     return from_betas(betas.clamp(beta_min, beta_max), zero_terminal_snr)
@@ -174,16 +178,28 @@ def sigmoid(
 
     The paper floors alpha_bar at 1e-9, which keeps the last step short of pure noise.
     """
-    time = _linspace(0, 1, num_steps + 1)[1:]
+    if tau <= 0 or start >= end:
+        raise ValueError(f"start={start}, end={end}, tau={tau}: needs start < end and a positive tau")
+    time = _fractions(num_steps)[1:]
     first, last = (torch.tensor(edge / tau, dtype=torch.float64).sigmoid() for edge in (start, end))
     alphas_cumprod = (last - ((time * (end - start) + start) / tau).sigmoid()) / (last - first)
     return from_alphas_cumprod(alphas_cumprod.clamp(min=1e-9), zero_terminal_snr)
 
 
-def _linspace(start: float, end: float, count: int) -> Float64[Tensor, " count"]:
-    if count < 1:
-        raise ValueError(f"num_steps={count}: a schedule needs at least 1 step")
-    return torch.linspace(start, end, count, dtype=torch.float64)
+def _linspace(start: float, end: float, num_steps: int) -> Float64[Tensor, " T"]:
+    _require_steps(num_steps)
+    return torch.linspace(start, end, num_steps, dtype=torch.float64)
+
+
+def _fractions(num_steps: int) -> Float64[Tensor, " times"]:
+    """Return t / T for t = 0..T."""
+    _require_steps(num_steps)
+    return torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+
+
+def _require_steps(num_steps: int) -> None:
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps}: a schedule needs at least 1 step")
 
 
 def _rescaled(betas: Float64[Tensor, " T"], rescale: bool) -> Float64[Tensor, " T"]:
