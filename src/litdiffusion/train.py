@@ -1,5 +1,6 @@
 """python -m litdiffusion.train: compose, build, run, write the summary."""
 
+import json
 import logging
 import sys
 import time
@@ -32,7 +33,6 @@ T = TypeVar("T")
 
 SUPPLIED = {
     "trainer": ("logger", "callbacks", "plugins"),
-    "callbacks.save_checkpoints": ("model_config", "data_config"),
 }
 """Arguments that are not configuration: what is built here and passed on."""
 
@@ -46,6 +46,10 @@ def main(cfg: DictConfig) -> None:
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     run = RunFolder(Path(cfg.run_dir))
     resumption = find_resumption(run, config, cfg.resume)
+    if resumption and resumption.step >= cfg.trainer.max_steps and run.summary.exists():
+        say(f"This run is finished, at step {resumption.step:,}; a larger trainer.max_steps continues it.")
+        say(paragraph(json.loads(run.summary.read_text()), run.path))
+        return
 
     keep_freed_memory()
     torch.manual_seed(cfg.seed)  # every process starts from the same weights
@@ -77,16 +81,18 @@ def build_trainer(cfg: DictConfig, config: dict[str, Any]) -> Trainer:
     """Build loggers, callbacks and the trainer that runs them."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning's own, with this torch
-    model_config = {name: config[name] for name in ("denoiser", "sampler", "loss", "weighting")}
-    late = {"save_checkpoints": {"model_config": model_config, "data_config": config["data"]}}
-    callbacks = [
-        build(node, f"callbacks.{name}", **late.get(name, {})) for name, node in cfg.callbacks.items() if node
-    ]
+    warnings.filterwarnings(
+        "ignore", message=".*LeafSpec.* is deprecated"
+    )  # Lightning's own, with this torch
+    callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
     loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node]
     trainer: Trainer = build(
         cfg.trainer, "trainer", logger=loggers, callbacks=callbacks, plugins=[WholeCheckpointIO()]
     )
+    saving = find(trainer, SaveCheckpoints)
+    if saving:
+        parts = ("denoiser", "sampler", "loss", "weighting")
+        saving.embed(model_config={name: config[name] for name in parts}, data_config=config["data"])
     return trainer
 
 
@@ -144,7 +150,13 @@ def finish(
         **{name: str(path) for name, path in files.items() if path and path.exists()},
     }
     run.write_summary(summary)
-    print(f"\n{paragraph(summary, run.path)}")
+    say(f"\n{paragraph(summary, run.path)}")
+
+
+def say(text: str) -> None:
+    """Print, from the first process alone."""
+    if process_rank() == 0:
+        print(text, flush=True)
 
 
 def num_parameters(module: LitDiffusion) -> int:

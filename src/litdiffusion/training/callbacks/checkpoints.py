@@ -21,24 +21,19 @@ class SaveCheckpoints(Checkpoint):
     Args:
         folder: where checkpoints lie.
         every_n_steps: optimizer steps between checkpoints.
-        model_config: what rebuilds denoiser, sampler and loss, as plain values.
-        data_config: what rebuilds the data source, as plain values.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        every_n_steps: int,
-        model_config: dict[str, Any],
-        data_config: dict[str, Any],
-    ) -> None:
+    def __init__(self, folder: str, every_n_steps: int) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps}: must be at least 1")
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
-        self.model_config = model_config
-        self.data_config = data_config
+        self.embedded: dict[str, Any] = {}
         self.saved_step = 0
+
+    def embed(self, **plain_values: Any) -> None:
+        """Give what every checkpoint shall carry, so that it can be opened with nothing else at hand."""
+        self.embedded = plain_values
 
     @property
     def last(self) -> Path:
@@ -63,9 +58,13 @@ class SaveCheckpoints(Checkpoint):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Make the checkpoint self-contained."""
-        checkpoint["model_config"] = self.model_config
-        checkpoint["data_config"] = self.data_config
+        """Make the checkpoint self-contained, and its counters those of a finished step."""
+        checkpoint.update(self.embedded)
+        # Lightning has counted the batch that is about to start. Resumed as it stands, the run would count it
+        # twice, and validate one step early from then on.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts["ready"] = counts["completed"]
 
     def save(self, trainer: Trainer) -> None:
         """Save the current step, unless it is saved already.

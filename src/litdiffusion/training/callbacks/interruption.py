@@ -28,12 +28,11 @@ class StopCleanly(Callback):
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Install the handlers, before Lightning looks for its own place."""
-        if stage == "fit":
-            self._previous = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Install the handlers, in place of Lightning's, which leave without saving."""
+        self._previous = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the old handlers back."""
         self._restore()
 
