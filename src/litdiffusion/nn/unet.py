@@ -16,6 +16,8 @@ from litdiffusion.nn.blocks import Downsample, ResnetBlock, Upsample
 from litdiffusion.nn.embeddings import TimeEmbedding
 
 Images = Float[Tensor, "batch dim h w"]
+Skips = tuple[Float[Tensor, "batch skip h w"], Float[Tensor, "batch skip h w"]]
+Resampled = Float[Tensor, "batch dim2 h2 w2"]
 Times = Float[Tensor, "batch time"]
 
 
@@ -48,7 +50,7 @@ class Stage(nn.Module):
 class DownStage(Stage):
     """On the way down, each residual block leaves a skip for the way up."""
 
-    def forward(self, x: Images, time: Times) -> tuple[Images, tuple[Images, Images]]:
+    def forward(self, x: Images, time: Times) -> tuple[Resampled, Skips]:
         """Return the input of the next resolution, and the two skips."""
         first = self.block1(x, time)
         second = self.attention(self.block2(first, time))
@@ -58,7 +60,7 @@ class DownStage(Stage):
 class UpStage(Stage):
     """On the way up, each residual block takes a skip as further channels, last in first out."""
 
-    def forward(self, x: Images, time: Times, skips: tuple[Images, Images]) -> Images:
+    def forward(self, x: Images, time: Times, skips: Skips) -> Resampled:
         """Return the input of the next resolution."""
         first, second = skips
         x = self.block1(torch.cat((x, second), dim=1), time)

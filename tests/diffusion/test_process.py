@@ -1,0 +1,121 @@
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peer_schedulers import on_our_tables
+
+from litdiffusion.diffusion import Epsilon, Schedule, posterior, q_sample, schedules, transition
+from small_worlds import SCHEDULES, normal
+
+BOTH_ENDS = [1, 2, 7, 23, 59, 60]
+ONE = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+names = st.sampled_from(sorted(SCHEDULES))
+
+
+def coefficients(schedule: Schedule, t: int, s: int) -> tuple[float, float, float]:
+    """k, m and variance of q(x_s | x_t, x_0) = N(k x_t + m x_0, variance)."""
+    k, variance = posterior(schedule, ONE, 0 * ONE, t, s)
+    m, _ = posterior(schedule, 0 * ONE, ONE, t, s)
+    return float(k), float(m), variance
+
+
+@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
+def test_q_sample_has_the_moments_of_q(make):
+    schedule = make(60)
+    x0 = normal(1, 3, 4, 5).expand(len(BOTH_ENDS), -1, -1, -1)
+    eps, t = torch.ones(x0.shape), torch.tensor(BOTH_ENDS)
+    up, down = q_sample(schedule, x0, t, eps), q_sample(schedule, x0, t, -eps)  # mean 0 and variance 1
+    alphas_cumprod = schedule.alphas_cumprod[t - 1].float()[:, None, None, None]
+    torch.testing.assert_close((up + down) / 2, alphas_cumprod.sqrt() * x0)
+    torch.testing.assert_close(((up - down) / 2).square(), (1 - alphas_cumprod).expand_as(x0))
+
+
+def test_q_sample_starts_at_the_image_and_reads_each_time_of_a_batch():
+    schedule = schedules.cosine(60)
+    x0, eps = normal(4, 1, 2, 3), normal(4, 1, 2, 3, seed=1)
+    t = torch.tensor([0, 60, 5, 0])
+    x_t = q_sample(schedule, x0, t, eps)
+    assert torch.equal(x_t[0], x0[0])
+    assert torch.equal(x_t[3], x0[3])
+    for i in range(4):
+        assert torch.equal(x_t[i], q_sample(schedule, x0[i : i + 1], t[i : i + 1], eps[i : i + 1])[0])
+
+
+def test_q_sample_is_float32_under_autocast():
+    schedule, x0, eps = schedules.cosine(60), normal(2, 1, 2, 2), normal(2, 1, 2, 2, seed=1)
+    t = torch.tensor([1, 60])
+    with torch.autocast("cpu", torch.bfloat16):
+        x_t = q_sample(schedule, x0, t, eps)
+    assert x_t.dtype == torch.float32
+    assert torch.equal(x_t, q_sample(schedule, x0, t, eps))
+
+
+@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
+def test_the_posterior_of_one_step_is_ddpms_equations_6_and_7(make):
+    schedule = make(60)
+    betas = schedule.betas
+    alphas_cumprod = (1 - betas).cumprod(0)
+    before = torch.cat((torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]))
+    of_x0 = before.sqrt() * betas / (1 - alphas_cumprod)
+    of_x_t = (1 - betas).sqrt() * (1 - before) / (1 - alphas_cumprod)
+    beta_tilde = (1 - before) / (1 - alphas_cumprod) * betas
+    for t in BOTH_ENDS:
+        expected = (float(of_x_t[t - 1]), float(of_x0[t - 1]), float(beta_tilde[t - 1]))
+        assert coefficients(schedule, t, t - 1) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("num_steps", [60, 20, 6])
+def test_the_posterior_of_any_step_is_diffusers(num_steps):
+    schedule = schedules.cosine(60)
+    scheduler = on_our_tables(DDPMScheduler, schedule, Epsilon(), variance_type="fixed_small")
+    scheduler.set_timesteps(num_steps)
+    stride = 60 // num_steps
+    for t in range(60, stride, -stride):
+        variance = float(scheduler._get_variance(t - 1))
+        assert coefficients(schedule, t, t - stride)[2] == pytest.approx(variance, rel=1e-9)
+
+
+@given(name=names, times=st.lists(st.integers(0, 60), min_size=3, max_size=3, unique=True))
+@settings(max_examples=100, deadline=None)
+def test_transitions_compose(name, times):
+    schedule = SCHEDULES[name](60)
+    r, s, t = sorted(times)
+    whole, late, early = transition(schedule, t, r), transition(schedule, t, s), transition(schedule, s, r)
+    assert whole.a == pytest.approx(late.a * early.a, rel=1e-12)
+    assert whole.v == pytest.approx(late.v + late.a**2 * early.v, rel=1e-9)
+
+
+@given(name=names, times=st.lists(st.integers(0, 60), min_size=2, max_size=2, unique=True))
+@settings(max_examples=100, deadline=None)
+def test_the_posterior_marginalises_to_q_and_obeys_bayes(name, times):
+    schedule = SCHEDULES[name](60, zero_terminal_snr=True)
+    s, t = sorted(times)
+    (alpha_s, alpha_t), (sigma_s, sigma_t) = schedule.alpha[[s, t]].tolist(), schedule.sigma[[s, t]].tolist()
+    k, m, variance = coefficients(schedule, t, s)
+    # Over x_t ~ q(x_t | x_0), it is q(x_s | x_0).
+    assert k * alpha_t + m == pytest.approx(alpha_s, rel=1e-9)
+    assert k**2 * sigma_t**2 + variance == pytest.approx(sigma_s**2, rel=1e-9, abs=1e-15)
+    # The covariance of x_s and x_t given x_0 is that of the forward process.
+    a, v = transition(schedule, t, s)[:2]
+    assert k * sigma_t**2 == pytest.approx(a * sigma_s**2, rel=1e-9, abs=1e-15)
+    # Precisions add: q(x_s | x_t, x_0) is proportional to q(x_t | x_s) q(x_s | x_0).
+    if s > 0:
+        assert 1 / variance == pytest.approx(a**2 / v + 1 / sigma_s**2, rel=1e-9)
+    else:
+        assert (k, variance) == (0, 0)
+        assert m == pytest.approx(1)
+
+
+def test_from_pure_noise_only_the_estimate_counts():
+    schedule = schedules.linear(60, zero_terminal_snr=True)
+    k, m, variance = coefficients(schedule, 60, 30)
+    assert k == 0
+    assert m == pytest.approx(float(schedule.alpha[30]))
+    assert variance == pytest.approx(float(schedule.sigma[30]) ** 2)
+
+
+@pytest.mark.parametrize(("t", "s"), [(5, 5), (4, 5), (61, 5), (5, -1), (0, 0)])
+def test_times_out_of_order_are_refused(t, s):
+    with pytest.raises(ValueError, match=f"0 <= s < t <= 60, not s={s}, t={t}"):
+        transition(schedules.linear(60), t, s)
