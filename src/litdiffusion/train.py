@@ -19,6 +19,7 @@ from litdiffusion.configuration.nodes import build
 from litdiffusion.reporting.curves import curves
 from litdiffusion.reporting.report import paragraph
 from litdiffusion.runs.folder import RunFolder, absolute
+from litdiffusion.runs.model import MODEL_PARTS
 from litdiffusion.runs.provenance import provenance
 from litdiffusion.runs.resume import Resumption, find_resumption
 from litdiffusion.training.callbacks import Interrupted, Monitor, SampleImages, SaveCheckpoints
@@ -91,8 +92,7 @@ def build_trainer(cfg: DictConfig, config: dict[str, Any]) -> Trainer:
     )
     saving = find(trainer, SaveCheckpoints)
     if saving:
-        parts = ("denoiser", "sampler", "loss", "weighting")
-        saving.embed(model_config={name: config[name] for name in parts}, data_config=config["data"])
+        saving.embed(model_config={name: config[name] for name in MODEL_PARTS}, data_config=config["data"])
     return trainer
 
 

@@ -1,5 +1,7 @@
 """What the machine can do: accelerators, their number, and bfloat16."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -107,3 +109,27 @@ def _whole(value: Any) -> int:
 def _replace(node: DictConfig, name: str, value: str) -> None:
     if name in node:
         node[name] = value
+
+
+def torch_device(name: str) -> torch.device:
+    """Return the device that ``device=NAME`` means; ``auto`` is the best there is.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name == "auto":
+        name = {"gpu": "cuda"}.get(native_accelerator(), native_accelerator())
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name}: this machine has none; use device=auto or device=cpu") from error
+    return device
+
+
+@contextmanager
+def native_autocast(device: torch.device) -> Iterator[str]:
+    """Compute in bfloat16 where the device does so natively, as ``trainer.precision=auto`` does; yield its name."""
+    precision = native_precision(device.type)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        yield precision

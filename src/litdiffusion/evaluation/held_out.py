@@ -12,6 +12,8 @@ from litdiffusion.diffusion import Denoiser, Objective
 from litdiffusion.diffusion.timesteps import spread_times
 from litdiffusion.randomness import normal_positions
 
+BINS = 10
+
 
 @torch.no_grad()
 def held_out_losses(
@@ -25,3 +27,13 @@ def held_out_losses(
     t = spread_times(position, denoiser.schedule.num_steps)
     eps = normal_positions(tuple(images.shape[1:]), first, first + len(images), "held out")
     return objective(denoiser, images, t, eps.to(images.device), feed_back=True), t
+
+
+def loss_by_time(
+    losses: Float[Tensor, " images"], t: Int[Tensor, " images"], num_steps: int, name: str
+) -> dict[str, float]:
+    """Return the mean loss in each tenth of 1..T as ``name_t00`` .. ``name_t09``; empty tenths are left out."""
+    bins = (t - 1) * BINS // num_steps
+    return {
+        f"{name}_t{i:02d}": float(losses[bins == i].mean()) for i in range(BINS) if bool((bins == i).any())
+    }

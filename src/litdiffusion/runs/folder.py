@@ -70,16 +70,9 @@ class RunFolder:
         Raises:
             UserError: it cannot.
         """
-        try:
-            for folder in (self.checkpoints, self.samples):
-                folder.mkdir(parents=True, exist_ok=True)
-            with whole_file(self.path / "probe") as probe:
-                probe.write_text("")
-            (self.path / "probe").unlink()
-        except OSError as error:
-            raise UserError(
-                f"run_dir {self.path} cannot be written ({error.strerror}): choose another, run_dir=DIR"
-            ) from error
+        writable_folder("run_dir", str(self.path))
+        for folder in (self.checkpoints, self.samples):
+            writable_folder("run_dir", str(folder))
 
     def describe(self, config: dict[str, Any], overrides: Iterable[str], provenance: dict[str, Any]) -> None:
         """Write down what is about to run."""
@@ -91,6 +84,25 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write down how the run ended."""
         write_text(self.summary, json.dumps(summary, indent=2) + "\n")
+
+
+def writable_folder(key: str, path: str) -> Path:
+    """Make the folder that ``key=path`` names, and make sure that it can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(folder / "probe") as probe:
+            probe.write_text("")
+        (folder / "probe").unlink()
+    except OSError as error:
+        raise UserError(
+            f"{key}={folder} cannot be written ({error.strerror}): choose another folder"
+        ) from error
+    return folder
 
 
 def absolute(path: str) -> str:

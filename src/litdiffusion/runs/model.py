@@ -9,21 +9,43 @@ from jaxtyping import Float
 from torch import Tensor
 
 from litdiffusion.configuration.targets import check_targets
-from litdiffusion.diffusion import DDIM, DDPM, Denoiser, Sampler
+from litdiffusion.diffusion import DDIM, DDPM, Denoiser, Objective, Sampler
 from litdiffusion.errors import UserError
 from litdiffusion.nn.blocks import fold_weight_standardization
 from litdiffusion.runs.checkpoint import read_checkpoint
 from litdiffusion.sampling import Watch, sample_images
 
+MODEL_PARTS = ("denoiser", "sampler", "loss", "weighting")
+"""The configuration nodes that a checkpoint carries as ``model_config``."""
+
 SAMPLERS: dict[str, type[Sampler]] = {"ddpm": DDPM, "ddim": DDIM}
 
 
 class TrainedModel:
-    """A denoiser ready to sample, and the sampler its training used."""
+    """A denoiser ready to sample, and what its checkpoint says of its training.
 
-    def __init__(self, denoiser: Denoiser, sampler: Sampler, step: int, weights: str) -> None:
+    Attributes:
+        denoiser: network, schedule and target, in evaluation mode.
+        default_sampler: the one that its run used.
+        objective: the loss that it was trained on.
+        data_config: the configuration of its data source, as plain values, not yet checked.
+        step: optimizer steps it was trained for.
+        weights: ``ema`` or ``raw``.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        default_sampler: Sampler,
+        objective: Objective,
+        data_config: dict[str, Any],
+        step: int,
+        weights: str,
+    ) -> None:
         self.denoiser = denoiser
-        self.default_sampler = sampler
+        self.default_sampler = default_sampler
+        self.objective = objective
+        self.data_config = data_config
         self.step = step
         self.weights = weights
 
@@ -80,8 +102,8 @@ def load_model(
     checkpoint = read_checkpoint(Path(path))
     config = checkpoint["model_config"]
     check_targets(config)
-    denoiser: Denoiser = instantiate(config["denoiser"], _convert_="all")
-    sampler: Sampler = instantiate(config["sampler"], _convert_="all")
+    parts = {name: instantiate(config[name], _convert_="all") for name in MODEL_PARTS}
+    denoiser: Denoiser = parts["denoiser"]
 
     state = checkpoint["state_dict"]
     averaged = any(name.startswith("averaged.") for name in state)
@@ -95,4 +117,11 @@ def load_model(
     fold_weight_standardization(denoiser.net)
     denoiser.requires_grad_(False).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     used = "ema" if prefix == "averaged." else "raw"
-    return TrainedModel(denoiser, sampler, int(checkpoint["global_step"]), used)
+    return TrainedModel(
+        denoiser,
+        parts["sampler"],
+        Objective(parts["loss"], parts["weighting"]),
+        checkpoint["data_config"],
+        int(checkpoint["global_step"]),
+        used,
+    )

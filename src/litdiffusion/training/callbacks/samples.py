@@ -77,9 +77,10 @@ class SampleImages(Callback):
                 frames.append(moment.x.float().cpu())
             count += start == 0
 
-        samples = sample_images(
-            module.best_denoiser, self.sampler, self.num_images, self.seed, self.num_images, watch
-        )
+        with trainer.precision_plugin.forward_context():  # the autocast of training
+            samples = sample_images(
+                module.best_denoiser, self.sampler, self.num_images, self.seed, watch=watch
+            )
         self._show(trainer, name, pictures.grid(samples))
         if record:
             path = self.folder / "denoising.gif"
