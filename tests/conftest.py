@@ -1,6 +1,25 @@
 """Every shape in the package's signatures is checked while the tests run."""
 
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # Before anything of ours is imported. An int may stand for a float, as PEP 484 says.
 install_import_hook("litdiffusion", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+# The same examples in every run. To search further: pytest --hypothesis-profile=search
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("search", max_examples=2000, deadline=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For networks so small that sharing their work among threads costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

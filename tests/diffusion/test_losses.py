@@ -20,6 +20,8 @@ from litdiffusion.nn import UNet
 from peers import blog
 from small_worlds import Affine, Spy, affine_denoiser, images, normal
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCHEDULE = schedules.linear(60)
 T = torch.tensor([1, 15, 30, 60])
 DIFFERENCES = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.2, 1.0, 2.5])[:, None, None, None]

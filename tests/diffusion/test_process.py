@@ -1,7 +1,7 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peer_schedulers import on_our_tables
 
@@ -77,7 +77,6 @@ def test_the_posterior_of_any_step_is_diffusers(num_steps):
 
 
 @given(name=names, times=st.lists(st.integers(0, 60), min_size=3, max_size=3, unique=True))
-@settings(max_examples=100, deadline=None)
 def test_transitions_compose(name, times):
     schedule = SCHEDULES[name](60)
     r, s, t = sorted(times)
@@ -87,7 +86,6 @@ def test_transitions_compose(name, times):
 
 
 @given(name=names, times=st.lists(st.integers(0, 60), min_size=2, max_size=2, unique=True))
-@settings(max_examples=100, deadline=None)
 def test_the_posterior_marginalises_to_q_and_obeys_bayes(name, times):
     schedule = SCHEDULES[name](60, zero_terminal_snr=True)
     s, t = sorted(times)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -117,7 +117,6 @@ def test_at_gives_one_number_per_image_in_float32():
 
 
 @given(name=st.sampled_from(sorted(SCHEDULES)), num_steps=st.integers(1, 3000))
-@settings(max_examples=60, deadline=None)
 def test_snr_falls_at_every_step_for_any_number_of_steps(name, num_steps):
     schedule = SCHEDULES[name](num_steps)
     assert schedule.num_steps == num_steps
@@ -125,7 +124,7 @@ def test_snr_falls_at_every_step_for_any_number_of_steps(name, num_steps):
     assert schedule.sigma[0] == 0
     assert bool((schedule.log_snr.diff() < 0).all())
     assert bool((schedule.alpha.diff() < 0).all())
-    assert bool((schedule.sigma.diff() > 0).all())
+    assert bool((schedule.sigma.diff() >= 0).all())  # close to 1, float64 cannot tell neighbours apart
 
 
 @pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,7 +19,6 @@ def in_middle_of_slices(count: int) -> Tensor:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
 @given(u=st.lists(uniform_numbers, min_size=1, max_size=8), num_steps=st.integers(1, 10**6), data=st.data())
-@settings(max_examples=100, deadline=None)
 def test_times_lie_within_the_schedule(rule, u, num_steps, data):
     batch_size = data.draw(st.integers(len(u), 4096))
     first = data.draw(st.integers(0, batch_size - len(u)))
@@ -49,7 +48,6 @@ def test_uniform_times_do_not_depend_on_position():
 
 
 @given(u=st.lists(uniform_numbers, min_size=24, max_size=24))
-@settings(max_examples=50, deadline=None)
 def test_a_stratified_batch_meets_each_of_its_slices_once(u):
     position = torch.arange(24)
     # As many images as times, twice as many, and half as many.
@@ -78,7 +76,6 @@ def test_a_share_of_the_batch_draws_what_the_whole_batch_draws(rule, cut):
 
 
 @given(first=st.integers(0, 10**6), count=st.integers(1, 400), num_steps=st.sampled_from([10, 300, 1000]))
-@settings(max_examples=100, deadline=None)
 def test_spread_times_fill_every_tenth_of_time_in_every_run(first, count, num_steps):
     t = spread_times(torch.arange(first, first + count), num_steps)
     assert int(t.min()) >= 1

@@ -65,7 +65,6 @@ class Sampler(ABC):
         ``noise()`` draws standard normal images; a deterministic sampler never calls it.
         """
 
-    @torch.no_grad()
     def steps(self, denoiser: Denoiser, x_T: Images, generators: Generators = None) -> Iterator[Step]:
         """Walk from the noise ``x_T`` to the images, yielding ``num_steps`` + 1 moments, t = T first, t = 0 last.
 
@@ -75,10 +74,11 @@ class Sampler(ABC):
         x, x0 = x_T, None
         grid = self.times(denoiser.schedule)
         for t, s in pairwise(grid):
-            estimate = denoiser(x, torch.full((len(x),), t, device=x.device), x0)
-            x0 = estimate.x0
-            yield Step(t, x, x0)
-            x = self.step(denoiser.schedule, x, estimate, t, s, lambda: normal_like(x_T, generators))
+            with torch.no_grad():  # never across a yield, where it would reach the caller
+                estimate = denoiser(x, torch.full((len(x),), t, device=x.device), x0)
+                x_s = self.step(denoiser.schedule, x, estimate, t, s, lambda: normal_like(x_T, generators))
+            yield Step(t, x, estimate.x0)
+            x, x0 = x_s, estimate.x0
         yield Step(0, x, x)
 
     def sample(self, denoiser: Denoiser, x_T: Images, generators: Generators = None) -> Images:
@@ -138,7 +138,8 @@ class DDIM(Sampler):
     ) -> Images:
         """Move along the line from eps to x_0, with fresh noise where eta asks for it."""
         step = transition(schedule, t, s)
-        c2 = self.eta**2 * step.posterior_variance
+        # Where alpha_t = 0 and eta = 1, c^2 is sigma_s^2 but for rounding.
+        c2 = min(self.eta**2 * step.posterior_variance, step.sigma_s**2)
         x_s = step.alpha_s * estimate.x0 + (step.sigma_s**2 - c2) ** 0.5 * estimate.eps
         return x_s if c2 == 0 else x_s + c2**0.5 * noise()
 
