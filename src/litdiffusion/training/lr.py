@@ -14,11 +14,11 @@ def constant(optimizer: Optimizer, warmup_steps: int = 0) -> LambdaLR:
 def warmup_cosine(
     optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, final_factor: float = 0.0
 ) -> LambdaLR:
-    """Rise linearly over ``warmup_steps``, then fall on half a cosine to ``final_factor`` at ``total_steps``."""
-    if warmup_steps >= total_steps:
-        raise ValueError(
-            f"warmup_steps={warmup_steps} leaves nothing of total_steps={total_steps}: choose fewer"
-        )
+    """Rise linearly over ``warmup_steps``, then fall on half a cosine to ``final_factor`` at ``total_steps``.
+
+    The rise takes at most half of the run, so that a run of a few steps needs no other setting.
+    """
+    warmup_steps = min(warmup_steps, total_steps // 2)
 
     def factor(step: int) -> float:
         progress = min(max(step - warmup_steps, 0) / (total_steps - warmup_steps), 1.0)

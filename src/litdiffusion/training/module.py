@@ -18,6 +18,7 @@ from litdiffusion.data.datamodule import Batch
 from litdiffusion.diffusion import Denoiser, Objective
 from litdiffusion.diffusion.losses import Distance, Weighting
 from litdiffusion.diffusion.timesteps import TimestepRule
+from litdiffusion.errors import UserError
 from litdiffusion.evaluation.held_out import held_out_losses
 from litdiffusion.randomness import normal_positions, seed_of, uniform_positions
 from litdiffusion.training.ema import EMA
@@ -111,12 +112,17 @@ class LitDiffusion(LightningModule):
         return t.to(images.device), eps.to(images.device)
 
     def configure_optimizers(self) -> Any:
-        """Build optimizer and learning-rate schedule."""
-        optimizer = self.optimizer_factory(self.denoiser.net.parameters())
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler_factory(optimizer), "interval": "step"},
-        }
+        """Build optimizer and learning-rate schedule.
+
+        Raises:
+            UserError: one of them refuses its arguments.
+        """
+        try:
+            optimizer = self.optimizer_factory(self.denoiser.net.parameters())
+            scheduler = self.lr_scheduler_factory(optimizer)
+        except ValueError as error:
+            raise UserError(f"optimizer or lr_scheduler: {error}") from error
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then average: before any callback of this step, so that a checkpoint holds both."""

@@ -73,6 +73,13 @@ class Monitor(Callback):
         if stepped and step % self.every_n_steps == 0:
             self._log(trainer, pl_module)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run shorter than a line has a loss and a speed too."""
+        if self.loss is None and bool(self.loss_counts.sum() > 0):
+            self.loss = float(self.loss_sums.sum() / self.loss_counts.sum())
+        if not self.images_per_second and self._seconds:
+            self.images_per_second = self._images / self._seconds
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand the validation loss to the loggers."""
         if trainer.sanity_checking:

@@ -1,0 +1,61 @@
+# Everything here runs in .venv, which the first target makes by itself.
+PYTHON ?= python3
+VENV ?= .venv
+EXPERIMENT ?= quickstart
+ARGS ?=
+
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+FASHION_MNIST := data/fashion-mnist
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-slow lint format types data bench notebook sweep clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo '  Overrides go into ARGS, presets into EXPERIMENT: make train EXPERIMENT=annotated ARGS="schedule=cosine seed=1"'
+
+train: $(INSTALLED) data  ## Train on Fashion-MNIST: garments in about ten minutes on two CPU cores
+	$(PY) -m litdiffusion.train experiment=$(EXPERIMENT) $(ARGS)
+
+test: $(INSTALLED) data  ## Run the tests (some minutes on two cores); ARGS="tests/nn -x" narrows them
+	$(PY) -m pytest $(ARGS)
+
+test-slow: $(INSTALLED) data  ## Run the tests that take long
+	$(PY) -m pytest -m slow $(ARGS)
+
+lint: $(INSTALLED)  ## Check style and formatting
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+format: $(INSTALLED)  ## Mend style and formatting
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+types: $(INSTALLED)  ## Check types
+	$(VENV)/bin/mypy
+
+data: $(INSTALLED)  ## Fetch Fashion-MNIST, without root
+	@$(PY) -m litdiffusion.data.fetch $(FASHION_MNIST)
+
+bench: $(INSTALLED)  ## Measure the training step beside the blog's code and others
+	$(PY) benchmarks/train_step.py --markdown docs/benchmarks.md $(ARGS)
+
+notebook: $(INSTALLED) data  ## Execute the notebooks in place
+	cd notebooks && ../$(VENV)/bin/jupyter execute --inplace *.ipynb
+
+sweep: $(INSTALLED) data  ## Train every schedule with every loss; ARGS="trainer.max_steps=200" shortens it
+	$(PY) -m litdiffusion.train experiment=$(EXPERIMENT) sweep=schedules_and_losses $(ARGS)
+
+clean:  ## Remove caches and the virtual environment; runs and data stay
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'error: this needs Python 3.11 or later; name one: make PYTHON=python3.12' >&2; exit 2; }
+	@echo 'Making the virtual environment in $(VENV): torch and its libraries are several GB, this takes some minutes.'
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo 'error: $(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv' >&2; exit 2; }
+	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,194 @@
+"""The command line as a whole: what it builds, what it writes, and how it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from commands import run, train_tiny, type_command
+from litdiffusion import load_model
+from litdiffusion.reporting.images import to_uint8
+
+CHOICES = [
+    ["schedule=linear"],
+    ["schedule=quadratic", "target=x0"],
+    ["schedule=sigmoid", "loss=l1"],
+    ["schedule=sigmoid_beta", "target=epsilon", "loss=huber", "denoiser.clip=none"],
+    ["schedule=cosine", "schedule.zero_terminal_snr=true", "weighting=min_snr"],
+    ["sampler=ddpm", "sampler.num_steps=3", "sampler.variance=beta", "timesteps=uniform"],
+    ["sampler.eta=1", "ema=none", "optimizer=adam", "lr_scheduler=constant"],
+    ["net.self_condition=true", "net.dropout=0.1", "net.init_dim=12"],
+    ["trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=null", "datamodule.num_val=0"],
+    ["data.channels=3", "data.image_size=[8,12]"],
+    ["logger=none", "callbacks.sample_images=null", "callbacks.progress=null"],
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tiny(tmp_path_factory.mktemp("runs") / "trained")
+
+
+@pytest.mark.parametrize("overrides", CHOICES, ids=lambda overrides: ",".join(overrides))
+def test_every_choice_trains_and_samples(overrides: list[str], tmp_path: Path) -> None:
+    train_tiny(tmp_path, *overrides)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 4
+    model = load_model(summary["checkpoint"], device="cpu")
+    images = model.sample(2)
+    assert images.shape == (2, *model.denoiser.image_shape)
+    assert images.dtype == torch.float32
+    assert images.abs().max() <= 1
+    assert images.std() > 0
+
+
+def test_run_folder(trained: Path) -> None:
+    expected = {
+        *("config.yaml", "overrides.txt", "provenance.json", "metrics.csv", "summary.json", "curves.png"),
+        *("checkpoints/last.ckpt", "samples/grid.png", "samples/denoising.gif", "samples/noised_strip.png"),
+    }
+    found = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
+    assert found == expected
+    summary = json.loads((trained / "summary.json").read_text())
+    for name in ("wall_seconds", "images_per_second", "train_loss", "val_loss", "parameters", "images_seen"):
+        assert summary[name] > 0, name
+    assert summary["images_seen"] == 4 * 16
+    provenance = json.loads((trained / "provenance.json").read_text())
+    assert provenance[0]["seed"] == 0
+    assert provenance[0]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert "API_KEY" not in (trained / "provenance.json").read_text()
+
+
+def test_sample_writes_what_load_model_draws(trained: Path, tmp_path: Path) -> None:
+    ckpt = trained / "checkpoints" / "last.ckpt"
+    overrides = [
+        f"ckpt={ckpt}",
+        "num_images=5",
+        "batch_size=2",
+        "sampler=ddim",
+        "sampler.num_steps=3",
+        "seed=4",
+    ]
+    run("sample", *overrides, f"out={tmp_path}", "device=cpu")
+    with np.load(tmp_path / "samples.npz") as file:
+        images = file["images"]
+    assert images.shape == (5, 8, 8, 1)
+    assert images.dtype == np.uint8
+    drawn = load_model(ckpt, device="cpu").sample(5, sampler="ddim", num_steps=3, seed=4)
+    difference = np.abs(images.astype(int) - to_uint8(drawn).permute(0, 2, 3, 1).numpy().astype(int))
+    assert difference.max() <= 1  # another batch size: the network's rounding
+    report = json.loads((tmp_path / "sample.json").read_text())
+    assert report["num_images"] == 5
+    assert report["num_steps"] == 3
+    with Image.open(tmp_path / "denoising.gif") as gif:
+        assert gif.n_frames == 4
+    assert (tmp_path / "grid.png").exists()
+
+
+def test_raw_and_averaged_weights_differ(trained: Path) -> None:
+    ckpt = trained / "checkpoints" / "last.ckpt"
+    averaged, raw = (load_model(ckpt, weights=weights, device="cpu") for weights in ("ema", "raw"))
+    assert (averaged.weights, raw.weights) == ("ema", "raw")
+    assert not torch.equal(averaged.sample(2), raw.sample(2))
+
+
+def test_evaluate_agrees_with_training(trained: Path, tmp_path: Path) -> None:
+    ckpt = trained / "checkpoints" / "last.ckpt"
+    run("evaluate", f"ckpt={ckpt}", f"out={tmp_path}", "num_images=32", "batch_size=5", "device=cpu")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    summary = json.loads((trained / "summary.json").read_text())
+    assert metrics["val/loss"] == pytest.approx(summary["val_loss"], rel=1e-4)
+    assert metrics["num_images"] == 32
+    tenths = [metrics[f"val/loss_t{i:02d}"] for i in range(10)]
+    assert min(tenths) < metrics["val/loss"] < max(tenths)
+
+
+def test_last_printed_line_is_the_metrics(trained: Path, tmp_path: Path) -> None:
+    typed = type_command(
+        "evaluate", f"ckpt={trained}/checkpoints/last.ckpt", f"out={tmp_path}", "num_images=8"
+    )
+    assert typed.code == 0
+    assert json.loads(typed.out.splitlines()[-1]) == json.loads((tmp_path / "metrics.json").read_text())
+
+
+REFUSED = {
+    "an unknown schedule": (["schedule=liner"], ["schedule", "linear"]),
+    "an unknown key": (["trainer.max_step=3"], ["trainer.max_step", "trainer.max_steps"]),
+    "a key of another node": (["batch_size=8"], ["batch_size", "datamodule.batch_size"]),
+    "a wrong type": (["net.dim=wide"], ["net.dim", "wide"]),
+    "too many halvings": (["net.dim_mults=[1,2,4,8]"], ["data.image_size", "28", "net.dim_mults"]),
+    "groups": (["net.groups=5"], ["net.groups=5"]),
+    "epsilon at zero SNR": (["target=epsilon", "schedule.zero_terminal_snr=true"], ["target=epsilon", "v"]),
+    "fp16 on a CPU": (["trainer=cpu", "trainer.precision=16-mixed"], ["trainer.precision", "GPU"]),
+    "too many devices": (["trainer=gpu", "trainer.devices=99"], ["trainer."]),
+    "no end": (["trainer.max_steps=-1"], ["trainer.max_steps"]),
+    "too many sampling steps": (["sampler.num_steps=5000"], ["sampler.num_steps", "1000"]),
+    "a missing folder": (["data=image_folder", "data.path=/nonexistent"], ["/nonexistent"]),
+    "a folder not given": (["data=image_folder"], ["data.path"]),
+    "a bad value": (["loss=huber", "loss.delta=-1"], ["delta"]),
+    "a bad clip": (["denoiser.clip=hard"], ["clip", "hard"]),
+    "a missing checkpoint": (["resume=/nonexistent.ckpt"], ["/nonexistent.ckpt"]),
+    "nothing to resume": (["resume=must"], ["resume=must"]),
+    "a negative learning rate": (["debug=tiny", "optimizer.lr=-1"], ["optimizer", "-1"]),
+}
+
+
+@pytest.mark.parametrize(("overrides", "words"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_one_line_and_exit_code_2(
+    overrides: list[str], words: list[str], tmp_path: Path
+) -> None:
+    typed = type_command("train", f"run_dir={tmp_path / 'run'}", *overrides)
+    assert typed.code == 2, typed.err
+    errors = [line for line in typed.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, typed.err
+    assert "Traceback" not in typed.err
+    for word in words:
+        assert word in errors[0]
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_an_unwritable_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    typed = type_command("train", "debug=tiny", f"run_dir={tmp_path / 'file' / 'run'}")
+    assert typed.code == 2
+    assert f"run_dir={tmp_path / 'file' / 'run'} cannot be written" in typed.err
+
+
+def test_a_folder_of_another_configuration(trained: Path) -> None:
+    before = (trained / "config.yaml").read_bytes()
+    typed = type_command(
+        "train", "debug=tiny", "trainer.max_steps=4", f"run_dir={trained}", "schedule=linear"
+    )
+    assert typed.code == 2
+    assert "belongs to another configuration" in typed.err
+    assert "schedule" in typed.err
+    assert (trained / "config.yaml").read_bytes() == before
+    typed = type_command("train", "debug=tiny", "trainer.max_steps=4", f"run_dir={trained}", "resume=never")
+    assert typed.code == 2
+    assert "resume=never" in typed.err
+
+
+def test_a_sweep_over_schedules_and_losses(tmp_path: Path) -> None:
+    typed = type_command(
+        *("train", "-m", "debug=tiny", "trainer.max_steps=2", "callbacks.sample_images=null"),
+        *("schedule=linear,cosine", "loss=l1,l2", f"hydra.sweep.dir={tmp_path}"),
+    )
+    assert typed.code == 0, typed.err
+    summaries = [json.loads((tmp_path / str(job) / "summary.json").read_text()) for job in range(4)]
+    assert len({summary["val_loss"] for summary in summaries}) == 4
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    overrides = ["optimizer.lr=1e30", "trainer.gradient_clip_val=null", "lr_scheduler.warmup_steps=0"]
+    every_step = "callbacks.save_checkpoints.every_n_steps=1"
+    typed = type_command("train", "debug=tiny", f"run_dir={tmp_path}", every_step, *overrides)
+    assert typed.code == 2, typed.err
+    line = next(line for line in typed.err.splitlines() if line.startswith("error: "))
+    assert "step" in line
+    assert "last good checkpoint" in line
+    for path in (tmp_path / "checkpoints").glob("*.ckpt"):
+        state = torch.load(path, weights_only=True)["state_dict"]
+        assert all(bool(torch.isfinite(value).all()) for value in state.values())
