@@ -1,12 +1,13 @@
 """The bricks of the U-Net: weight-standardized convolutions, residual blocks, resampling.
 
-All of them keep whatever memory format they are given; the U-Net feeds them channels-last.
+All of them keep feature maps channels-last in memory, as the U-Net gives them.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from einops.layers.torch import Rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -35,13 +36,9 @@ class WeightStandardizedConv2d(nn.Conv2d):
 
     def folded(self) -> nn.Conv2d:
         """Return a plain convolution that computes the same: for inference, where the weights stand still."""
-        plain = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            (self.kernel_size[0], self.kernel_size[1]),
-            padding=self.padding if isinstance(self.padding, str) else (self.padding[0], self.padding[1]),
-            bias=self.bias is not None,
-        )
+        names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
+        arguments: dict[str, Any] = {name: getattr(self, name) for name in names}
+        plain = nn.Conv2d(**arguments, bias=self.bias is not None)
         state = {"weight": self.standardized_weight().detach()}
         if self.bias is not None:
             state["bias"] = self.bias.detach()
@@ -90,13 +87,20 @@ class ResnetBlock(nn.Module):
         return h + self.shortcut(x)
 
 
+class PatchesToChannels(nn.Module):
+    """Pixel unshuffling by 2 that leaves its result channels-last; torch's own does so on the CPU only."""
+
+    def forward(self, x: Float[Tensor, "batch in h w"]) -> Float[Tensor, "batch out h2 w2"]:
+        """Turn each 2x2 patch into channels."""
+        patches = rearrange(x, "b c (h p1) (w p2) -> b h w (c p1 p2)", p1=2, p2=2)
+        return rearrange(patches, "b h w c -> b c h w")
+
+
 class Downsample(nn.Sequential):
     """Halve height and width: each 2x2 patch becomes channels, then a 1x1 convolution mixes them."""
 
     def __init__(self, dim: int, dim_out: int) -> None:
-        super().__init__(
-            Rearrange("b c (h p1) (w p2) -> b (c p1 p2) h w", p1=2, p2=2), nn.Conv2d(dim * 4, dim_out, 1)
-        )
+        super().__init__(PatchesToChannels(), nn.Conv2d(dim * 4, dim_out, 1))
 
 
 class Upsample(nn.Sequential):
