@@ -36,7 +36,8 @@ class WeightStandardizedConv2d(nn.Conv2d):
 
     def folded(self) -> nn.Conv2d:
         """Return a plain convolution that computes the same: for inference, where the weights stand still."""
-        names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
+        names = ["in_channels", "out_channels", "kernel_size", "stride"]
+        names += ["padding", "dilation", "groups", "padding_mode"]
         arguments: dict[str, Any] = {name: getattr(self, name) for name in names}
         plain = nn.Conv2d(**arguments, bias=self.bias is not None)
         state = {"weight": self.standardized_weight().detach()}
