@@ -107,6 +107,8 @@ def _check_same_run(run: RunFolder, config: dict[str, Any]) -> None:
 
 
 def _is_free(key: str) -> bool:
+    # The module node repeats, by interpolation, what is written elsewhere.
+    key = key.removeprefix("module.")
     return any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
 
 

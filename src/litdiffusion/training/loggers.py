@@ -95,7 +95,7 @@ def wandb_logger(
         tags=tags,
         offline=offline,
         resume="allow",
-        settings=wandb.Settings(silent=True),
+        settings=wandb.Settings(silent=True, mode="offline" if offline else "online"),
     )
 
 
