@@ -1,0 +1,275 @@
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from torch import nn
+
+from litdiffusion.data.datamodule import Batch
+from litdiffusion.diffusion import (
+    L2,
+    Objective,
+    StratifiedTimesteps,
+    Uniform,
+    UniformTimesteps,
+    V,
+    schedules,
+)
+from litdiffusion.nn import UNet
+from litdiffusion.training.ema import EMA
+from litdiffusion.training.lr import constant
+from litdiffusion.training.module import LitDiffusion
+from small_worlds import Affine, Spy, affine_denoiser, images, randomized
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),  # Lightning's own use of torch
+]
+
+
+def module(
+    net: nn.Module | None = None, ema: EMA | None = None, seed: int = 0, **kwargs: Any
+) -> LitDiffusion:
+    settings = {
+        "loss": L2(),
+        "weighting": Uniform(),
+        "timesteps": StratifiedTimesteps(),
+        "optimizer": partial(torch.optim.SGD, lr=0.1),
+        "lr_scheduler": constant,
+    }
+    denoiser = affine_denoiser(schedules.cosine(50), V(), net=net)
+    return LitDiffusion(denoiser, **(settings | kwargs), ema=ema, seed=seed)
+
+
+def trainer(devices: int = 1, **kwargs: Any) -> Trainer:
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    strategy = "ddp" if devices > 1 else "auto"
+    quiet = settings | {"enable_model_summary": False, "accelerator": "cpu"}
+    return Trainer(devices=devices, strategy=strategy, **(quiet | kwargs))
+
+
+class Loader:
+    """Lightning takes a list for a list of loaders."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def fit(lit: LitDiffusion, batches: int, **kwargs: Any) -> None:
+    stream = [Batch(images(4, seed=step), None, 0, step) for step in range(batches)]
+    trainer(max_epochs=1, **kwargs).fit(lit, Loader(stream))
+
+
+def weights(net: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in net.parameters()]
+
+
+# ---------------------------------------------------------------------------------------------- the draws
+
+
+@pytest.mark.parametrize("rule", [UniformTimesteps(), StratifiedTimesteps()], ids=lambda r: type(r).__name__)
+def test_two_processes_draw_what_one_draws(rule):
+    """32 rows, so that the halves meet at a block's edge; 24, so that they meet inside a block."""
+    for size in (32, 24, 10):
+        whole, halves = module(timesteps=rule), module(timesteps=rule)
+        whole.trainer, halves.trainer = trainer(), trainer(devices=2)
+        assert (whole.trainer.world_size, halves.trainer.world_size) == (1, 2)
+        batch, half = images(size), size // 2
+        t, eps = whole.draw(batch, 0, 7)
+        t1, eps1 = halves.draw(batch[:half], 0, 7)
+        t2, eps2 = halves.draw(batch[half:], half, 7)
+        assert torch.equal(torch.cat((t1, t2)), t)
+        assert torch.equal(torch.cat((eps1, eps2)), eps)
+
+
+def test_draws_depend_on_seed_and_step_and_row_and_nothing_else():
+    lit = module()
+    lit.trainer = trainer()
+    batch = images(32)
+    t, eps = lit.draw(batch, 0, 3)
+    torch.manual_seed(99)  # the global generator has no say, nor have the images
+    for again in (lit.draw(batch, 0, 3), lit.draw(-batch, 0, 3)):
+        assert torch.equal(again[0], t)
+        assert torch.equal(again[1], eps)
+    assert not torch.equal(lit.draw(batch, 0, 4)[1], eps)
+    other = module(seed=1)
+    other.trainer = trainer()
+    assert not torch.equal(other.draw(batch, 0, 3)[1], eps)
+    assert len({float(row.sum()) for row in eps}) == 32  # no row is another's copy
+    assert eps.shape == batch.shape
+    assert len(t.unique()) > 16
+
+
+def test_drawing_leaves_the_global_generator_alone():
+    lit = module()
+    lit.trainer = trainer()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    lit.draw(images(4), 0, 0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+# ---------------------------------------------------------------------------------------------- the steps
+
+
+def test_a_training_step_is_the_objective_on_the_draws():
+    lit = module()
+    lit.trainer = trainer()
+    batch = Batch(images(6), None, 0, 2)
+    output = lit.training_step(batch, 0)
+    t, eps = lit.draw(batch.images, 0, 2)
+    losses = Objective(L2(), Uniform())(lit.denoiser, batch.images, t, eps)
+    torch.testing.assert_close(output["losses"], losses.detach())
+    torch.testing.assert_close(output["loss"], losses.mean())
+    assert torch.equal(output["t"], t)
+    assert output["loss"].requires_grad
+    assert not output["losses"].requires_grad
+
+
+def test_dropout_is_drawn_from_the_step_too():
+    def lit() -> LitDiffusion:
+        torch.manual_seed(0)
+        return module(randomized(UNet(8, 1, (1,), heads=2, head_dim=4, dropout=0.5)))
+
+    first, second = lit(), lit()
+    first.trainer = second.trainer = trainer()
+    batch = Batch(images(2), None, 0, 4)
+    loss = first.training_step(batch, 0)["loss"]
+    torch.manual_seed(1234)
+    assert torch.equal(second.training_step(batch, 0)["loss"], loss)
+    assert not torch.equal(first.training_step(batch._replace(step=5), 0)["loss"], loss)
+
+
+def test_a_self_conditioned_network_is_fed_back_in_half_of_the_steps():
+    net = Spy()
+    steps = 120
+    fit(module(net), steps)
+    fed = [call for call in net.calls if call.self_cond is not None]
+    alone = [call for call in net.calls if call.grad_enabled and call.self_cond is None]
+    estimates = [call for call in net.calls if not call.grad_enabled]
+    assert len(fed) + len(alone) == steps
+    assert len(estimates) == len(fed)
+    assert 0.4 * steps < len(fed) < 0.6 * steps
+    assert all(call.grad_enabled for call in fed)
+    assert float(net.feedback_gain.detach()) != 0.25  # and it learns from it
+
+
+def test_feeding_back_is_decided_for_the_whole_batch_alike():
+    """Or ranks would call their networks a different number of times."""
+
+    def calls(first: int, step: int) -> int:
+        net = Spy()
+        lit = module(net)
+        lit.trainer = trainer(devices=2)
+        lit.training_step(Batch(images(4), None, first, step), 0)
+        return len(net.calls)
+
+    decisions = [calls(0, step) for step in range(12)]
+    assert [calls(16, step) for step in range(12)] == decisions
+    assert set(decisions) == {1, 2}
+
+
+class Weights(Callback):
+    """Keeps the weights after every step."""
+
+    def __init__(self) -> None:
+        self.after: list[list[torch.Tensor]] = []
+
+    def on_train_batch_end(self, _: Trainer, lit: LitDiffusion, *args: Any) -> None:
+        self.after.append(weights(lit.denoiser.net))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_average_follows_every_optimizer_step(accumulate):
+    lit, kept = module(ema=EMA(0.5)), Weights()
+    expected = weights(lit.averaged)
+    fit(lit, 12 * accumulate, callbacks=[kept], accumulate_grad_batches=accumulate)
+    assert lit.trainer.global_step == 12
+    for n, raw in enumerate(kept.after[accumulate - 1 :: accumulate], start=1):
+        d = min(0.5, (1 + n) / (10 + n))
+        expected = [d * a + (1 - d) * p for a, p in zip(expected, raw, strict=True)]
+    assert n == 12
+    torch.testing.assert_close(weights(lit.averaged), expected)
+
+
+def test_only_the_network_is_trained():
+    lit = module(ema=EMA(0.9))
+    fit(lit, 1)
+    optimizer = lit.trainer.optimizers[0]
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in lit.denoiser.net.parameters()}
+    assert all(p.grad is None for p in lit.averaged.parameters())
+
+
+def test_one_samples_from_the_average_where_there_is_one():
+    lit = module(ema=EMA(0.9))
+    fit(lit, 3)
+    best = lit.best_denoiser
+    assert best.net is lit.averaged
+    assert best.schedule is lit.denoiser.schedule
+    assert best.clip == lit.denoiser.clip
+    assert not torch.equal(best.net.gain, lit.denoiser.net.gain)
+    plain = module()
+    assert plain.best_denoiser is plain.denoiser
+    assert plain.averaged is None
+
+
+def test_the_scheduler_steps_with_the_optimizer():
+    rates = []
+
+    class Rates(Callback):
+        def on_train_batch_start(self, tr: Trainer, *args: Any) -> None:
+            rates.append(tr.optimizers[0].param_groups[0]["lr"])
+
+    fit(module(lr_scheduler=partial(constant, warmup_steps=3)), 5, callbacks=[Rates()])
+    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+
+
+# ---------------------------------------------------------------------------------------------- validation
+
+
+def validation_losses(lit: LitDiffusion, *cuts: int) -> dict[str, float]:
+    """Losses over 20 images, cut into batches at ``cuts``."""
+    edges, held_out = [0, *cuts, 20], images(20, seed=3)
+    shares = [
+        Batch(held_out[start:stop], None, start, index) for index, (start, stop) in enumerate(pairwise(edges))
+    ]
+    running = trainer()
+    running.validate(lit, Loader(shares), verbose=False)
+    return {name: float(value) for name, value in running.callback_metrics.items()}
+
+
+def test_validation_loss_does_not_depend_on_the_batches_nor_on_the_seed():
+    torch.manual_seed(0)
+    net = randomized(Affine())
+    whole = validation_losses(module(net))
+    assert whole.keys() == {"val/loss"}
+    for cuts in ((10,), (7, 19), tuple(range(1, 20))):
+        assert validation_losses(module(net, seed=4), *cuts) == pytest.approx(whole, rel=1e-6)
+
+
+def test_validation_judges_the_average_and_the_raw_weights():
+    lit = module(ema=EMA(0.9))
+    fit(lit, 3)
+    both = validation_losses(lit)
+    assert both.keys() == {"val/loss", "val/loss_raw"}
+    assert both["val/loss"] == pytest.approx(validation_losses(module(lit.averaged))["val/loss"])
+    assert both["val/loss_raw"] == pytest.approx(validation_losses(module(lit.denoiser.net))["val/loss"])
+    assert both["val/loss"] != both["val/loss_raw"]
+
+
+def test_validation_feeds_a_self_conditioned_network_back_as_sampling_does():
+    net = Spy()
+    validation_losses(module(net), 10)
+    assert [call.self_cond is None for call in net.calls] == [True, False] * 2
