@@ -1,0 +1,110 @@
+"""What reaches metrics.csv, W&B's offline file and TensorBoard."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
+
+from commands import train_tiny
+from litdiffusion.runs.metrics import MetricsTable, read_rows
+
+BLOCK, HEADER = 32 * 1024, 7
+
+
+def offline_records(file: Path) -> Iterator[Any]:
+    """Read W&B's offline file: LevelDB's log format, one protobuf a record."""
+    data, place, record = file.read_bytes(), HEADER, b""
+    while place + HEADER <= len(data):
+        if BLOCK - place % BLOCK < HEADER:  # no header fits the rest of a block
+            place += BLOCK - place % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + HEADER])
+        record += data[place + HEADER : place + HEADER + length]
+        place += HEADER + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            message = wandb_internal_pb2.Record()
+            message.ParseFromString(record)
+            record = b""
+            yield message
+
+
+def offline_history(run_dir: Path) -> list[dict[str, Any]]:
+    rows = []
+    for file in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")):
+        for record in offline_records(file):
+            if record.HasField("history"):
+                rows.append(
+                    {
+                        (item.nested_key[0] if item.nested_key else item.key): json.loads(item.value_json)
+                        for item in record.history.item
+                    }
+                )
+    return rows
+
+
+@pytest.fixture
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+@pytest.mark.usefixtures("no_account")
+def test_wandb_falls_to_offline_and_keeps_its_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_dir = tmp_path / "run"
+    callbacks = ["callbacks.monitor.every_n_steps=2", "callbacks.sample_images.every_n_steps=2"]
+    train_tiny(run_dir, "logger=wandb", *callbacks)
+    assert "offline" in caplog.text
+    run_id = (run_dir / "wandb" / "run_id").read_text()
+    train_tiny(run_dir, "logger=wandb", *callbacks, "trainer.max_steps=6")
+    files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    assert {file.stem for file in files} == {f"run-{run_id}"}
+
+    rows = offline_history(run_dir)
+    assert all("images_seen" in row for row in rows)
+    by_key = {key: [row for row in rows if key in row] for row in rows for key in row}
+    for key in ("train/loss", "train/grad_norm", "train/lr", "train/images_per_second", "val/loss"):
+        assert by_key[key], key
+    assert any(key.startswith("train/loss_t") for key in by_key)
+    assert [row["images_seen"] for row in by_key["train/loss"]] == [32, 64, 96]
+    for key in ("samples/grid", "samples/noised_strip", "samples/denoising"):
+        assert by_key[key], key
+    updates = {
+        item.key
+        for file in files
+        for record in offline_records(file)
+        for config in (record.config, record.run.config)
+        for item in config.update
+    }
+    assert {"schedule", "net", "seed"} <= updates
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    train_tiny(tmp_path, "logger=tensorboard", "callbacks.monitor.every_n_steps=2")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
+    assert events.Tags()["images"] == ["samples/noised_strip", "samples/grid"]
+    assert (tmp_path / "metrics.csv").exists()
+
+
+def test_metrics_table_survives_kills_and_new_columns(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    table = MetricsTable(path)
+    for step in (1, 2, 3):
+        table.append({"step": step, "train/loss": 1 / step})
+    table.append({"step": 3, "val/loss": 0.5})
+    with path.open("a") as file:
+        file.write("4,0.2")  # killed in the middle of a line
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 3]
+
+    resumed = MetricsTable(path, up_to_step=2)
+    resumed.append({"step": 3, "train/loss": 1 / 3})
+    assert read_rows(path) == [{"step": step, "train/loss": pytest.approx(1 / step)} for step in (1, 2, 3)]
+    assert path.read_text().splitlines()[0] == "step,train/loss"
