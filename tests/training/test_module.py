@@ -181,26 +181,31 @@ def test_feeding_back_is_decided_for_the_whole_batch_alike():
 
 
 class Weights(Callback):
-    """Keeps the weights after every step."""
+    """Keeps the weights and their average after every batch."""
 
     def __init__(self) -> None:
-        self.after: list[list[torch.Tensor]] = []
+        self.raw: list[list[torch.Tensor]] = []
+        self.averaged: list[list[torch.Tensor]] = []
 
     def on_train_batch_end(self, _: Trainer, lit: LitDiffusion, *args: Any) -> None:
-        self.after.append(weights(lit.denoiser.net))
+        self.raw.append(weights(lit.denoiser.net))
+        self.averaged.append(weights(lit.averaged))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_average_follows_every_optimizer_step(accumulate):
     lit, kept = module(ema=EMA(0.5)), Weights()
-    expected = weights(lit.averaged)
+    average = weights(lit.averaged)
     fit(lit, 12 * accumulate, callbacks=[kept], accumulate_grad_batches=accumulate)
     assert lit.trainer.global_step == 12
-    for n, raw in enumerate(kept.after[accumulate - 1 :: accumulate], start=1):
+    after_steps = slice(accumulate - 1, None, accumulate)
+    for n, (raw, averaged) in enumerate(
+        zip(kept.raw[after_steps], kept.averaged[after_steps], strict=True), start=1
+    ):
         d = min(0.5, (1 + n) / (10 + n))
-        expected = [d * a + (1 - d) * p for a, p in zip(expected, raw, strict=True)]
+        average = [d * a + (1 - d) * p for a, p in zip(average, raw, strict=True)]
+        torch.testing.assert_close(averaged, average)
     assert n == 12
-    torch.testing.assert_close(weights(lit.averaged), expected)
 
 
 def test_only_the_network_is_trained():
