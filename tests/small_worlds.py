@@ -9,7 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from litdiffusion.diffusion import Denoiser, Epsilon, Estimate, Sampler, Schedule, Target, schedules
+from litdiffusion.diffusion import (
+    DDIM,
+    DDPM,
+    Denoiser,
+    Epsilon,
+    Estimate,
+    Sampler,
+    Schedule,
+    Target,
+    schedules,
+)
 from litdiffusion.diffusion.samplers import Noise
 
 SCHEDULES = {
@@ -18,6 +28,14 @@ SCHEDULES = {
     "cosine": schedules.cosine,
     "sigmoid": schedules.sigmoid,
     "sigmoid_beta": schedules.sigmoid_beta,
+}
+
+SAMPLERS = {
+    "ddpm": DDPM,
+    "ddpm_beta": lambda num_steps: DDPM(num_steps, variance="beta"),
+    "ddim": DDIM,
+    "ddim_eta": lambda num_steps: DDIM(num_steps, eta=0.7),
+    "ddim_eta_1": lambda num_steps: DDIM(num_steps, eta=1.0),
 }
 
 

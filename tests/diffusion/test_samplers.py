@@ -23,18 +23,19 @@ from litdiffusion.diffusion import (
 )
 from litdiffusion.nn import UNet
 from peers import blog
-from small_worlds import SCHEDULES, Affine, GaussianData, Oracle, Spy, affine_denoiser, images, normal
+from small_worlds import (
+    SAMPLERS,
+    SCHEDULES,
+    GaussianData,
+    Oracle,
+    affine_denoiser,
+    images,
+    normal,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TARGETS = [Epsilon(), X0(), V()]
-SAMPLERS = {
-    "ddpm": DDPM,
-    "ddpm_beta": lambda num_steps: DDPM(num_steps, variance="beta"),
-    "ddim": DDIM,
-    "ddim_eta": lambda num_steps: DDIM(num_steps, eta=0.7),
-    "ddim_eta_1": lambda num_steps: DDIM(num_steps, eta=1.0),
-}
 
 
 def class_name(x: object) -> str:
@@ -43,41 +44,6 @@ def class_name(x: object) -> str:
 
 def no_noise() -> Tensor:
     raise AssertionError("a deterministic step asked for noise")
-
-
-# ---------------------------------------------------------------------------------------------- the grid
-
-
-@given(data=st.data(), total=st.integers(1, 1500))
-def test_the_grid_falls_from_T_to_0_as_evenly_as_integers_can(data, total):  # noqa: N802
-    count = data.draw(st.integers(1, total))
-    grid = DDIM(count).times(schedules.linear(total))
-    assert grid[0] == total
-    assert grid[-1] == 0
-    assert len(grid) == count + 1
-    strides = [t - s for t, s in pairwise(grid)]
-    assert min(strides) >= 1
-    assert max(strides) - min(strides) <= 1
-    assert all(abs(t - total * (count - i) / count) <= 0.5 for i, t in enumerate(grid))
-
-
-def test_the_grid_takes_every_step_when_none_are_named():
-    schedule = schedules.linear(7)
-    assert DDPM().times(schedule) == DDPM(7).times(schedule) == [7, 6, 5, 4, 3, 2, 1, 0]
-    assert DDPM(1).times(schedule) == [7, 0]
-    assert DDIM().num_steps == 50
-
-
-def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="num_steps=0"):
-        DDPM(0)
-    with pytest.raises(ValueError, match="num_steps=-1"):
-        DDIM(-1)
-    with pytest.raises(ValueError, match="num_steps=8: the schedule has only 7 steps"):
-        DDIM(8).times(schedules.linear(7))
-    for eta in (-0.1, 1.1):
-        with pytest.raises(ValueError, match=f"eta={eta}"):
-            DDIM(eta=eta)
 
 
 # ---------------------------------------------------------------------------------------------- the oracle
@@ -281,59 +247,3 @@ def test_ddim_survives_a_first_step_from_pure_noise(sigma):
     x = torch.ones(1, 1, 1, 1)
     step = DDIM(eta=1.0).step(Schedule(alphas, sigmas), x, Estimate(x, x), 2, 1, lambda: 0 * x)
     torch.testing.assert_close(step, 0.5 * x)
-
-
-# ---------------------------------------------------------------------------------------------- the loop
-
-
-@pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
-def test_an_image_with_its_own_generator_does_not_depend_on_its_batch(make):
-    denoiser, x_T = affine_denoiser(schedules.linear(30)), normal(5, 1, 4, 4)
-
-    def sampled(rows: slice) -> Tensor:
-        seeds = range(5)[rows]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return make(10).sample(denoiser, x_T[rows], generators)
-
-    whole = sampled(slice(0, 5))
-    assert torch.equal(whole, torch.cat([sampled(slice(0, 2)), sampled(slice(2, 5))]))
-    assert not torch.equal(whole[0], whole[1])
-
-
-def test_generators_and_images_must_match():
-    denoiser = affine_denoiser(schedules.linear(30))
-    with pytest.raises(ValueError, match="1 generators for 2 images"):
-        DDPM(10).sample(denoiser, normal(2, 1, 4, 4), [torch.Generator()])
-
-
-def test_one_generator_draws_for_the_whole_batch_in_order():
-    denoiser, x_T = affine_denoiser(schedules.linear(30)), normal(3, 1, 4, 4)
-    first = DDPM(10).sample(denoiser, x_T, torch.Generator().manual_seed(4))
-    assert torch.equal(first, DDPM(10).sample(denoiser, x_T, torch.Generator().manual_seed(4)))
-    assert not torch.equal(first, DDPM(10).sample(denoiser, x_T, torch.Generator().manual_seed(5)))
-
-
-@pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
-def test_steps_yields_every_moment_and_passes_its_estimate_on(make):
-    schedule, net = schedules.linear(30), Spy()
-    denoiser, x_T = affine_denoiser(schedule, net=net), normal(2, 1, 4, 4)
-    moments = list(make(6).steps(denoiser, x_T, torch.Generator().manual_seed(1)))
-    assert [moment.t for moment in moments] == [30, 25, 20, 15, 10, 5, 0]
-    assert torch.equal(moments[0].x, x_T)
-    assert torch.equal(moments[-1].x, moments[-1].x0)
-    assert [call.clock.tolist() for call in net.calls] == [[t - 1] * 2 for t in (30, 25, 20, 15, 10, 5)]
-    assert net.calls[0].self_cond is None
-    for call, earlier, now in zip(net.calls[1:], moments[:-2], moments[1:-1], strict=True):
-        assert torch.equal(call.self_cond, earlier.x0)
-        assert torch.equal(call.x, now.x)
-        assert torch.equal(now.x0, denoiser(now.x, torch.full((2,), now.t), earlier.x0).x0)
-    sampled = make(6).sample(denoiser, x_T, torch.Generator().manual_seed(1))
-    assert torch.equal(sampled, moments[-1].x)
-
-
-def test_sampling_makes_no_graph_and_leaves_the_callers_gradient_mode_alone():
-    denoiser = affine_denoiser(schedules.linear(5), net=Affine())
-    for moment in DDIM(5).steps(denoiser, normal(1, 1, 4, 4)):
-        assert not moment.x.requires_grad
-        assert not moment.x0.requires_grad
-        assert torch.is_grad_enabled()
