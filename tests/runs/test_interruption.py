@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run
 
 COMMAND = [
     "debug=tiny",
@@ -110,23 +111,21 @@ def test_asked_to_stop_twice_and_repeated(uninterrupted: Path, tmp_path: Path) -
     assert_same_run(uninterrupted, tmp_path)
 
 
-def test_a_finished_run_is_left_alone(uninterrupted: Path) -> None:
+def test_a_finished_run_is_left_alone(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in sorted(uninterrupted.rglob("*")) if path.is_file()}
-    output = finish(uninterrupted)
+    run("train", *COMMAND, f"run_dir={uninterrupted}")
     after = {path: path.read_bytes() for path in sorted(uninterrupted.rglob("*")) if path.is_file()}
-    assert "finished" in output
-    changed = [path.name for path in before if before[path] != after.get(path)]
-    assert changed in ([], ["provenance.json"])
-    assert before.keys() == after.keys()
+    assert "This run is finished" in capsys.readouterr().out
+    assert before == after
 
 
-def test_longer_than_before(uninterrupted: Path, tmp_path: Path) -> None:
-    constant = "lr_scheduler=constant"
-    finish(tmp_path / "long", constant)
-    finish(tmp_path / "longer", constant, "trainer.max_steps=33")
-    finish(tmp_path / "longer", constant)
+def test_continued_for_longer(tmp_path: Path) -> None:
+    tiny = ["debug=tiny", "lr_scheduler=constant", "callbacks.sample_images=null", "datamodule.num_val=0"]
+    run("train", *tiny, "trainer.max_steps=12", f"run_dir={tmp_path / 'at once'}")
+    run("train", *tiny, "trainer.max_steps=7", f"run_dir={tmp_path / 'in two'}")
+    run("train", *tiny, "trainer.max_steps=12", f"run_dir={tmp_path / 'in two'}")
     first, second = (
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for name in ("long", "longer")
+        for name in ("at once", "in two")
     )
     assert all(torch.equal(first[name], second[name]) for name in first)

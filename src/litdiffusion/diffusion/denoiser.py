@@ -56,6 +56,8 @@ class Denoiser(nn.Module):
             raise ValueError(
                 "target=epsilon cannot be used with a zero-terminal-SNR schedule: choose target=v"
             )
+        if clip not in ("none", "static"):
+            raise ValueError(f"clip={clip!r}: choose none or static")
         self.net = net
         self.schedule = schedule
         self.target = target

@@ -103,6 +103,8 @@ class DDPM(Sampler):
         self, num_steps: int | None = None, variance: Literal["beta", "beta_tilde"] = "beta_tilde"
     ) -> None:
         super().__init__(num_steps)
+        if variance not in ("beta", "beta_tilde"):
+            raise ValueError(f"variance={variance!r}: choose beta or beta_tilde")
         self.variance = variance
 
     def step(
