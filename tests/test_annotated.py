@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+
 from blog_weights import carry_over
 from commands import run
-from hydra import compose, initialize_config_dir
-from peers import blog
-
 from litdiffusion.configuration import build
 from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import config_folder
@@ -17,6 +16,7 @@ from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.data.sources.fashion_mnist import FashionMNIST, find_folder
 from litdiffusion.runs.metrics import read_rows
 from litdiffusion.training.module import LitDiffusion
+from peers import blog
 
 FASHION_MNIST = Path(__file__).parents[1] / "data" / "fashion-mnist"
 
@@ -65,8 +65,9 @@ def test_the_same_training_step_by_step(module: LitDiffusion, batches: ImageData
 @pytest.mark.timeout(3600)
 def test_the_loss_follows_the_blogs_code_for_100_steps(tmp_path: Path, batches: ImageDataModule) -> None:
     """Other weights, other noise, the same curve: means over 20 steps lie within 20% of each other."""
-    run("train", "experiment=annotated", "trainer.max_steps=100", "callbacks.monitor.every_n_steps=20",
-        "datamodule.num_val=0", "callbacks.sample_images=null", f"data.path={FASHION_MNIST}", f"run_dir={tmp_path}")  # fmt: skip
+    off = ["datamodule.num_val=0", "callbacks.sample_images=null"]
+    length = ["trainer.max_steps=100", "callbacks.monitor.every_n_steps=20"]
+    run("train", "experiment=annotated", *length, *off, f"data.path={FASHION_MNIST}", f"run_dir={tmp_path}")
     ours = [row["train/loss"] for row in read_rows(tmp_path / "metrics.csv") if "train/loss" in row]
 
     datamodule = ImageDataModule(batches.source, batch_size=128, seed=1, num_val=0)

@@ -6,10 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from commands import run, train_tiny, type_command
-from litdiffusion import load_model
+from litdiffusion import load_model, train
+from litdiffusion.configuration import build
+from litdiffusion.configuration.checks import validate
+from litdiffusion.configuration.entry import config_folder
 from litdiffusion.reporting.images import to_uint8
 
 CHOICES = [
@@ -112,6 +116,29 @@ def test_last_printed_line_is_the_metrics(trained: Path, tmp_path: Path) -> None
     )
     assert typed.code == 0
     assert json.loads(typed.out.splitlines()[-1]) == json.loads((tmp_path / "metrics.json").read_text())
+
+
+PRESETS = [
+    ["experiment=annotated", "schedule=cosine", "loss=huber", "seed=0", "trainer.max_steps=200"],
+    *(["experiment=annotated", f"schedule={name}"] for name in ("quadratic", "sigmoid", "sigmoid_beta")),
+    *([f"experiment={name}", "ema=none"] for name in ("annotated", "fashion_mnist", "quickstart")),
+    *([f"experiment={name}", "sampler=ddpm", "target=x0"] for name in ("fashion_mnist", "quickstart")),
+    *(
+        ["experiment=quickstart", f"{group}"]
+        for group in ("optimizer=adam", "lr_scheduler=constant", "data=digits")
+    ),
+]
+
+
+@pytest.mark.parametrize("overrides", PRESETS, ids=lambda overrides: ",".join(overrides))
+def test_every_preset_takes_every_choice(overrides: list[str], tmp_path: Path) -> None:
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        cfg = compose("train", [*overrides, f"run_dir={tmp_path}", "trainer=cpu"])
+    validate(cfg, train.SUPPLIED)
+    if "experiment=annotated" in overrides:
+        assert cfg.schedule.num_steps == 300
+        assert cfg.schedule.get("rescale", False) is False
+    build(cfg.module, "module")
 
 
 REFUSED = {
