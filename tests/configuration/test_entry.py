@@ -217,6 +217,8 @@ def start(tree: Path, *arguments: str) -> "subprocess.Popen[str]":
         text=True,
         env=environment,
         cwd=tree.parent,
+        # A shell that starts the tests in the background has them ignore SIGINT, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from commands import train_tiny
 from litdiffusion.runs.metrics import MetricsTable, read_rows
 
 BLOCK, HEADER = 32 * 1024, 7
+ROWS = 11
+"""Three lines of numbers, two validations, a strip, three grids and two GIFs reach W&B."""
 
 
 def offline_records(file: Path) -> Iterator[Any]:
@@ -66,7 +69,9 @@ def test_wandb_falls_to_offline_and_keeps_its_run(tmp_path: Path, caplog: pytest
     assert len(files) == 2
     assert {file.stem for file in files} == {f"run-{run_id}"}
 
-    rows = offline_history(run_dir)
+    deadline = time.monotonic() + 20  # W&B's own process closes the file in its own time
+    while len(rows := offline_history(run_dir)) < ROWS and time.monotonic() < deadline:
+        time.sleep(0.2)
     assert all("images_seen" in row for row in rows)
     by_key = {key: [row for row in rows if key in row] for row in rows for key in row}
     for key in ("train/loss", "train/grad_norm", "train/lr", "train/images_per_second", "val/loss"):
