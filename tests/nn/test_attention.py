@@ -1,8 +1,8 @@
 import pytest
 import torch
-from blog_weights import carry_over
 from torch import nn
 
+from blog_weights import carry_over
 from litdiffusion.nn.attention import Attention, LinearAttention
 from peers import blog_unet
 from small_worlds import normal, randomized

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from blog_weights import carry_over
 from torch import nn
 from torch.nn import functional
 
+from blog_weights import carry_over
 from litdiffusion.nn import UNet
 from litdiffusion.nn.blocks import (
     Block,

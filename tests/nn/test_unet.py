@@ -1,8 +1,8 @@
 import pytest
 import torch
-from blog_weights import carry_over, in_our_names
 from torch import Tensor, nn
 
+from blog_weights import carry_over, in_our_names
 from litdiffusion.nn import UNet
 from peers import blog
 from small_worlds import normal, randomized
