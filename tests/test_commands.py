@@ -159,6 +159,10 @@ REFUSED = {
     "a bad clip": (["denoiser.clip=hard"], ["clip", "hard"]),
     "a missing checkpoint": (["resume=/nonexistent.ckpt"], ["/nonexistent.ckpt"]),
     "nothing to resume": (["resume=must"], ["resume=must"]),
+    "a negative warm-up": (["debug=tiny", "lr_scheduler.warmup_steps=-5"], ["warmup_steps=-5"]),
+    "validation never": (["trainer.val_check_interval=0"], ["trainer.val_check_interval=0"]),
+    "no batch to accumulate": (["trainer.accumulate_grad_batches=0"], ["accumulate_grad_batches=0"]),
+    "a seed of nothing": (["seed=null"], ["seed"]),
     "a negative learning rate": (["debug=tiny", "optimizer.lr=-1"], ["optimizer", "-1"]),
 }
 
@@ -196,6 +200,41 @@ def test_a_folder_of_another_configuration(trained: Path) -> None:
     typed = type_command("train", "debug=tiny", "trainer.max_steps=4", f"run_dir={trained}", "resume=never")
     assert typed.code == 2
     assert "resume=never" in typed.err
+
+
+def test_a_refused_value_does_not_spoil_the_folder(tmp_path: Path) -> None:
+    run_dir = f"run_dir={tmp_path}"
+    assert type_command("train", "debug=tiny", run_dir, "optimizer.lr=-1").code == 2
+    train_tiny(tmp_path)
+
+
+def test_a_folder_in_use_is_not_overwritten_from_elsewhere(trained: Path, tmp_path: Path) -> None:
+    train_tiny(tmp_path, "seed=1")
+    before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
+    resume = f"resume={trained}/checkpoints/last.ckpt"
+    typed = type_command(
+        "train", "debug=tiny", "trainer.max_steps=6", f"run_dir={tmp_path}", "seed=2", resume
+    )
+    assert typed.code == 2
+    assert "belongs to another configuration" in typed.err
+    assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("weights=EMA", "weights=EMA"),
+        ("frames=1", "frames=1"),
+        ("num_images=null", "num_images"),
+        ("device=tpu9", "device"),
+    ],
+)
+def test_sample_refuses_in_one_line(override: str, word: str, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "probe").write_text("mine")
+    typed = type_command("sample", f"ckpt={trained}/checkpoints/last.ckpt", f"out={tmp_path}", override)
+    assert typed.code == 2, typed.err
+    assert word in typed.err
+    assert (tmp_path / "probe").read_text() == "mine"
 
 
 def test_a_sweep_over_schedules_and_losses(tmp_path: Path) -> None:

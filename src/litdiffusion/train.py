@@ -66,8 +66,7 @@ def main(cfg: DictConfig) -> None:
 
     try:
         describe_run(trainer.loggers, config)
-        if resumption is not None:
-            resume_loggers(trainer.loggers, resumption.step)
+        resume_loggers(trainer.loggers, resumption.step if resumption else 0)
         checkpoint = resumption.checkpoint if resumption else None
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         finish(trainer, module, run, config, started)

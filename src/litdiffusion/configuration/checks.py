@@ -58,8 +58,12 @@ def check_config(cfg: DictConfig) -> None:
     if is_sweep():
         hydra_cfg = HydraConfig.get()
         check_sweep(hydra_cfg.overrides.task, hydra_cfg.sweeper.get("params") or ())
-    for key, least in (("seed", 0), ("num_images", 1), ("batch_size", 1)):
+    for key, least in (("seed", 0), ("num_images", 1), ("batch_size", 1), ("frames", 2)):
+        if key != "seed" and key in cfg and cfg[key] is None:
+            raise UserError(f"{key}=null: must be a whole number, at least {least}")
         _check_whole(cfg, key, least)
+    if cfg.get("weights") not in (None, "ema", "raw"):
+        raise UserError(f"weights={cfg.weights}: choose ema or raw")
     _check_net(cfg)
     _check_target(cfg)
     _check_sampler(cfg)
@@ -146,6 +150,8 @@ def _check_length(cfg: DictConfig) -> None:
             f"trainer.max_epochs={trainer.max_epochs}: a run's length is counted in steps; give "
             f"trainer.max_steps = epochs x training images / batch size ({batch_size}) instead"
         )
+    for name in ("val_check_interval", "accumulate_grad_batches"):
+        _check_whole(cfg, f"trainer.{name}", 1)
     max_steps = trainer.get("max_steps")
     if not _is_whole(max_steps) or max_steps < 1:
         raise UserError(

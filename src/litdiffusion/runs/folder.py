@@ -7,6 +7,7 @@ summary.json      how it ended                        curves.png, wandb/, tensor
 """
 
 import json
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from litdiffusion.errors import UserError
-from litdiffusion.files import whole_file, write_text
+from litdiffusion.files import write_text
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,8 @@ def writable_folder(key: str, path: str) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(folder / "probe") as probe:
-            probe.write_text("")
-        (folder / "probe").unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UserError(
             f"{key}={folder} cannot be written ({error.strerror}): choose another folder"
@@ -105,6 +105,12 @@ def writable_folder(key: str, path: str) -> Path:
     return folder
 
 
-def absolute(path: str) -> str:
-    """Return a path as the user meant it: relative to where the command was typed, ``~`` for home."""
-    return str(Path(path).expanduser().absolute())
+def absolute(path: object) -> str:
+    """Return a path as the user meant it: relative to where the command was typed, ``~`` for home.
+
+    Raises:
+        UserError: the path is null.
+    """
+    if path is None:
+        raise UserError("run_dir, ckpt and out each need a path, not null")
+    return str(Path(str(path)).expanduser().absolute())

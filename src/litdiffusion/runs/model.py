@@ -99,6 +99,8 @@ def load_model(
     Raises:
         UserError: the file is missing, damaged, foreign, or names classes that a checkpoint may not name.
     """
+    if weights not in ("ema", "raw"):
+        raise UserError(f"weights={weights}: choose ema or raw")
     checkpoint = read_checkpoint(Path(path))
     config = checkpoint["model_config"]
     check_targets(config)

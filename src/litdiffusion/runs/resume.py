@@ -53,14 +53,17 @@ def find_resumption(run: RunFolder, config: dict[str, Any], resume: str) -> Resu
         UserError: the folder holds a run of another configuration, or what ``resume`` asks for cannot be had.
     """
     last = run.checkpoints / "last.ckpt"
+    started = last.exists() or run.metrics.exists()
     if resume == "never":
-        if last.exists():
+        if started:
             raise UserError(f"run_dir {run.path} already holds a run: with resume=never choose a new run_dir")
         return None
-    if resume not in ("auto", "must"):
-        return _from(Path(resume).expanduser())
-    if run.config.exists():
+    if started and run.config.exists():
         _check_same_run(run, config)
+    if resume not in ("auto", "must"):
+        path = Path(resume).expanduser().absolute()
+        # A run that has begun from another one's checkpoint goes on from its own.
+        return _from(last if last.exists() and path.parent != last.parent else path)
     if last.exists():
         return _from(last)
     if resume == "must":

@@ -1,6 +1,7 @@
 """When a run is saved. How a checkpoint is written is in ``training/checkpoint_io.py``."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,5 +92,8 @@ class SaveCheckpoints(Checkpoint):
         """Give the file a second name; at no moment is there no ``last.ckpt``."""
         temporary = self.folder / ".previous.ckpt"
         temporary.unlink(missing_ok=True)
-        os.link(self.last, temporary)
+        try:
+            os.link(self.last, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(self.last, temporary)
         temporary.replace(self.folder / "previous.ckpt")
