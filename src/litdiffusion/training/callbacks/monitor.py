@@ -9,9 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from litdiffusion.errors import UserError
+from litdiffusion.evaluation.held_out import BINS
 from litdiffusion.training.module import LitDiffusion, StepOutput
-
-BINS = 10
 
 
 class Monitor(Callback):
