@@ -14,6 +14,7 @@ RENAMED = [
     (r"^(downs|ups)\.(\d+)\.0\.", r"\1.\2.block1."),
     (r"^(downs|ups)\.(\d+)\.1\.", r"\1.\2.block2."),
     (r"^(downs|ups)\.(\d+)\.2\.", r"\1.\2.attention."),
+    (r"^ups\.(\d+)\.3\.1\.", r"ups.\1.resample."),
     (r"^(downs|ups)\.(\d+)\.3\.", r"\1.\2.resample."),
     (r"\bfn\.fn\b", "layer"),
     (r"\bfn\.norm\b", "norm"),

@@ -104,11 +104,23 @@ class Downsample(nn.Sequential):
         super().__init__(PatchesToChannels(), nn.Conv2d(dim * 4, dim_out, 1))
 
 
-class Upsample(nn.Sequential):
-    """Double height and width by repeating pixels, then smooth with a 3x3 convolution."""
+class Upsample(nn.Conv2d):
+    """Double height and width by repeating pixels, then smooth with a 3x3 convolution.
+
+    Repeating pixels is a transposed convolution with a 2x2 box of ones. The two are run as one transposed
+    convolution of stride 2, whose 4x4 filters are the 3x3 ones widened by that box: the same sums in 4/9 of the
+    multiplications, without the repeated pixels in memory.
+    """
 
     def __init__(self, dim: int, dim_out: int) -> None:
-        super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim_out, 3, padding=1))
+        super().__init__(dim, dim_out, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "batch in h w"]) -> Float[Tensor, "batch out h2 w2"]:
+        """Return twice the height and width."""
+        widened = 4 * F.avg_pool2d(F.pad(self.weight, (1, 1, 1, 1)), kernel_size=2, stride=1)
+        # A transposed convolution turns its filters round and keeps the input channels first.
+        weight = rearrange(widened.flip(2, 3), "o i kh kw -> i o kh kw")
+        return F.conv_transpose2d(x, weight, self.bias, stride=2, padding=1)
 
 
 def fold_weight_standardization(net: nn.Module) -> nn.Module:
