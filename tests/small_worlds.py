@@ -4,6 +4,7 @@
 ``Affine`` is a network that a batch cannot disturb.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +14,16 @@ from litdiffusion.diffusion import (
     DDIM,
     DDPM,
     Denoiser,
+    DPMSolverPP2M,
     Epsilon,
     Estimate,
+    Here,
+    Heun,
     Sampler,
     Schedule,
     Target,
     schedules,
 )
-from litdiffusion.diffusion.samplers import Noise
 
 SCHEDULES = {
     "linear": schedules.linear,
@@ -29,6 +32,9 @@ SCHEDULES = {
     "sigmoid": schedules.sigmoid,
     "sigmoid_beta": schedules.sigmoid_beta,
 }
+"""The variance-preserving ones."""
+
+ALL_SCHEDULES = {**SCHEDULES, "flow": schedules.flow}
 
 SAMPLERS = {
     "ddpm": DDPM,
@@ -36,6 +42,9 @@ SAMPLERS = {
     "ddim": DDIM,
     "ddim_eta": lambda num_steps: DDIM(num_steps, eta=0.7),
     "ddim_eta_1": lambda num_steps: DDIM(num_steps, eta=1.0),
+    "dpmpp_2m": DPMSolverPP2M,
+    "heun": Heun,
+    "heun_churn": lambda num_steps: Heun(num_steps, churn=10.0),
 }
 
 
@@ -132,8 +141,8 @@ class GaussianData:
         x0 = self.mean + alpha * self.std**2 / self.variance_at(t) * (x_t - alpha * self.mean)
         return Estimate(x0, (x_t - alpha * x0) / sigma)
 
-    def step(self, sampler: Sampler, x_t: Tensor, t: int, s: int, noise: Noise) -> Tensor:
-        return sampler.step(self.schedule, x_t, self.estimate(x_t, t), t, s, noise)
+    def step(self, sampler: Sampler, x_t: Tensor, t: int, s: int, noise: Callable[[], Tensor]) -> Tensor:
+        return sampler.step(Here(self.schedule, t, s, x_t, self.estimate(x_t, t), noise, self.estimate))
 
 
 def affine_denoiser(

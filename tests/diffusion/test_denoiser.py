@@ -26,7 +26,7 @@ def test_clipping_moves_the_noise_along(clip):
     estimate = denoiser(x_t, EVERY_T)
     alpha, sigma = SCHEDULE.at(EVERY_T)
     torch.testing.assert_close(alpha * estimate.x0 + sigma * estimate.eps, x_t)
-    raw = V().x0(denoiser.output(x_t, EVERY_T), x_t, alpha, sigma)
+    raw = V().x0(denoiser.output(x_t, EVERY_T)[0], x_t, alpha, sigma)
     assert raw.abs().max() > 1
     assert torch.equal(estimate.x0, raw if clip == "none" else raw.clamp(-1, 1))
 
@@ -57,7 +57,7 @@ def test_output_and_estimate_are_float32_under_autocast():
     x, t = images(2), torch.tensor([1, 40])
     with torch.autocast("cpu", torch.bfloat16):
         assert net(x, t).dtype == torch.bfloat16
-        assert denoiser.output(x, t).dtype == torch.float32
+        assert denoiser.output(x, t)[0].dtype == torch.float32
         estimate = denoiser(x, t)
     assert estimate.x0.dtype == estimate.eps.dtype == torch.float32
 

@@ -84,22 +84,24 @@ def test_each_images_loss_is_the_mean_over_its_own_pixels(target, weighting):
         alpha, sigma = SCHEDULE.at(T[one])
         x_t = alpha * x0[one] + sigma * eps[one]
         error = denoiser.net(x_t, T[one] - 1) - target.of(x0[one], eps[one], alpha, sigma)
-        weight = weighting((alpha / sigma).square(), target)
+        weight = weighting(SCHEDULE, T[one], target).float()
         torch.testing.assert_close(losses[i], (weight * error.square()).mean())
         torch.testing.assert_close(losses[i], objective(denoiser, x0[one], T[one], eps[one])[0])
 
 
 def test_min_snr_is_the_papers_for_every_target():
     """Hang et al., 2303.09556, section 3.4: min(SNR, 5) / SNR for eps, min(SNR, 5) / (SNR + 1) for v."""
-    snr = torch.tensor([1e-4, 0.5, 1.0, 5.0, 7.0, 1e4]).view(-1, 1, 1, 1)
+    snr = torch.tensor([1e4, 7.0, 5.0, 1.0, 0.5, 1e-4], dtype=torch.float64)
+    schedule = schedules.from_alphas_cumprod(snr / (1 + snr))
+    t = torch.arange(1, len(snr) + 1)
     least = snr.clamp(max=5)
-    torch.testing.assert_close(MinSNR()(snr, Epsilon()), least / snr)
-    torch.testing.assert_close(MinSNR()(snr, X0()), least)
-    torch.testing.assert_close(MinSNR()(snr, V()), least / (snr + 1))
-    torch.testing.assert_close(MinSNR(2.0)(snr, X0()), snr.clamp(max=2))
-    # Clean times are held down and noisy ones left alone, in the space of x_0: never the other way round.
-    assert MinSNR()(snr, Epsilon()).flatten().tolist()[:4] == [1, 1, 1, 1]
-    assert float(MinSNR()(snr, Epsilon())[-1]) == pytest.approx(5e-4)
+    for target, expected in ((Epsilon(), least / snr), (X0(), least), (V(), least / (snr + 1))):
+        torch.testing.assert_close(MinSNR()(schedule, t, target).flatten(), expected)
+    torch.testing.assert_close(MinSNR(2.0).x0_weight(schedule, t), snr.clamp(max=2))
+    # Clean times are held down and noisy ones left alone, in the space of eps: never the other way round.
+    weights = MinSNR()(schedule, t, Epsilon()).flatten()
+    torch.testing.assert_close(weights[2:], torch.ones(4, dtype=torch.float64))
+    assert float(weights[0]) == pytest.approx(5e-4)
 
 
 @pytest.mark.parametrize("target", [Epsilon(), X0(), V()], ids=lambda t: type(t).__name__)

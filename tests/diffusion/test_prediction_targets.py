@@ -77,4 +77,4 @@ def test_x0_weight_is_the_ratio_of_squared_errors(target: Target):
     x_t, output = alpha * x0 + sigma * eps, target.of(x0, eps, alpha, sigma)
     wrong = target.x0(output + 0.1, x_t, alpha, sigma)
     measured = 0.1**2 / (wrong - x0).square().mean(dim=(1, 2, 3), keepdim=True)
-    torch.testing.assert_close(target.x0_weight((alpha / sigma).square()), measured, rtol=1e-6, atol=0)
+    torch.testing.assert_close(target.x0_weight(alpha, sigma), measured, rtol=1e-6, atol=0)

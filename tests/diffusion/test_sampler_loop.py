@@ -71,7 +71,10 @@ def test_one_generator_draws_for_the_whole_batch_in_order():
     assert not torch.equal(first, DDPM(10).sample(denoiser, x_T, torch.Generator().manual_seed(5)))
 
 
-@pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
+LOOK_ONCE = {name: make for name, make in SAMPLERS.items() if not name.startswith("heun")}
+
+
+@pytest.mark.parametrize("make", LOOK_ONCE.values(), ids=LOOK_ONCE)
 def test_steps_yields_every_moment_and_passes_its_estimate_on(make):
     schedule, net = schedules.linear(30), Spy()
     denoiser, x_T = affine_denoiser(schedule, net=net), normal(2, 1, 4, 4)

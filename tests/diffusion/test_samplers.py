@@ -15,9 +15,11 @@ from litdiffusion.diffusion import (
     Denoiser,
     Epsilon,
     Estimate,
+    Here,
     Sampler,
     Schedule,
     V,
+    Velocity,
     schedules,
     transition,
 )
@@ -46,11 +48,15 @@ def no_noise() -> Tensor:
     raise AssertionError("a deterministic step asked for noise")
 
 
+def never(x: Tensor, t: int) -> Estimate:
+    raise AssertionError("a step that looks once looked twice")
+
+
 # ---------------------------------------------------------------------------------------------- the oracle
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 40])
-@pytest.mark.parametrize("target", TARGETS, ids=class_name)
+@pytest.mark.parametrize("target", [*TARGETS, Velocity()], ids=class_name)
 @pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
 def test_an_oracle_is_followed_to_its_image(make, target, num_steps):
     schedule, x0 = schedules.linear(40), images(3, channels=2)
@@ -59,7 +65,7 @@ def test_an_oracle_is_followed_to_its_image(make, target, num_steps):
     torch.testing.assert_close(sampled, x0, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("target", [X0(), V()], ids=class_name)
+@pytest.mark.parametrize("target", [X0(), V(), Velocity()], ids=class_name)
 @pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
 def test_an_oracle_is_followed_from_zero_terminal_snr(make, target):
     schedule, x0 = schedules.cosine(40, zero_terminal_snr=True), images(3)
@@ -79,7 +85,7 @@ def one_step(
     x0 = target.x0(output, x_t, alpha, sigma)
     x0 = x0.clamp(-1, 1) if clip else x0
     estimate = Estimate(x0, (x_t - alpha * x0) / sigma)
-    return sampler.step(schedule, x_t, estimate, t, s, lambda: noise_of(x_t))
+    return sampler.step(Here(schedule, t, s, x_t, estimate, lambda: noise_of(x_t), never))
 
 
 def noise_of(x: Tensor) -> Tensor:
@@ -245,5 +251,5 @@ def test_ddim_survives_a_first_step_from_pure_noise(sigma):
     """Where alpha_T = 0, c^2 may pass sigma_s^2 by a rounding; its root must stay real."""
     alphas, sigmas = torch.tensor([[1, 0.5, 0], [0, sigma, 1.37 * sigma]], dtype=torch.float64)
     x = torch.ones(1, 1, 1, 1)
-    step = DDIM(eta=1.0).step(Schedule(alphas, sigmas), x, Estimate(x, x), 2, 1, lambda: 0 * x)
+    step = DDIM(eta=1.0).step(Here(Schedule(alphas, sigmas), 2, 1, x, Estimate(x, x), lambda: 0 * x, never))
     torch.testing.assert_close(step, 0.5 * x)

@@ -98,7 +98,7 @@ def test_views_agree_with_their_definitions(make):
     betas, alphas_cumprod = schedule.betas, schedule.alphas_cumprod
     assert schedule.num_steps == 60 == len(betas) == len(alphas_cumprod) == len(schedule.log_snr)
     assert betas.dtype == alphas_cumprod.dtype == schedule.log_snr.dtype == torch.float64
-    torch.testing.assert_close((1 - betas).cumprod(0), alphas_cumprod, rtol=1e-10, atol=0)
+    torch.testing.assert_close((1 - betas).cumprod(0), alphas_cumprod, rtol=1e-10, atol=1e-15)
     torch.testing.assert_close(
         schedule.log_snr, (alphas_cumprod / (1 - alphas_cumprod)).log(), rtol=1e-8, atol=1e-10
     )

@@ -1,9 +1,10 @@
 """The denoiser: network + schedule + target, as one estimate of the clean image.
 
 Everything that stands between a raw network and the mathematics lives here and only here: the network's
-clock, the conversion of its output, clipping, self-conditioning.
+clock, the conversion of its output, clipping, self-conditioning, learned variance, class labels, guidance.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,34 +13,70 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from litdiffusion.diffusion.process import at_least_float32
 from litdiffusion.diffusion.schedules import Schedule
 from litdiffusion.diffusion.targets import Target
 
 Images = Float[Tensor, "batch channels h w"]
+Labels = Int[Tensor, " batch"]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate of the clean image and the noise that is consistent with it: x_t = alpha_t x0 + sigma_t eps."""
+    """An estimate of the clean image and the noise that is consistent with it: x_t = alpha_t x0 + sigma_t eps.
+
+    ``variance``, where it is learned, says pixel by pixel where between beta-tilde (0) and beta (1) the
+    logarithm of the variance of p(x_s | x_t) lies (Nichol & Dhariwal, 2102.09672, equation 15).
+    """
 
     x0: Images
     eps: Images
+    variance: Images | None = None
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What a denoiser is asked to draw, and how firmly (Ho & Salimans, 2207.12598).
+
+    output = without labels + scale (with labels - without labels)
+
+    Args:
+        labels: a class for each image.
+        scale: 1 follows the labels as the network has learned them, more exaggerates them, 0 ignores them.
+        interval: guide only where t / T lies in it (Kynkäänniemi et al., 2404.07724); elsewhere as for 1.
+    """
+
+    labels: Labels
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.interval[0] <= self.interval[1] <= 1:
+            raise ValueError(
+                f"guidance_interval={list(self.interval)}: must be [from, to], fractions of T in 0..1"
+            )
 
 
 class Denoiser(nn.Module):
     """Estimate x_0 from x_t.
 
+    What the network can do it says itself, by attributes that a plain network lacks: ``self_condition`` (takes
+    an earlier estimate of x_0 as ``self_cond=``), ``num_classes`` (takes ``labels=`` in 0..num_classes, of which
+    the last says "none"), ``learned_variance`` (returns twice the channels).
+
     Args:
-        net: called as ``net(x_t, t - 1)``, or ``net(x_t, t - 1, self_cond)`` where it has a true attribute
-            ``self_condition``; returns the target.
+        net: called as ``net(x_t, t - 1)``; returns the target.
         schedule: the tables alpha and sigma.
         target: what the network returns.
         channels: of the images.
         image_size: their height and width, or one number for both.
-        clip: ``static`` clamps the estimate to [-1, 1], as DDPM does; ``none`` leaves it, as the blog does.
+        clip: ``static`` clamps the estimate to [-1, 1], as DDPM does; ``dynamic`` to the ``clip_quantile`` of its
+            absolute values, then scales it into [-1, 1] (Saharia et al., 2205.11487); ``none`` leaves it, as the
+            blog does.
+        clip_quantile: which quantile of each image ``dynamic`` takes.
 
     Raises:
-        ValueError: the target says nothing at the schedule's last step.
+        ValueError: the target says nothing at the schedule's last step, or an argument is out of range.
     """
 
     def __init__(
@@ -49,52 +86,141 @@ class Denoiser(nn.Module):
         target: Target,
         channels: int,
         image_size: int | Sequence[int],
-        clip: Literal["none", "static"] = "static",
+        clip: Literal["none", "static", "dynamic"] = "static",
+        clip_quantile: float = 0.995,
     ) -> None:
         super().__init__()
         if schedule.has_zero_terminal_snr and not target.defined_at_zero_snr:
+            name = type(target).__name__.lower()
             raise ValueError(
-                "target=epsilon cannot be used with a zero-terminal-SNR schedule: choose target=v"
+                f"target={name} cannot be used with a schedule that ends in pure noise: choose target=v"
             )
-        if clip not in ("none", "static"):
-            raise ValueError(f"clip={clip!r}: choose none or static")
+        if clip not in ("none", "static", "dynamic"):
+            raise ValueError(f"clip={clip!r}: choose none, static or dynamic")
+        if not 0 < clip_quantile <= 1:
+            raise ValueError(f"clip_quantile={clip_quantile}: must lie in (0, 1]")
         self.net = net
         self.schedule = schedule
         self.target = target
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_shape = (channels, height, width)
-        self.clip: Literal["none", "static"] = clip
+        self.clip = clip
+        self.clip_quantile = clip_quantile
+        self.guidance: Guidance | None = None
 
     def with_net(self, net: nn.Module) -> "Denoiser":
         """Return the same denoiser around another network."""
-        channels, *image_size = self.image_shape
-        return Denoiser(net, self.schedule, self.target, channels, image_size, self.clip)
+        twin = self._twin()
+        twin.net = net
+        return twin
+
+    def guided(self, guidance: Guidance | None) -> "Denoiser":
+        """Return a denoiser of the same network that draws what ``guidance`` asks for.
+
+        Raises:
+            ValueError: the network knows no classes, or a label is none of them.
+        """
+        if guidance is not None:
+            if self.num_classes is None:
+                raise ValueError("labels: this network was trained without class labels")
+            if not bool(((guidance.labels >= 0) & (guidance.labels < self.num_classes)).all()):
+                raise ValueError(f"labels: each must be one of 0..{self.num_classes - 1}")
+        twin = self._twin()
+        twin.guidance = guidance
+        return twin
 
     @property
     def self_condition(self) -> bool:
         """Whether the network takes an earlier estimate of x_0."""
         return bool(getattr(self.net, "self_condition", False))
 
-    def output(self, x_t: Images, t: Int[Tensor, " batch"], self_cond: Images | None = None) -> Images:
-        """Return the network's output in float32, for t in 1..T.
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network says how uncertain a step is."""
+        return bool(getattr(self.net, "learned_variance", False))
 
-        The network's clock starts at 0, as in every published code: it sees t - 1.
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes the network can be asked for; None where it knows of none."""
+        return getattr(self.net, "num_classes", None)
+
+    def output(
+        self,
+        x_t: Images,
+        t: Int[Tensor, " batch"],
+        self_cond: Images | None = None,
+        labels: Labels | None = None,
+    ) -> tuple[Images, Images | None]:
+        """Return the network's output for t in 1..T, in float32: the target, and the variance where it is learned.
+
+        The network's clock starts at 0, as in every published code: it sees t - 1. No labels means no class.
         """
-        raw = self.net(x_t, t - 1, self_cond) if self.self_condition else self.net(x_t, t - 1)
-        result: Tensor = raw.float()
-        return result
+        further = {}
+        if self.self_condition:
+            further["self_cond"] = self_cond
+        if self.num_classes is not None:
+            further["labels"] = torch.full_like(t, self.num_classes) if labels is None else labels
+        raw = self.net(x_t, t - 1, **further)
+        raw = raw.to(at_least_float32(raw))
+        if not self.learned_variance:
+            return raw, None
+        target, variance = raw.chunk(2, dim=1)
+        return target, (variance + 1) / 2
 
     def forward(self, x_t: Images, t: Int[Tensor, " batch"], self_cond: Images | None = None) -> Estimate:
         """Estimate x_0 and eps at times t in 1..T."""
-        alpha, sigma = self.schedule.at(t)
-        x0 = self.target.x0(self.output(x_t, t, self_cond), x_t, alpha, sigma)
+        output, variance = self._guided_output(x_t, t, self_cond)
+        return self.estimate(output, x_t, t, variance)
+
+    def estimate(
+        self, output: Images, x_t: Images, t: Int[Tensor, " batch"], variance: Images | None = None
+    ) -> Estimate:
+        """Return what an output at x_t stands for, clipped."""
+        alpha, sigma = self.schedule.at(t, at_least_float32(x_t))
+        x0 = self.target.x0(output, x_t, alpha, sigma)
         if self.clip == "static":
             x0 = x0.clamp(-1, 1)
+        elif self.clip == "dynamic":
+            size = x0.abs().flatten(1).quantile(self.clip_quantile, dim=1).clamp(min=1)[:, None, None, None]
+            x0 = x0.clamp(-size, size) / size
         # From the clipped x_0, not from the output: a sampler that mixes the two would leave the line between them.
-        return Estimate(x0, (x_t - alpha * x0) / sigma)
+        return Estimate(x0, (x_t - alpha * x0) / sigma, variance)
 
     @torch.no_grad()
-    def self_conditioning(self, x_t: Images, t: Int[Tensor, " batch"]) -> Images:
+    def self_conditioning(
+        self, x_t: Images, t: Int[Tensor, " batch"], labels: Labels | None = None
+    ) -> Images:
         """Return the estimate that training feeds back, without gradient (Chen et al., 2208.04202, algorithm 1)."""
-        estimate: Estimate = self(x_t, t)
-        return estimate.x0
+        output, _ = self.output(x_t, t, labels=labels)
+        return self.estimate(output, x_t, t).x0
+
+    def _guided_output(
+        self, x_t: Images, t: Int[Tensor, " batch"], self_cond: Images | None
+    ) -> tuple[Images, Images | None]:
+        guidance = self.guidance
+        if guidance is None or guidance.scale == 0:
+            return self.output(x_t, t, self_cond)
+        low, high = guidance.interval
+        fraction = t / self.schedule.num_steps
+        inside = ((fraction >= low) & (fraction <= high))[:, None, None, None]
+        labels = guidance.labels.to(t.device)
+        if guidance.scale == 1 or not bool(inside.any()):
+            return self.output(x_t, t, self_cond, labels)
+        # One call for both branches; where output is linear in x_0, guiding the one guides the other.
+        assert self.num_classes is not None
+        both = torch.cat((labels, torch.full_like(labels, self.num_classes)))
+        output, variance = self.output(
+            x_t.repeat(2, 1, 1, 1),
+            t.repeat(2),
+            None if self_cond is None else self_cond.repeat(2, 1, 1, 1),
+            both,
+        )
+        given, free = output.chunk(2)
+        scale = torch.where(inside, guidance.scale, 1.0).to(output.dtype)
+        return free + scale * (given - free), None if variance is None else variance.chunk(2)[0]
+
+    def _twin(self) -> "Denoiser":
+        # Shares every module and table with this one; only its own attributes may be set.
+        twin = copy.copy(self)
+        twin._modules = self._modules.copy()
+        return twin

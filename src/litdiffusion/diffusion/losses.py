@@ -1,20 +1,23 @@
 """The training objective: how far the network's output is from its target, and how much each t counts.
 
-    L = E_{x_0, t, eps}  w(t) . distance( output(x_t, t), target(x_0, eps, t) )
+    L = E_{x_0, t, eps}  w_t / r_t . distance( output(x_t, t), target(x_0, eps, t) )
 
-A distance is a function of two image batches, elementwise. A weighting is a weight on the squared error *of
-x_0* as a function of the signal-to-noise ratio; dividing by the target's own ``x0_weight`` makes one weighting
-mean the same for every target. To add either, write it here and name it in a YAML file.
+A distance is a function of two image batches, elementwise. A weighting is a weight w_t on the squared error *of
+x_0*; dividing by the target's own r_t (``x0_weight``) makes one weighting mean the same for every target. To add
+either, write it here and name it in a YAML file.
 """
 
 from abc import ABC, abstractmethod
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from litdiffusion.diffusion.denoiser import Denoiser
-from litdiffusion.diffusion.process import q_sample
+from litdiffusion.diffusion.likelihood import reverse_bits
+from litdiffusion.diffusion.process import at_least_float32, clipped_posterior_variance, q_sample
+from litdiffusion.diffusion.schedules import Schedule
 from litdiffusion.diffusion.targets import Target
 
 Images = Float[Tensor, "batch channels h w"]
@@ -59,40 +62,111 @@ class Huber(Distance):
 
 
 class Weighting(ABC):
-    """A weight for each noise level."""
+    """A weight for each time."""
 
     @abstractmethod
-    def __call__(self, snr: PerImage, target: Target) -> PerImage:
-        """Return the weight of the target's error at a signal-to-noise ratio."""
+    def x0_weight(self, schedule: Schedule, t: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """Return the weight of the squared error of x_0 at times t in 1..T, in float64."""
+
+    def __call__(self, schedule: Schedule, t: Int[Tensor, " batch"], target: Target) -> PerImage:
+        """Return the weight of the target's error at times t in 1..T, in float64."""
+        alpha, sigma = schedule.at(t, schedule.alpha.dtype)
+        return self.x0_weight(schedule, t)[:, None, None, None] / target.x0_weight(alpha, sigma)
 
 
 class Uniform(Weighting):
     """Every t counts the same in the target's own space: DDPM's L_simple, and the blog's."""
 
-    def __call__(self, snr: PerImage, target: Target) -> PerImage:
+    def x0_weight(self, schedule: Schedule, t: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """1, where the target is x_0."""
+        return torch.ones_like(schedule.alpha[t])
+
+    def __call__(self, schedule: Schedule, t: Int[Tensor, " batch"], target: Target) -> PerImage:
         """1."""
-        return snr.new_ones(snr.shape)
+        return self.x0_weight(schedule, t)[:, None, None, None]
 
 
 class MinSNR(Weighting):
-    """min(SNR, gamma) on the error of x_0 (Hang et al., 2303.09556)."""
+    """min(SNR, gamma) (Hang et al., 2303.09556)."""
 
     def __init__(self, gamma: float = 5.0) -> None:
         if gamma <= 0:
             raise ValueError(f"gamma={gamma}: min-SNR needs a positive gamma")
         self.gamma = gamma
 
-    def __call__(self, snr: PerImage, target: Target) -> PerImage:
-        """min(SNR, gamma), expressed in the target's space."""
-        return snr.clamp(max=self.gamma) / target.x0_weight(snr)
+    def x0_weight(self, schedule: Schedule, t: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """min(SNR, gamma)."""
+        return _snr(schedule, t).clamp(max=self.gamma)
+
+
+class P2(Weighting):
+    """SNR / (k + SNR)^gamma: L_simple with clean times held down (Choi et al., 2204.00227, equation 8)."""
+
+    def __init__(self, gamma: float = 1.0, k: float = 1.0) -> None:
+        if gamma < 0 or k <= 0:
+            raise ValueError(f"gamma={gamma}, k={k}: P2 needs gamma of at least 0 and a positive k")
+        self.gamma, self.k = gamma, k
+
+    def x0_weight(self, schedule: Schedule, t: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """SNR / (k + SNR)^gamma."""
+        snr = _snr(schedule, t)
+        return snr / (self.k + snr) ** self.gamma
+
+
+class Sigmoid(Weighting):
+    """SNR sigmoid(bias - log SNR): the smooth form of min-SNR with gamma = e^bias (Kingma & Gao, 2303.00848).
+
+    On the error of eps it is sigmoid(bias - log SNR), as in that paper and in Hoogeboom et al. (2410.19324).
+    """
+
+    def __init__(self, bias: float = 0.0) -> None:
+        self.bias = bias
+
+    def x0_weight(self, schedule: Schedule, t: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """SNR sigmoid(bias - log SNR)."""
+        snr = _snr(schedule, t)
+        return snr * (self.bias - snr.log()).sigmoid()
+
+
+class Variational(Weighting):
+    """The weights of the variational bound: its mean over t, times T, is the bound in nats per pixel (DDPM, eq. 8).
+
+        w_t = T / 2 . (SNR_{t-1} - SNR_t)  =  T / (2 beta-tilde_t) . (alpha_{t-1} v / sigma_t^2)^2
+
+    At t = 1, where beta-tilde is 0, the variance is beta-tilde_2, as in ``likelihood``.
+    """
+
+    def x0_weight(self, schedule: Schedule, t: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """T / 2 . (SNR_{t-1} - SNR_t)."""
+        snr = (schedule.alpha / schedule.sigma).square()
+        snr[0] = snr[1] + 1 / clipped_posterior_variance(schedule, 1, 0)
+        return schedule.num_steps / 2 * (snr[t - 1] - snr[t])
+
+
+def _snr(schedule: Schedule, t: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    return (schedule.alpha[t] / schedule.sigma[t]).square()
 
 
 class Objective:
-    """Distance and weighting together: the loss of each image of a batch."""
+    """Distance and weighting together: the loss of each image of a batch.
 
-    def __init__(self, distance: Distance, weighting: Weighting) -> None:
+    A network that learns its variance is given IDDPM's hybrid objective: the bound at t, with the mean held
+    fixed, is added (Nichol & Dhariwal, 2102.09672, section 3.1).
+
+    Args:
+        distance: between output and target.
+        weighting: of the times.
+        vlb_weight: of T times the bound's term at t, in bits per dimension; for learned variance only.
+    """
+
+    def __init__(self, distance: Distance, weighting: Weighting, vlb_weight: float = 0.001) -> None:
+        if vlb_weight <= 0:
+            raise ValueError(
+                f"vlb_weight={vlb_weight}: must be positive, or the variance would learn nothing"
+            )
         self.distance = distance
         self.weighting = weighting
+        self.vlb_weight = vlb_weight
 
     def __call__(
         self,
@@ -101,15 +175,21 @@ class Objective:
         t: Int[Tensor, " batch"],
         eps: Images,
         feed_back: bool = False,
+        labels: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, " batch"]:
         """Return the loss of each image at its own t in 1..T and noise.
 
         ``feed_back`` gives a self-conditioned network its own estimate; training does so in half of its steps.
         """
         schedule, target = denoiser.schedule, denoiser.target
-        alpha, sigma = schedule.at(t)
+        dtype = at_least_float32(x0)
         x_t = q_sample(schedule, x0, t, eps)
-        self_cond = denoiser.self_conditioning(x_t, t) if feed_back and denoiser.self_condition else None
-        errors = self.distance(denoiser.output(x_t, t, self_cond), target.of(x0, eps, alpha, sigma))
-        weights = self.weighting((alpha / sigma).square(), target)
-        return (weights * errors).flatten(1).mean(1)
+        feed_back = feed_back and denoiser.self_condition
+        self_cond = denoiser.self_conditioning(x_t, t, labels) if feed_back else None
+        output, variance = denoiser.output(x_t, t, self_cond, labels)
+        errors = self.distance(output, target.of(x0, eps, *schedule.at(t, dtype)))
+        losses = (self.weighting(schedule, t, target).to(dtype) * errors).flatten(1).mean(1)
+        if variance is None:
+            return losses
+        fixed = denoiser.estimate(output.detach(), x_t, t, variance)
+        return losses + self.vlb_weight * schedule.num_steps * reverse_bits(schedule, fixed, x0, x_t, t)

@@ -64,13 +64,15 @@ class Schedule(nn.Module):
 
     @property
     def alphas_cumprod(self) -> Float64[Tensor, " T"]:
-        """alpha_bar_1..alpha_bar_T."""
-        return self.alpha[1:].square()
+        """alpha_bar_1..alpha_bar_T, of the variance-preserving schedule with these signal-to-noise ratios."""
+        signal, noise = self.alpha[1:].square(), self.sigma[1:].square()
+        return signal / (signal + noise)
 
     @property
     def betas(self) -> Float64[Tensor, " T"]:
-        """beta_1..beta_T."""
-        return 1 - (self.alpha[1:] / self.alpha[:-1]).square()
+        """beta_1..beta_T: the variances of q(x_t | x_{t-1})."""
+        a = self.alpha[1:] / self.alpha[:-1]
+        return self.sigma[1:].square() - a.square() * self.sigma[:-1].square()
 
     @property
     def log_snr(self) -> Float64[Tensor, " T"]:
@@ -82,9 +84,9 @@ class Schedule(nn.Module):
         """Whether x_T is pure noise: then the network cannot be asked for eps there."""
         return bool(self.alpha[-1] == 0)
 
-    def at(self, t: Int[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
-        """Return alpha_t and sigma_t as float32 [batch, 1, 1, 1]."""
-        alpha, sigma = self.alpha[t].float(), self.sigma[t].float()
+    def at(self, t: Int[Tensor, " batch"], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return alpha_t and sigma_t as [batch, 1, 1, 1]."""
+        alpha, sigma = self.alpha[t].to(dtype), self.sigma[t].to(dtype)
         return alpha[:, None, None, None], sigma[:, None, None, None]
 
 
@@ -184,6 +186,12 @@ def sigmoid(
     first, last = (torch.tensor(edge / tau, dtype=torch.float64).sigmoid() for edge in (start, end))
     alphas_cumprod = (last - ((time * (end - start) + start) / tau).sigmoid()) / (last - first)
     return from_alphas_cumprod(alphas_cumprod.clamp(min=1e-9), zero_terminal_snr)
+
+
+def flow(num_steps: int = 1000) -> Schedule:
+    """alpha_t = 1 - t/T, sigma_t = t/T: the straight path of flow matching (2210.02747, 2209.03003)."""
+    time = _fractions(num_steps)
+    return Schedule(1 - time, time)
 
 
 def _linspace(start: float, end: float, num_steps: int) -> Float64[Tensor, " T"]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class WeightStandardizedConv2d(nn.Conv2d):
@@ -70,10 +71,22 @@ class Block(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two blocks and a shortcut (He et al., 1512.03385); the time scales and shifts the first one's output."""
+    """Two blocks and a shortcut (He et al., 1512.03385); the time scales and shifts the first one's output.
 
-    def __init__(self, dim: int, dim_out: int, time_dim: int, groups: int, dropout: float = 0.0) -> None:
+    ``checkpoint`` keeps only the input for the backward pass, which then computes the rest again.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_out: int,
+        time_dim: int,
+        groups: int,
+        dropout: float = 0.0,
+        checkpoint: bool = False,
+    ) -> None:
         super().__init__()
+        self.checkpoint = checkpoint
         self.time_mlp = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, dim_out * 2))
         self.block1 = Block(dim, dim_out, groups)
         self.block2 = Block(dim_out, dim_out, groups, dropout)
@@ -83,6 +96,14 @@ class ResnetBlock(nn.Module):
         self, x: Float[Tensor, "batch in h w"], time: Float[Tensor, "batch time"]
     ) -> Float[Tensor, "batch out h w"]:
         """Apply the block at the embedded time."""
+        if self.checkpoint and self.training and torch.is_grad_enabled():
+            result: Tensor = checkpoint(self._forward, x, time, use_reentrant=False)
+            return result
+        return self._forward(x, time)
+
+    def _forward(
+        self, x: Float[Tensor, "batch in h w"], time: Float[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch out h w"]:
         scale, shift = rearrange(self.time_mlp(time), "b (two c) -> two b c 1 1", two=2)
         h = self.block2(self.block1(x, (scale, shift)))
         return h + self.shortcut(x)

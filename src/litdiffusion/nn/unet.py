@@ -1,19 +1,28 @@
 """The U-Net of The Annotated Diffusion Model, part for part.
 
-At ``dim=28, dim_mults=(1, 2, 4), channels=1`` it has 2,020,257 parameters. To change a brick, see
+At ``dim=28, dim_mults=(1, 2, 4), channels=1`` it has 2,020,257 parameters. What it can do beyond the blog is off
+by default: class labels, learned variance, dropout, other attention, gradient checkpointing. To change a brick, see
 ``blocks.py``; to change how bricks are stacked, this is the file.
 """
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from litdiffusion.nn.attention import Attention, LinearAttention
 from litdiffusion.nn.blocks import Downsample, ResnetBlock, Upsample
 from litdiffusion.nn.embeddings import TimeEmbedding
+
+AttentionKind = Literal["linear", "full", "none"]
+ATTENTION: dict[str, type[Attention] | type[LinearAttention] | None] = {
+    "linear": LinearAttention,
+    "full": Attention,
+    "none": None,
+}
 
 Images = Float[Tensor, "batch dim h w"]
 Skips = tuple[Float[Tensor, "batch skip h w"], Float[Tensor, "batch skip h w"]]
@@ -81,6 +90,14 @@ class UNet(nn.Module):
         groups: groups of every group norm; must divide every width.
         dropout: probability, in the second block of each residual block.
         heads, head_dim: shape of every attention.
+        attention: the kind at each resolution, ``linear``, ``full`` or ``none``; one word for all of them.
+        num_classes: take a class label in 0..num_classes, of which the last says "none"; None for no labels.
+        learned_variance: return twice the output channels: the target, then the variance (2102.09672).
+        checkpoint_gradients: in training, keep only the input of each residual block and compute the rest again
+            in the backward pass: a third more time for a fraction of the memory.
+
+    Raises:
+        ValueError: a number is out of range, or ``groups`` does not divide a width.
     """
 
     def __init__(
@@ -95,29 +112,58 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         heads: int = 4,
         head_dim: int = 32,
+        attention: AttentionKind | Sequence[AttentionKind] = "linear",
+        num_classes: int | None = None,
+        learned_variance: bool = False,
+        checkpoint_gradients: bool = False,
     ) -> None:
         super().__init__()
         init_dim = dim if init_dim is None else init_dim
+        out_channels = channels if out_channels is None else out_channels
+        kinds = [attention] * len(dim_mults) if isinstance(attention, str) else list(attention)
+        if len(kinds) != len(dim_mults) or not set(kinds) <= set(ATTENTION):
+            raise ValueError(
+                f"attention={attention}: give one of {', '.join(ATTENTION)}, or one for each of dim_mults"
+            )
+        positive = {
+            "channels": channels,
+            "init_dim": init_dim,
+            "out_channels": out_channels,
+            "groups": groups,
+        }
+        positive |= {"heads": heads, "head_dim": head_dim, "num_classes": num_classes or 1}
+        for name, value in positive.items():
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        if not dim_mults or min(dim_mults) < 1:
+            raise ValueError(f"dim_mults={list(dim_mults)}: give at least one, each at least 1")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout}: must lie in [0, 1)")
         widths = [init_dim, *(dim * mult for mult in dim_mults)]
         for width in (*widths, dim):
             if width % groups:
                 raise ValueError(f"groups={groups} does not divide a width of {width} channels")
         self.channels = channels
         self.self_condition = self_condition
+        self.num_classes = num_classes
+        self.learned_variance = learned_variance
         self.num_halvings = len(dim_mults) - 1
         time_dim = dim * 4
 
         def block(dim_in: int, dim_out: int) -> ResnetBlock:
-            return ResnetBlock(dim_in, dim_out, time_dim, groups, dropout)
+            return ResnetBlock(dim_in, dim_out, time_dim, groups, dropout, checkpoint_gradients)
 
-        def attention(width: int, kind: type[Attention] | type[LinearAttention]) -> Residual:
-            return Residual(width, kind(width, heads, head_dim))
+        def attend(width: int, kind: str) -> nn.Module:
+            layer = ATTENTION[kind]
+            return nn.Identity() if layer is None else Residual(width, layer(width, heads, head_dim))
 
         def same_size(dim_in: int, dim_out: int) -> nn.Conv2d:
             return nn.Conv2d(dim_in, dim_out, 3, padding=1)
 
         self.init_conv = nn.Conv2d(channels * (2 if self_condition else 1), init_dim, 1)
         self.time_embedding = TimeEmbedding(dim, time_dim)
+        if num_classes is not None:
+            self.class_embedding = nn.Embedding(num_classes + 1, time_dim)
 
         pairs = list(pairwise(widths))
         last = len(pairs) - 1
@@ -125,34 +171,35 @@ class UNet(nn.Module):
             DownStage(
                 block(narrow, narrow),
                 block(narrow, narrow),
-                attention(narrow, LinearAttention),
+                attend(narrow, kinds[level]),
                 (Downsample if level < last else same_size)(narrow, wide),
             )
             for level, (narrow, wide) in enumerate(pairs)
         )
         middle = widths[-1]
         self.mid_block1 = block(middle, middle)
-        self.mid_attention = attention(middle, Attention)
+        self.mid_attention = attend(middle, "full")
         self.mid_block2 = block(middle, middle)
         self.ups = nn.ModuleList(
             UpStage(
                 block(wide + narrow, wide),
                 block(wide + narrow, wide),
-                attention(wide, LinearAttention),
+                attend(wide, kinds[level]),
                 (Upsample if level > 0 else same_size)(wide, narrow),
             )
             for level, (narrow, wide) in reversed(list(enumerate(pairs)))
         )
         self.final_block = block(init_dim * 2, dim)
-        self.final_conv = nn.Conv2d(dim, channels if out_channels is None else out_channels, 1)
+        self.final_conv = nn.Conv2d(dim, out_channels * (2 if learned_variance else 1), 1)
 
     def forward(
         self,
         x: Float[Tensor, "batch channels h w"],
         t: Num[Tensor, " batch"],
         self_cond: Float[Tensor, "batch channels h w"] | None = None,
+        labels: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch out_channels h w"]:
-        """Predict from images ``x`` at times ``t`` (counted from 0), and perhaps an estimate of x0.
+        """Predict from images ``x`` at times ``t`` (counted from 0), perhaps an estimate of x0, perhaps labels.
 
         Raises:
             ValueError: height or width cannot be halved ``len(dim_mults) - 1`` times.
@@ -169,6 +216,9 @@ class UNet(nn.Module):
         x = self.init_conv(x).contiguous(memory_format=torch.channels_last)
         first = x
         time = self.time_embedding(t)
+        if self.num_classes is not None:
+            nothing = torch.full(t.shape, self.num_classes, device=t.device)
+            time = time + self.class_embedding(nothing if labels is None else labels)
 
         skips = []
         for stage in self.downs:

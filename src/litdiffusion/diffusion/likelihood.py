@@ -1,0 +1,123 @@
+"""The variational bound on the likelihood, in bits per dimension.
+
+    -log2 p(x_0) / D  <=  L_T + sum_{t=2..T} L_{t-1} + L_0                            (DDPM, equation 5)
+
+    L_T     = KL( q(x_T | x_0) || N(0, I) )
+    L_{t-1} = KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
+    L_0     = -log p(x_0 | x_1),   a normal distribution integrated over the 256 gray levels    (equation 13)
+
+p(x_s | x_t) is normal around the posterior mean at the denoiser's estimate, with variance beta, beta-tilde, or
+what the network has learned; at t = 1, where beta-tilde is 0, beta-tilde_2.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from litdiffusion.diffusion.denoiser import Estimate
+from litdiffusion.diffusion.process import (
+    clipped_posterior_variance,
+    learned_log_variance,
+    posterior,
+    transition,
+)
+from litdiffusion.diffusion.schedules import Schedule
+
+Images = Float[Tensor, "batch channels h w"]
+PerImage = Float[Tensor, " batch"]
+Variance = Literal["beta", "beta_tilde", "learned"]
+
+LEVELS = 256
+"""Gray levels of a pixel, evenly spaced over [-1, 1]."""
+
+
+def reverse_bits(
+    schedule: Schedule,
+    estimate: Estimate,
+    x0: Images,
+    x_t: Images,
+    t: Int[Tensor, " batch"],
+    variance: Variance = "learned",
+) -> PerImage:
+    """Return the bound's term L_{t-1} of each image, in bits per dimension, for t in 1..T.
+
+    Raises:
+        ValueError: the variance is to be the learned one, and there is none.
+    """
+    s = t - 1
+    true_mean, _ = posterior(schedule, x_t, x0, t, s)
+    mean, _ = posterior(schedule, x_t, estimate.x0, t, s)
+    true_log_variance = torch.as_tensor(clipped_posterior_variance(schedule, t, s)).log().to(mean)
+    log_variance = reverse_log_variance(schedule, estimate, t, variance).to(mean).expand_as(mean)
+    nats = normal_kl(true_mean, true_log_variance, mean, log_variance)
+    end = t == 1
+    if bool(end.any()):
+        nats = nats.index_put((end,), -decoder_log_prob(x0[end], mean[end], log_variance[end] / 2))
+    return bits(nats)
+
+
+def reverse_log_variance(
+    schedule: Schedule, estimate: Estimate, t: Int[Tensor, " batch"], variance: Variance
+) -> Float[Tensor, "batch _ _ _"]:
+    """Return the logarithm of the variance of p(x_{t-1} | x_t)."""
+    s = t - 1
+    if variance == "learned":
+        if estimate.variance is None:
+            raise ValueError("variance=learned: this network was not trained to give its variance")
+        return learned_log_variance(schedule, estimate.variance, t, s)
+    smallest = torch.as_tensor(clipped_posterior_variance(schedule, t, s))
+    if variance == "beta_tilde":
+        return smallest.log()
+    if variance != "beta":
+        raise ValueError(f"variance={variance!r}: choose beta, beta_tilde or learned")
+    v = torch.as_tensor(transition(schedule, t, s).v)
+    return torch.where(s[:, None, None, None] == 0, smallest, v).log()
+
+
+def prior_bits(schedule: Schedule, x0: Images) -> PerImage:
+    """Return L_T of each image, in bits per dimension: how far x_T is from pure noise."""
+    mean = float(schedule.alpha[-1]) * x0
+    log_variance = 2 * schedule.sigma[-1].log().to(mean)
+    return bits(normal_kl(mean, log_variance, torch.zeros_like(mean), torch.zeros_like(log_variance)))
+
+
+def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """Return KL( N(mean1, variance1) || N(mean2, variance2) ) of every pixel, in nats."""
+    ratio = (log_variance1 - log_variance2).exp()
+    return (log_variance2 - log_variance1 + ratio + (mean1 - mean2).square() * (-log_variance2).exp() - 1) / 2
+
+
+def decoder_log_prob(x0: Images, mean: Images, log_scale: Images) -> Images:
+    """Return log p(x_0) of every pixel in nats: the mass that N(mean, scale^2) has in the bin around x_0.
+
+    The bins are 2 / 255 wide; the first and the last reach to infinity, so that all 256 add up to 1. Computed
+    in float64, from whichever tail is the thinner: no bin is ever empty by rounding.
+    """
+    precise = torch.float32 if x0.device.type == "mps" else torch.float64
+    x, mean, scale = x0.to(precise), mean.to(precise), log_scale.to(precise).exp()
+    half = 1 / (LEVELS - 1)
+    lower, upper = (x - mean - half) / scale, (x - mean + half) / scale
+    is_first, is_last = x < -1 + half, x > 1 - half
+    # Mirrored where the bin lies above the mean: there both ends are near 1, and their difference is rounding.
+    above = x > mean
+    low, high = torch.where(above, -upper, lower), torch.where(above, -lower, upper)
+    no_low, no_high = torch.where(above, is_last, is_first), torch.where(above, is_first, is_last)
+    log_low = torch.special.log_ndtr(low).masked_fill(no_low, -math.inf)
+    log_high = torch.special.log_ndtr(high).masked_fill(no_high, 0.0)
+    return (log_high + _log_1_minus_exp(log_low - log_high)).to(x0.dtype)
+
+
+def bits(nats: Images) -> PerImage:
+    """Return bits per dimension of each image."""
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def _log_1_minus_exp(x: Tensor) -> Tensor:
+    """Return log(1 - e^x) for x < 0 (Mächler, 2012)."""
+    near = x > -math.log(2)
+    # Each branch is given a harmless number where the other one counts: a gradient goes through both.
+    a, b = torch.where(near, x, -1.0), torch.where(near, -1.0, x)
+    return torch.where(near, (-torch.expm1(a)).log(), torch.log1p(-b.exp()))
