@@ -4,10 +4,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from litdiffusion.diffusion import StratifiedTimesteps, UniformTimesteps
+from litdiffusion.diffusion import ImportanceTimesteps, StratifiedTimesteps, UniformTimesteps
 from litdiffusion.diffusion.timesteps import spread_times
 
 RULES = [UniformTimesteps(), StratifiedTimesteps()]
+
+
+def experienced(losses: Tensor, history: int = 2) -> ImportanceTimesteps:
+    """A rule that has met each time's loss ``history`` times."""
+    rule = ImportanceTimesteps(len(losses), history)
+    for _ in range(history):
+        rule.observe(torch.arange(1, len(losses) + 1), losses)
+    return rule
+
+
 LARGEST_BELOW_1 = 1 - 2.0**-24
 uniform_numbers = st.floats(0, LARGEST_BELOW_1, width=32)
 
@@ -89,3 +99,54 @@ def test_spread_times_fill_every_tenth_of_time_in_every_run(first, count, num_st
 def test_spread_times_are_a_function_of_the_position():
     whole = spread_times(torch.arange(50), 300)
     assert torch.equal(whole[20:30], spread_times(torch.arange(20, 30), 300))
+
+
+def test_importance_follows_the_root_of_the_second_moment():
+    losses = torch.tensor([0.5, 1.0, 4.0, 2.5])
+    rule = ImportanceTimesteps(4, history=2, uniform_share=0.1)
+    rule.observe(torch.arange(1, 5), 3 * losses)
+    assert rule.probabilities().tolist() == [0.25] * 4  # not all times have been met twice
+    rule.observe(torch.arange(1, 5), 4 * losses)
+    size = losses.double() * (25 / 2) ** 0.5
+    torch.testing.assert_close(rule.probabilities(), 0.9 * size / size.sum() + 0.1 / 4)
+    t = rule(in_middle_of_slices(1).expand(2000), torch.arange(2000), 2000, 4)
+    drawn = torch.bincount(t, minlength=5)[1:] / 2000
+    torch.testing.assert_close(drawn.double(), rule.probabilities(), rtol=0, atol=1e-3)
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=30), st.integers(1, 64))
+def test_importance_weights_undo_the_choice(losses, size):
+    """E_p[weight . L] is the mean of L over uniform times, whatever L."""
+    rule = experienced(torch.tensor(losses))
+    t = torch.arange(1, len(losses) + 1)
+    p = rule.probabilities()
+    torch.testing.assert_close((p * rule.weights(t)).sum(), p.sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        p * rule.weights(t) * len(losses), torch.ones(len(losses)).double(), rtol=1e-5, atol=0
+    )
+    drawn = rule(
+        torch.rand(size, generator=torch.Generator().manual_seed(0)), torch.arange(size), size, len(losses)
+    )
+    assert 1 <= int(drawn.min()) <= int(drawn.max()) <= len(losses)
+
+
+def test_importance_remembers_the_latest_losses_only():
+    rule = ImportanceTimesteps(2, history=3)
+    rule.observe(torch.tensor([1, 1, 2, 1, 1, 1]), torch.tensor([1.0, 2, 9, 3, 4, 5]))
+    assert sorted(rule.losses[0].tolist()) == [3, 4, 5]
+    rule.observe(torch.tensor([1]), torch.tensor([6.0]))
+    assert sorted(rule.losses[0].tolist()) == [4, 5, 6]
+    assert rule.counts.tolist() == [6, 1]
+
+
+def test_importance_survives_a_time_without_loss():
+    assert experienced(torch.zeros(3)).probabilities().tolist() == pytest.approx([1 / 3] * 3)
+    p = experienced(torch.tensor([0.0, 1.0])).probabilities()
+    assert p.tolist() == pytest.approx([0.0005, 0.9995])
+    assert bool(torch.isfinite(experienced(torch.tensor([0.0, 1.0])).weights(torch.tensor([1]))).all())
+
+
+@pytest.mark.parametrize("arguments", [{"history": 0}, {"uniform_share": 0.0}, {"uniform_share": 1.1}])
+def test_importance_names_a_wrong_argument(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        ImportanceTimesteps(4, **arguments)

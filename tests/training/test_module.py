@@ -11,6 +11,7 @@ from torch import nn
 from litdiffusion.data.datamodule import Batch
 from litdiffusion.diffusion import (
     L2,
+    ImportanceTimesteps,
     Objective,
     StratifiedTimesteps,
     Uniform,
@@ -35,8 +36,7 @@ def module(
     net: nn.Module | None = None, ema: EMA | None = None, seed: int = 0, **kwargs: Any
 ) -> LitDiffusion:
     settings = {
-        "loss": L2(),
-        "weighting": Uniform(),
+        "objective": Objective(L2(), Uniform()),
         "timesteps": StratifiedTimesteps(),
         "optimizer": partial(torch.optim.SGD, lr=0.1),
         "lr_scheduler": constant,
@@ -120,7 +120,76 @@ def test_drawing_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
+# ---------------------------------------------------------------------------------------------- labels
+
+
+class Labelled(Affine):
+    """An ``Affine`` whose output is moved by the label."""
+
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[torch.Tensor] = []
+
+    def forward(self, x, clock, self_cond=None, labels=None):
+        self.heard.append(labels)
+        return super().forward(x, clock) + 0.1 * labels[:, None, None, None]
+
+
+def test_a_share_of_the_labels_is_withheld_the_same_on_any_number_of_processes():
+    net = Labelled()
+    whole, halves = module(net, label_dropout=0.25), module(net, label_dropout=0.25)
+    whole.trainer, halves.trainer = trainer(), trainer(devices=2)
+    labels = torch.arange(400) % 3
+    batch = Batch(images(400), labels, 0, 7)
+    told = whole.told_labels(batch)
+    withheld = told == 3
+    assert 0.15 * 400 < int(withheld.sum()) < 0.35 * 400
+    assert torch.equal(told[~withheld], labels[~withheld])
+    later = halves.told_labels(Batch(batch.images[200:], labels[200:], 200, 7))
+    assert torch.equal(later, told[200:])
+    assert not torch.equal(whole.told_labels(batch._replace(step=8)), told)
+
+
+def test_training_and_validation_tell_the_network_its_labels():
+    net = Labelled()
+    lit = module(net, label_dropout=0.0)
+    lit.trainer = trainer()
+    batch = Batch(images(6), torch.tensor([0, 1, 2, 0, 1, 2]), 0, 0)
+    lit.training_step(batch, 0)
+    lit.validation_step(batch, 0)
+    assert [labels.tolist() for labels in net.heard] == [[0, 1, 2, 0, 1, 2]] * 2
+
+
+def test_a_network_without_classes_hears_of_none():
+    lit = module()
+    assert lit.told_labels(Batch(images(2), torch.tensor([0, 1]), 0, 0)) is None
+
+
+@pytest.mark.parametrize("label_dropout", [-0.1, 1.1])
+def test_label_dropout_is_a_share(label_dropout):
+    with pytest.raises(ValueError, match="label_dropout"):
+        module(label_dropout=label_dropout)
+
+
 # ---------------------------------------------------------------------------------------------- the steps
+
+
+def test_importance_sampled_times_learn_from_the_losses_and_leave_the_mean_loss_alone():
+    rule = ImportanceTimesteps(50, history=1)
+    lit = module(timesteps=rule)
+    lit.trainer = trainer()
+    rule.observe(torch.arange(1, 51), torch.linspace(0.1, 2, 50))
+    output = lit.training_step(Batch(images(64), None, 0, 0), 0)
+    p = rule_before = torch.linspace(0.1, 2, 50, dtype=torch.float64)
+    p = 0.999 * p / p.sum() + 0.001 / 50
+    expected = (output["losses"] / (50 * p[output["t"] - 1])).mean()
+    torch.testing.assert_close(output["loss"].detach().double(), expected)
+    last = {int(t): float(loss) for t, loss in zip(output["t"], output["losses"], strict=True)}
+    for t in range(1, 51):  # what was seen is remembered, what was not is what it was
+        assert float(rule.losses[t - 1, 0]) == pytest.approx(last.get(t, float(rule_before[t - 1])))
+    assert "timesteps.losses" in lit.state_dict()
 
 
 def test_a_training_step_is_the_objective_on_the_draws():

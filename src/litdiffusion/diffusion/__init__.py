@@ -17,7 +17,7 @@ from litdiffusion.diffusion.process import posterior, q_sample, transition
 from litdiffusion.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Here, Heun, Sampler, Step
 from litdiffusion.diffusion.schedules import Schedule
 from litdiffusion.diffusion.targets import X0, Epsilon, Target, V, Velocity
-from litdiffusion.diffusion.timesteps import StratifiedTimesteps, UniformTimesteps
+from litdiffusion.diffusion.timesteps import ImportanceTimesteps, StratifiedTimesteps, UniformTimesteps
 
 __all__ = [
     "schedules",
@@ -41,6 +41,7 @@ __all__ = [
     "Variational",
     "UniformTimesteps",
     "StratifiedTimesteps",
+    "ImportanceTimesteps",
     "Denoiser",
     "Estimate",
     "Guidance",

@@ -7,31 +7,85 @@
     L_0     = -log p(x_0 | x_1),   a normal distribution integrated over the 256 gray levels    (equation 13)
 
 p(x_s | x_t) is normal around the posterior mean at the denoiser's estimate, with variance beta, beta-tilde, or
-what the network has learned; at t = 1, where beta-tilde is 0, beta-tilde_2.
+what the network has learned. At t = 1, where beta-tilde is 0, beta-tilde_2 takes the place of beta-tilde and of
+beta (as in DDPM's and IDDPM's code), and of the lower end of what can be learned.
 """
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from litdiffusion.diffusion.denoiser import Estimate
+from litdiffusion.diffusion.denoiser import Denoiser, Estimate
 from litdiffusion.diffusion.process import (
     clipped_posterior_variance,
     learned_log_variance,
     posterior,
+    q_sample,
     transition,
 )
 from litdiffusion.diffusion.schedules import Schedule
 
 Images = Float[Tensor, "batch channels h w"]
 PerImage = Float[Tensor, " batch"]
+Times = Int[Tensor, " batch"]
 Variance = Literal["beta", "beta_tilde", "learned"]
 
 LEVELS = 256
 """Gray levels of a pixel, evenly spaced over [-1, 1]."""
+
+
+class Bound(NamedTuple):
+    """The bound of each image, part by part, in bits per dimension.
+
+    Attributes:
+        prior: L_T.
+        terms: L_0..L_{T-1}, in this order: L_{t-1} is ``terms[:, t - 1]``.
+    """
+
+    prior: PerImage
+    terms: Float[Tensor, "batch T"]
+
+    @property
+    def total(self) -> PerImage:
+        """The bound: all parts together."""
+        return self.prior + self.terms.sum(1)
+
+
+def variational_bound(
+    denoiser: Denoiser, x0: Images, noise: Callable[[Times], Images], variance: Variance
+) -> Bound:
+    """Return the whole bound of each image, each term's expectation over x_t taken at one draw of noise.
+
+    The network is called once (twice where it is self-conditioned) for each of 1..T, on all images.
+
+    Args:
+        denoiser: of the model; with its guidance, where it has any.
+        x0: images in [-1, 1], on the gray levels.
+        noise: from the times, the same for every image, to standard normal images.
+        variance: of p(x_{t-1} | x_t).
+    """
+    terms = []
+    for time in range(1, denoiser.schedule.num_steps + 1):
+        t = torch.full((len(x0),), time, device=x0.device)
+        terms.append(bound_term(denoiser, x0, t, noise(t), variance))
+    return Bound(prior_bits(denoiser.schedule, x0), torch.stack(terms, dim=1))
+
+
+def bound_term(denoiser: Denoiser, x0: Images, t: Times, eps: Images, variance: Variance) -> PerImage:
+    """Return L_{t-1} of each image at its own t in 1..T and noise, in bits per dimension.
+
+    A self-conditioned network is given its own estimate first.
+    """
+    x_t = q_sample(denoiser.schedule, x0, t, eps)
+    self_cond = None
+    if denoiser.self_condition:
+        with torch.no_grad():
+            self_cond = denoiser(x_t, t).x0
+    return reverse_bits(denoiser.schedule, denoiser(x_t, t, self_cond), x0, x_t, t, variance)
 
 
 def reverse_bits(
@@ -39,13 +93,13 @@ def reverse_bits(
     estimate: Estimate,
     x0: Images,
     x_t: Images,
-    t: Int[Tensor, " batch"],
+    t: Times,
     variance: Variance = "learned",
 ) -> PerImage:
     """Return the bound's term L_{t-1} of each image, in bits per dimension, for t in 1..T.
 
     Raises:
-        ValueError: the variance is to be the learned one, and there is none.
+        ValueError: an unknown variance, or the learned one where there is none.
     """
     s = t - 1
     true_mean, _ = posterior(schedule, x_t, x0, t, s)
@@ -60,9 +114,13 @@ def reverse_bits(
 
 
 def reverse_log_variance(
-    schedule: Schedule, estimate: Estimate, t: Int[Tensor, " batch"], variance: Variance
+    schedule: Schedule, estimate: Estimate, t: Times, variance: Variance
 ) -> Float[Tensor, "batch _ _ _"]:
-    """Return the logarithm of the variance of p(x_{t-1} | x_t)."""
+    """Return the logarithm of the variance of p(x_{t-1} | x_t).
+
+    Raises:
+        ValueError: an unknown variance, or the learned one where there is none.
+    """
     s = t - 1
     if variance == "learned":
         if estimate.variance is None:

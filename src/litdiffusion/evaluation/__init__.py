@@ -1,5 +1,9 @@
-"""How good a model is. Image metrics join here: features in ``features.py``, scores in ``metrics.py``."""
+"""How good a model is: each module measures one thing, and returns flat names and numbers for ``evaluate`` to merge.
 
+Image metrics join here: features in ``features.py``, scores in ``metrics.py``.
+"""
+
+from litdiffusion.evaluation.bits_per_dim import bits_per_dim
 from litdiffusion.evaluation.held_out import held_out_losses
 
-__all__ = ["held_out_losses"]
+__all__ = ["held_out_losses", "bits_per_dim"]

@@ -15,7 +15,7 @@ from litdiffusion.nn.blocks import fold_weight_standardization
 from litdiffusion.runs.checkpoint import read_checkpoint
 from litdiffusion.sampling import Watch, sample_images
 
-MODEL_PARTS = ("denoiser", "sampler", "loss", "weighting")
+MODEL_PARTS = ("denoiser", "sampler", "objective")
 """The configuration nodes that a checkpoint carries as ``model_config``."""
 
 SAMPLERS: dict[str, type[Sampler]] = {"ddpm": DDPM, "ddim": DDIM}
@@ -122,7 +122,7 @@ def load_model(
     return TrainedModel(
         denoiser,
         parts["sampler"],
-        Objective(parts["loss"], parts["weighting"]),
+        parts["objective"],
         checkpoint["data_config"],
         int(checkpoint["global_step"]),
         used,

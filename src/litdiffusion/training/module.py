@@ -16,9 +16,10 @@ from torchmetrics import MeanMetric
 
 from litdiffusion.data.datamodule import Batch
 from litdiffusion.diffusion import Denoiser, Objective
-from litdiffusion.diffusion.losses import Distance, Weighting
+from litdiffusion.diffusion.likelihood import Variance
 from litdiffusion.diffusion.timesteps import TimestepRule
 from litdiffusion.errors import UserError
+from litdiffusion.evaluation.bits_per_dim import bits_per_dim
 from litdiffusion.evaluation.held_out import held_out_losses
 from litdiffusion.randomness import normal_positions, seed_of, uniform_positions
 from litdiffusion.training.ema import EMA
@@ -37,42 +38,74 @@ class LitDiffusion(LightningModule):
 
     Args:
         denoiser: network, schedule and target.
-        loss: the distance between the network's output and its target.
-        weighting: the weight of each noise level.
+        objective: distance and weighting.
         timesteps: how each batch's times are drawn.
         optimizer: from parameters to an optimizer.
         lr_scheduler: from an optimizer to its schedule, stepped every optimizer step.
         ema: how weights are averaged; None for no average.
+        label_dropout: share of the images whose label a class-conditional network is not told, so that it learns
+            to draw without one too, as guidance needs (2207.12598).
+        bits_per_dim_images: how many of the held-out images ``val/bits_per_dim`` is measured on; 0 for none.
+        bits_per_dim_times: at how many times each; None for all T.
         seed: every random number of the training is a function of it (see ``randomness``).
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
-        loss: Distance,
-        weighting: Weighting,
+        objective: Objective,
         timesteps: TimestepRule,
         optimizer: Callable[..., Optimizer],
         lr_scheduler: Callable[[Optimizer], LRScheduler],
         ema: EMA | None = None,
+        label_dropout: float = 0.1,
+        bits_per_dim_images: int = 0,
+        bits_per_dim_times: int | None = 10,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout={label_dropout}: must lie in [0, 1]")
+        if bits_per_dim_images < 0 or (bits_per_dim_times or 1) < 1:
+            raise ValueError(
+                f"bits_per_dim_images={bits_per_dim_images}, bits_per_dim_times={bits_per_dim_times}: must be at"
+                " least 0 and at least 1"
+            )
         self.denoiser = denoiser
         self.averaged: nn.Module | None = ema.copy_of(denoiser.net) if ema else None
-        self.objective = Objective(loss, weighting)
+        self.objective = objective
         self.timesteps = timesteps
         self.optimizer_factory = optimizer
         self.lr_scheduler_factory = lr_scheduler
         self.ema = ema
+        self.label_dropout = label_dropout
+        self.bits_per_dim_images = bits_per_dim_images
+        self.bits_per_dim_times = bits_per_dim_times
         self.seed = seed
         self.val_loss = MeanMetric()
         self.val_loss_raw = MeanMetric()
+        self.val_bits = MeanMetric()
 
     @property
     def best_denoiser(self) -> Denoiser:
         """The denoiser to sample from: with averaged weights where there are any."""
         return self.denoiser if self.averaged is None else self.denoiser.with_net(self.averaged)
+
+    def setup(self, stage: str) -> None:
+        """Check that a class-conditional network and the data speak of the same classes.
+
+        Raises:
+            UserError: they do not.
+        """
+        wanted, datamodule = self.denoiser.num_classes, getattr(self.trainer, "datamodule", None)
+        if wanted is None or datamodule is None:
+            return
+        found = datamodule.num_classes
+        if wanted != found:
+            has = "no labels" if found is None else f"{found} classes"
+            raise UserError(
+                f"net.num_classes={wanted}, but the data has {has}: set net.num_classes={found or 'null'}"
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
         """Return the loss of one share of a global batch."""
@@ -81,21 +114,35 @@ class LitDiffusion(LightningModule):
         torch.manual_seed(seed_of(self.seed, "network", step, self.global_rank))
         t, eps = self.draw(images, first, step)
         feed_back = bool(uniform_positions(0, 1, self.seed, "feed back", step) < 0.5)
-        losses = self.objective(self.denoiser, images, t, eps, feed_back)
-        return StepOutput(loss=losses.mean(), losses=losses.detach(), t=t)
+        labels = self.told_labels(batch)
+        losses = self.objective(self.denoiser, images, t, eps, feed_back, labels)
+        loss = (self.timesteps.weights(t) * losses).mean()
+        losses = losses.detach()
+        if self.timesteps.learns:
+            self.timesteps.observe(self._of_all_processes(t), self._of_all_processes(losses))
+        return StepOutput(loss=loss, losses=losses, t=t)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add to the validation loss."""
-        images, first = batch.images, batch.start
-        self.val_loss.update(held_out_losses(self.best_denoiser, self.objective, images, first)[0])
+        """Add to the validation loss and to the bound."""
+        images, first, labels = batch.images, batch.start, batch.labels
+        best = self.best_denoiser
+        self.val_loss.update(held_out_losses(best, self.objective, images, first, labels)[0])
         if self.averaged is not None:
-            self.val_loss_raw.update(held_out_losses(self.denoiser, self.objective, images, first)[0])
+            self.val_loss_raw.update(held_out_losses(self.denoiser, self.objective, images, first, labels)[0])
+        measured = images[: max(0, self.bits_per_dim_images - first)]
+        if len(measured):
+            few = None if labels is None else labels[: len(measured)]
+            variance: Variance = "learned" if best.learned_variance else "beta"
+            bits = bits_per_dim(best, measured, first, self.bits_per_dim_times, variance, few)
+            self.val_bits.update(bits)
 
     def on_validation_epoch_end(self) -> None:
         """Publish the validation loss to callbacks; they hand it to the loggers."""
         self.log("val/loss", self.val_loss, logger=False)
         if self.averaged is not None:
             self.log("val/loss_raw", self.val_loss_raw, logger=False)
+        if self.bits_per_dim_images:
+            self.log("val/bits_per_dim", self.val_bits, logger=False)
 
     def draw(
         self, images: Float[Tensor, "batch channels h w"], first: int, step: int
@@ -110,6 +157,20 @@ class LitDiffusion(LightningModule):
         )
         eps = normal_positions(tuple(images.shape[1:]), first, last, *place, "eps")
         return t.to(images.device), eps.to(images.device)
+
+    def told_labels(self, batch: Batch) -> Int[Tensor, " batch"] | None:
+        """Return the labels that the network is told: some are withheld, as ``num_classes``."""
+        num_classes = self.denoiser.num_classes
+        if num_classes is None or batch.labels is None:
+            return None
+        last = batch.start + len(batch.labels)
+        coins = uniform_positions(batch.start, last, self.seed, "train", batch.step, "label")
+        return batch.labels.masked_fill(coins.to(batch.labels.device) < self.label_dropout, num_classes)
+
+    def _of_all_processes(self, values: Tensor) -> Tensor:
+        gathered = self.all_gather(values)
+        assert isinstance(gathered, Tensor)  # as it was given
+        return gathered.flatten()
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and learning-rate schedule.
