@@ -198,7 +198,7 @@ class Denoiser(nn.Module):
         self, x_t: Images, t: Int[Tensor, " batch"], self_cond: Images | None
     ) -> tuple[Images, Images | None]:
         guidance = self.guidance
-        if guidance is None or guidance.scale == 0:
+        if guidance is None:
             return self.output(x_t, t, self_cond)
         low, high = guidance.interval
         fraction = t / self.schedule.num_steps
@@ -206,6 +206,8 @@ class Denoiser(nn.Module):
         labels = guidance.labels.to(t.device)
         if guidance.scale == 1 or not bool(inside.any()):
             return self.output(x_t, t, self_cond, labels)
+        if guidance.scale == 0 and bool(inside.all()):
+            return self.output(x_t, t, self_cond)
         # One call for both branches; where output is linear in x_0, guiding the one guides the other.
         assert self.num_classes is not None
         both = torch.cat((labels, torch.full_like(labels, self.num_classes)))

@@ -129,7 +129,7 @@ class Sigmoid(Weighting):
 
 
 class Variational(Weighting):
-    """The weights of the variational bound: its mean over t, times T, is the bound in nats per pixel (DDPM, eq. 8).
+    """The weights of the variational bound: the loss's mean over t is the bound in nats per pixel (DDPM, eq. 8).
 
         w_t = T / 2 . (SNR_{t-1} - SNR_t)  =  T / (2 beta-tilde_t) . (alpha_{t-1} v / sigma_t^2)^2
 

@@ -105,8 +105,10 @@ def learned_log_variance(
 
     with v for beta_t and the posterior's variance for beta-tilde_t, so that it is right at any s < t.
     """
-    low = torch.as_tensor(clipped_posterior_variance(schedule, t, s)).log().to(fraction)
-    high = torch.as_tensor(transition(schedule, t, s).v).log().to(fraction)
+    low, high = (
+        torch.as_tensor(variance, dtype=schedule.alpha.dtype).log().to(fraction)
+        for variance in (clipped_posterior_variance(schedule, t, s), transition(schedule, t, s).v)
+    )
     return fraction * high + (1 - fraction) * low
 
 
@@ -120,7 +122,8 @@ def clipped_posterior_variance(schedule: Schedule, t: Time, s: Time) -> Number:
     if isinstance(s, int):
         return first if s == 0 else step.posterior_variance
     at_end = s[:, None, None, None] == 0
-    return torch.where(at_end, torch.as_tensor(first, device=s.device), step.posterior_variance)
+    first = torch.as_tensor(first, dtype=schedule.alpha.dtype, device=s.device)
+    return torch.where(at_end, first, step.posterior_variance)
 
 
 def _tables(schedule: Schedule, t: Time) -> tuple[Number, Number]:

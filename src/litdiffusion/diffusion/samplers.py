@@ -214,8 +214,9 @@ class DDIM(Sampler):
         """Return the noise x_T from which deterministic steps lead to the image ``x0`` (eta is taken as 0).
 
         Going up, eps belongs to the x_t that is sought: x_t = a x_s + (sigma_t - a sigma_s) eps(x_t, t), solved
-        by fixed-point iteration from x_s on. One iteration is the usual inversion; with more, the way back meets
-        the image more closely (Pan et al., 2309.04907).
+        by fixed-point iteration from x_s on (Pan et al., 2309.04907). Where noise prevails, eps is that of x_s at
+        the estimate of x_0: the network's own says next to nothing there, and nothing at all where alpha_t = 0.
+        One iteration is the usual inversion; with more, the way back meets the image more closely.
 
         Raises:
             ValueError: fewer than 1 iteration.
@@ -226,7 +227,10 @@ class DDIM(Sampler):
         for s, t in pairwise(reversed(self.times(schedule))):
             step, x_t = transition(schedule, t, s), x_s
             for _ in range(iterations):
-                eps = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device)).eps
+                estimate = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
+                eps = estimate.eps
+                if s > 0 and step.sigma_t > step.a * step.alpha_s:
+                    eps = (x_s - step.alpha_s * estimate.x0) / step.sigma_s
                 x_t = step.a * x_s + (step.sigma_t - step.a * step.sigma_s) * eps
             x_s = x_t
         return x_s

@@ -131,7 +131,9 @@ class UNet(nn.Module):
             "out_channels": out_channels,
             "groups": groups,
         }
-        positive |= {"heads": heads, "head_dim": head_dim, "num_classes": num_classes or 1}
+        positive |= {"heads": heads, "head_dim": head_dim}
+        if num_classes is not None:
+            positive["num_classes"] = num_classes
         for name, value in positive.items():
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
