@@ -1,26 +1,29 @@
 """python -m litdiffusion.evaluate: open a checkpoint, measure it on images it has never seen.
 
-Today that is the held-out loss. Image metrics join it here, and are computed in ``evaluation``.
+Each measurement is a module of ``evaluation`` that returns flat names and numbers; here they are merged. Today they
+are the held-out loss and the bound on the likelihood; image metrics join them.
 """
 
 import json
 import time
+from collections.abc import Iterator
+from typing import cast, get_args
 
-import torch
 from hydra.utils import instantiate
-from jaxtyping import Float, Int
 from omegaconf import DictConfig
-from torch import Tensor
 
 from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import entry_point
 from litdiffusion.configuration.hardware import native_autocast, torch_device
 from litdiffusion.configuration.nodes import build
 from litdiffusion.configuration.targets import check_targets
-from litdiffusion.data.datamodule import ImageDataModule, ValidationLoader
+from litdiffusion.data.datamodule import Batch, ImageDataModule, ValidationLoader
 from litdiffusion.data.sources import Source
+from litdiffusion.diffusion import Denoiser
+from litdiffusion.diffusion.likelihood import Variance
 from litdiffusion.errors import UserError
-from litdiffusion.evaluation.held_out import held_out_losses, loss_by_time
+from litdiffusion.evaluation.bits_per_dim import measured_bits
+from litdiffusion.evaluation.held_out import measured_losses
 from litdiffusion.files import write_text
 from litdiffusion.runs.folder import absolute, writable_folder
 from litdiffusion.runs.model import TrainedModel, load_model
@@ -31,19 +34,24 @@ from litdiffusion.training.memory import keep_freed_memory
 def main(cfg: DictConfig) -> None:
     """Measure a checkpoint; the last line printed is what ``out/metrics.json`` holds."""
     validate(cfg)
+    check_bits(cfg)
     device = torch_device(cfg.device)
     keep_freed_memory()
     model = load_model(absolute(cfg.ckpt), cfg.weights, device)
+    denoiser = model.denoiser
+    variance = bits_variance(cfg.bits_per_dim_variance, denoiser)
     source = data_source(cfg, model)
     out = writable_folder("out", absolute(cfg.out))
 
     started = time.perf_counter()
+    held_out = HeldOut(source, denoiser, cfg.num_images, cfg.batch_size)
     with native_autocast(device) as precision:
-        losses, times = measure(model, source, cfg.num_images, cfg.batch_size)
-    metrics = {
-        "val/loss": float(losses.mean()),
-        **loss_by_time(losses, times, model.denoiser.schedule.num_steps, "val/loss"),
-        "num_images": len(losses),
+        metrics = {
+            **measured_losses(denoiser, model.objective, held_out),
+            **measured_bits(denoiser, held_out, cfg.bits_per_dim_images, cfg.bits_per_dim_times, variance),
+        }
+    report = {
+        **metrics,
         "ckpt": absolute(cfg.ckpt),
         "step": model.step,
         "weights": model.weights,
@@ -52,8 +60,8 @@ def main(cfg: DictConfig) -> None:
         "precision": precision,
         "wall_seconds": round(time.perf_counter() - started, 2),
     }
-    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    print(json.dumps(metrics))
+    write_text(out / "metrics.json", json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report))
 
 
 def data_source(cfg: DictConfig, model: TrainedModel) -> Source:
@@ -77,22 +85,65 @@ def data_source(cfg: DictConfig, model: TrainedModel) -> Source:
     return source
 
 
-def measure(
-    model: TrainedModel, source: Source, num_images: int, batch_size: int
-) -> tuple[Float[Tensor, " images"], Int[Tensor, " images"]]:
-    """Return loss and time of each of the first ``num_images`` held-out images."""
-    datamodule = ImageDataModule(source, batch_size, seed=0, num_val=num_images)
-    datamodule.prepare_data()
-    datamodule.setup("validate")
-    device = next(model.denoiser.parameters()).device
-    results = []
-    loader = datamodule.val_dataloader()
-    assert isinstance(loader, ValidationLoader)  # and no empty list, since num_images is positive
-    for batch in loader:
-        images = datamodule.finish(batch._replace(images=batch.images.to(device)), training=False).images
-        results.append(held_out_losses(model.denoiser, model.objective, images, batch.start))
-    losses, times = zip(*results, strict=True)
-    return torch.cat(losses).cpu(), torch.cat(times).cpu()
+class HeldOut:
+    """The first ``num_images`` held-out images, as finished batches on the model's device; as often as is asked.
+
+    Raises:
+        UserError: the data cannot be had, or its classes are not those of a class-conditional model.
+    """
+
+    def __init__(self, source: Source, denoiser: Denoiser, num_images: int, batch_size: int) -> None:
+        self.datamodule = ImageDataModule(source, batch_size, seed=0, num_val=num_images)
+        self.datamodule.prepare_data()
+        self.datamodule.setup("validate")
+        self.device = next(denoiser.parameters()).device
+        known, found = denoiser.num_classes, self.datamodule.num_classes
+        if known is not None and found is not None and known != found:
+            raise UserError(
+                f"data has {found} classes, and the model was trained on {known}: choose other data"
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader = self.datamodule.val_dataloader()
+        assert isinstance(loader, ValidationLoader)  # and no empty list, since num_images is positive
+        for batch in loader:
+            labels = None if batch.labels is None else batch.labels.to(self.device)
+            batch = batch._replace(images=batch.images.to(self.device), labels=labels)
+            yield self.datamodule.finish(batch, training=False)
+
+
+def check_bits(cfg: DictConfig) -> None:
+    """Check what the bound is to be measured on.
+
+    Raises:
+        UserError: no such number of images or times.
+    """
+    images, times = cfg.bits_per_dim_images, cfg.bits_per_dim_times
+    if type(images) is not int or images < 0:
+        raise UserError(
+            f"bits_per_dim_images={'null' if images is None else images}: must be a whole number, at least 0"
+        )
+    if times is not None and (type(times) is not int or times < 2):
+        raise UserError(
+            f"bits_per_dim_times={times}: must be a whole number, at least 2, or null for all the times there are"
+        )
+
+
+def bits_variance(asked: str | None, denoiser: Denoiser) -> Variance:
+    """Return the variance of the model's steps: the one asked for, or what its network was trained for.
+
+    Raises:
+        UserError: there is no such variance, or the network does not give it.
+    """
+    if asked is None:
+        return "learned" if denoiser.learned_variance else "beta"
+    if asked == "learned" and not denoiser.learned_variance:
+        raise UserError(
+            "bits_per_dim_variance=learned: this network was trained without; choose beta or beta_tilde"
+        )
+    if asked not in get_args(Variance):
+        raise UserError(f"bits_per_dim_variance={asked}: choose {', '.join(get_args(Variance))}")
+    return cast(Variance, asked)
 
 
 if __name__ == "__main__":

@@ -144,8 +144,9 @@ def prior_bits(schedule: Schedule, x0: Images) -> PerImage:
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
     """Return KL( N(mean1, variance1) || N(mean2, variance2) ) of every pixel, in nats."""
-    ratio = (log_variance1 - log_variance2).exp()
-    return (log_variance2 - log_variance1 + ratio + (mean1 - mean2).square() * (-log_variance2).exp() - 1) / 2
+    log_ratio = log_variance1 - log_variance2
+    # expm1: with exp and "- 1" apart, rounding would swallow a small divergence.
+    return (log_ratio.expm1() - log_ratio + (mean1 - mean2).square() * (-log_variance2).exp()) / 2
 
 
 def decoder_log_prob(x0: Images, mean: Images, log_scale: Images) -> Images:
@@ -157,6 +158,9 @@ def decoder_log_prob(x0: Images, mean: Images, log_scale: Images) -> Images:
     precise = torch.float32 if x0.device.type == "mps" else torch.float64
     x, mean, scale = x0.to(precise), mean.to(precise), log_scale.to(precise).exp()
     half = 1 / (LEVELS - 1)
+    # A gray level is meant exactly: rounded to float32, neighbouring bins would overlap or leave gaps.
+    level = ((x + 1) / (2 * half)).round() * 2 * half - 1
+    x = torch.where((x - level).abs() <= 4 * torch.finfo(x0.dtype).eps, level, x)
     lower, upper = (x - mean - half) / scale, (x - mean + half) / scale
     is_first, is_last = x < -1 + half, x > 1 - half
     # Mirrored where the bin lies above the mean: there both ends are near 1, and their difference is rounding.
