@@ -1,11 +1,11 @@
 """Worlds small enough to have exact answers: what the tests of the mathematics live in.
 
-``Oracle`` knows the image, ``GaussianData`` has an exact denoiser, ``Spy`` remembers what it was asked, and
-``Affine`` is a network that a batch cannot disturb.
+``Oracle`` knows the image, ``GaussianData`` and ``MixtureData`` have an exact denoiser, which ``Exact`` turns into
+a network, ``Spy`` remembers what it was asked, and ``Affine`` is a network that a batch cannot disturb.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from litdiffusion.diffusion import (
     DDIM,
     DDPM,
+    X0,
     Denoiser,
     DPMSolverPP2M,
     Epsilon,
@@ -22,6 +23,8 @@ from litdiffusion.diffusion import (
     Sampler,
     Schedule,
     Target,
+    V,
+    Velocity,
     schedules,
 )
 
@@ -35,6 +38,8 @@ SCHEDULES = {
 """The variance-preserving ones."""
 
 ALL_SCHEDULES = {**SCHEDULES, "flow": schedules.flow}
+
+TARGETS = {"epsilon": Epsilon(), "x0": X0(), "v": V(), "velocity": Velocity()}
 
 SAMPLERS = {
     "ddpm": DDPM,
@@ -135,14 +140,103 @@ class GaussianData:
         """Var(x_0 | x_t)."""
         return self.std**2 * self.tables(t)[1] ** 2 / self.variance_at(t)
 
+    def denoise(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """E[x_0 | x_t] for a time of each image, in the precision of x_t."""
+        alpha, sigma = self.schedule.at(t, x_t.dtype)
+        gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
+        return self.mean + gain * (x_t - alpha * self.mean)
+
     def estimate(self, x_t: Tensor, t: int) -> Estimate:
-        """The exact denoiser: x_0 = E[x_0 | x_t], in the precision of x_t."""
+        """The exact denoiser at one time."""
         alpha, sigma = self.tables(t)
-        x0 = self.mean + alpha * self.std**2 / self.variance_at(t) * (x_t - alpha * self.mean)
+        x0 = self.denoise(x_t, torch.full((len(x_t),), t))
         return Estimate(x0, (x_t - alpha * x0) / sigma)
 
-    def step(self, sampler: Sampler, x_t: Tensor, t: int, s: int, noise: Callable[[], Tensor]) -> Tensor:
-        return sampler.step(Here(self.schedule, t, s, x_t, self.estimate(x_t, t), noise, self.estimate))
+    def flow_to_image(self, x_T: Tensor) -> Tensor:
+        """Where the probability flow leads: it keeps (x_t - mean_t) / std_t."""
+        T = self.schedule.num_steps
+        return self.mean + self.std * (x_T - self.mean_at(T)) / self.variance_at(T) ** 0.5
+
+    def step(
+        self,
+        sampler: Sampler,
+        x_t: Tensor,
+        t: int,
+        s: int,
+        noise: Callable[[], Tensor],
+        fraction: float | None = None,
+    ) -> Tensor:
+        """One step with the exact denoiser, and ``fraction`` as the learned variance of every pixel."""
+        estimate = self.estimate(x_t, t)
+        if fraction is not None:
+            estimate = replace(estimate, variance=torch.full_like(x_t, fraction))
+        return sampler.step(Here(self.schedule, t, s, x_t, estimate, noise, self.estimate))
+
+
+@dataclass
+class MixtureData:
+    """Pixels that are of class k with probability weights[k], and then N(means[k], stds[k]^2), independently."""
+
+    schedule: Schedule
+    means: tuple[float, ...] = (-0.8, 0.0, 0.7)
+    stds: tuple[float, ...] = (0.08, 0.12, 0.1)
+    weights: tuple[float, ...] = (0.2, 0.5, 0.3)
+
+    def log_densities(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """log of weights[k] N(x_t; alpha_t means[k], alpha_t^2 stds[k]^2 + sigma_t^2), along a last axis of k.
+
+        With a label, its class alone has weight; with the label after the last class, all of them have theirs.
+        """
+        alpha, sigma = (table[..., None] for table in self.schedule.at(t, x_t.dtype))
+        mean, std, weight = (torch.tensor(x, dtype=x_t.dtype) for x in (self.means, self.stds, self.weights))
+        variance = alpha**2 * std**2 + sigma**2
+        if labels is not None:
+            only = torch.cat((torch.eye(len(weight), dtype=x_t.dtype), weight[None]))
+            weight = only[labels][:, None, None, None]
+        distance = (x_t[..., None] - alpha * mean) ** 2 / variance
+        return weight.log() - (distance + (2 * torch.pi * variance).log()) / 2
+
+    def denoise(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """E[x_0 | x_t], for data of the labelled classes where there are labels."""
+        alpha, sigma = (table[..., None] for table in self.schedule.at(t, x_t.dtype))
+        mean, std = (torch.tensor(x, dtype=x_t.dtype) for x in (self.means, self.stds))
+        gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
+        of_class = mean + gain * (x_t[..., None] - alpha * mean)
+        return (self.log_densities(x_t, t, labels).softmax(-1) * of_class).sum(-1)
+
+
+class Exact(nn.Module):
+    """A network that knows the data: it returns the target at E[x_0 | x_t], in the precision of x_t.
+
+    ``calls`` keeps the size of each batch; ``fraction``, if given, is the learned variance of every pixel.
+    """
+
+    def __init__(
+        self,
+        data: GaussianData | MixtureData,
+        target: Target,
+        num_classes: int | None = None,
+        fraction: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.data, self.target, self.num_classes, self.fraction = data, target, num_classes, fraction
+        self.learned_variance = fraction is not None
+        self.calls: list[int] = []
+
+    def forward(self, x_t: Tensor, clock: Tensor, labels: Tensor | None = None) -> Tensor:
+        self.calls.append(len(x_t))
+        alpha, sigma = self.data.schedule.at(clock + 1, x_t.dtype)
+        x0 = self.data.denoise(x_t, clock + 1, labels)
+        output = self.target.of(x0, (x_t - alpha * x0) / sigma, alpha, sigma)
+        if self.fraction is None:
+            return output
+        return torch.cat((output, torch.full_like(output, 2 * self.fraction - 1)), dim=1)
+
+
+def exact_denoiser(data: GaussianData | MixtureData, target: Target | None = None, **options) -> Denoiser:
+    """The exact denoiser of one-pixel images, unclipped."""
+    target = target or V()
+    return Denoiser(Exact(data, target, **options), data.schedule, target, 1, 1, clip="none")
 
 
 def affine_denoiser(

@@ -1,0 +1,89 @@
+"""Under bfloat16 autocast every loss has finite gradients at every time."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from litdiffusion.diffusion import (
+    L1,
+    L2,
+    P2,
+    Huber,
+    MinSNR,
+    Objective,
+    Schedule,
+    Sigmoid,
+    Uniform,
+    Variational,
+    schedules,
+)
+from small_worlds import TARGETS, affine_denoiser, images, normal
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+T = 300
+SCHEDULES = {
+    "linear": schedules.linear(T),
+    "cosine": schedules.cosine(T),
+    "pure_noise": schedules.cosine(T, zero_terminal_snr=True),
+    "flow": schedules.flow(T),
+}
+DISTANCES = {"l1": L1(), "l2": L2(), "huber": Huber()}
+WEIGHTINGS = [Uniform(), MinSNR(), P2(), Sigmoid(), Variational()]
+EVERY_T = torch.arange(1, T + 1)
+X_0, EPS = images(T), normal(T, 1, 4, 4, seed=1)
+
+
+class Convolution(nn.Conv2d):
+    """A network that autocast runs in bfloat16."""
+
+    def __init__(self, learned_variance: bool) -> None:
+        super().__init__(1, 1 + learned_variance, 3, padding=1)
+        self.learned_variance = learned_variance
+        self.dtypes: set[torch.dtype] = set()
+
+    def forward(self, x: Tensor, clock: Tensor) -> Tensor:
+        output = super().forward(x * (1 + clock[:, None, None, None] / T))
+        self.dtypes.add(output.dtype)
+        return output
+
+
+def allowed(schedule: Schedule, target) -> bool:
+    return target.defined_at_zero_snr or not schedule.has_zero_terminal_snr
+
+
+@pytest.mark.parametrize("learned_variance", [False, True])
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_gradients_are_finite_at_every_time(schedule, target, learned_variance):
+    if not allowed(schedule, target):
+        with pytest.raises(ValueError, match="target=epsilon"):
+            affine_denoiser(schedule, target)
+        return
+    net = Convolution(learned_variance)
+    denoiser = affine_denoiser(schedule, target, net=net)
+    for distance in DISTANCES.values():
+        for weighting in WEIGHTINGS:
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = Objective(distance, weighting)(denoiser, X_0, EVERY_T, EPS)
+            assert losses.dtype == torch.float32
+            assert bool(torch.isfinite(losses).all())
+            gradients = torch.autograd.grad(losses.sum(), list(net.parameters()))
+            assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+            assert any(bool(gradient.any()) for gradient in gradients)
+    assert net.dtypes == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_each_time_alone_has_a_finite_gradient_for_its_image(target):
+    """A sum could hide two infinities that cancel; the gradient of each image's own output cannot."""
+    schedule = SCHEDULES["linear"]
+    for weighting in WEIGHTINGS:
+        output = (0.1 * normal(T, 2, 4, 4, seed=2)).requires_grad_()
+        net = nn.Module()
+        net.learned_variance = True
+        net.forward = lambda x, clock, output=output: output.bfloat16()
+        losses = Objective(L2(), weighting)(affine_denoiser(schedule, target, net=net), X_0, EVERY_T, EPS)
+        (gradient,) = torch.autograd.grad(losses.sum(), output)
+        assert bool(torch.isfinite(gradient).all())
+        assert bool(gradient.flatten(1).any(1).all())
