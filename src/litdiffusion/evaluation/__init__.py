@@ -3,7 +3,7 @@
 Image metrics join here: features in ``features.py``, scores in ``metrics.py``.
 """
 
-from litdiffusion.evaluation.bits_per_dim import bits_per_dim
+from litdiffusion.evaluation.bits_per_dim import bound_parts
 from litdiffusion.evaluation.held_out import held_out_losses
 
-__all__ = ["held_out_losses", "bits_per_dim"]
+__all__ = ["held_out_losses", "bound_parts"]

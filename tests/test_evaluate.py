@@ -1,0 +1,106 @@
+"""The evaluate command: what it reports of a checkpoint, and how it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from commands import run, train_tiny
+from litdiffusion import load_model
+from litdiffusion.data.datamodule import ImageDataModule
+from litdiffusion.data.sources import Digits
+from litdiffusion.diffusion import V, schedules
+from litdiffusion.errors import UserError
+from litdiffusion.evaluate import bits_variance
+from litdiffusion.evaluation.bits_per_dim import bound_parts
+from small_worlds import affine_denoiser
+
+CLASSY = ("net.num_classes=10", "net.learned_variance=true", "schedule.num_steps=20")
+
+
+@pytest.fixture(scope="module")
+def classy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = train_tiny(tmp_path_factory.mktemp("runs") / "classy", *CLASSY, "callbacks.sample_images=null")
+    return run_dir / "checkpoints" / "last.ckpt"
+
+
+def evaluate(ckpt: Path, out: Path, *overrides: str) -> dict[str, Any]:
+    run("evaluate", f"ckpt={ckpt}", f"out={out}", "device=cpu", *overrides)
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_the_bound_is_reported_with_its_parts(classy: Path, tmp_path: Path) -> None:
+    metrics = evaluate(classy, tmp_path, "num_images=12", "bits_per_dim_images=8", "batch_size=5")
+    model = load_model(classy, device="cpu")
+    datamodule = ImageDataModule(Digits(), 8, seed=0, num_val=8)
+    datamodule.setup("validate")
+    batch = datamodule.finish(next(iter(datamodule.val_dataloader())), training=False)
+    parts = bound_parts(model.denoiser, batch.images, 0, None, "learned", batch.labels)
+    assert metrics["val/bits_per_dim"] == pytest.approx(float(parts.total.mean()), rel=1e-4)
+    assert metrics["val/bits_per_dim_prior"] == pytest.approx(float(parts.prior.mean()), rel=1e-4)
+    assert metrics["val/bits_per_dim_decoder"] == pytest.approx(float(parts.decoder.mean()), rel=1e-4)
+    assert (metrics["num_images"], metrics["bits_per_dim_images"], metrics["bits_per_dim_times"]) == (
+        12,
+        8,
+        20,
+    )
+    # Without its labels the network would have given other numbers.
+    unlabelled = bound_parts(model.denoiser, batch.images, 0, None, "learned")
+    assert not torch.isclose(unlabelled.total, parts.total).any()
+
+
+def test_the_variance_can_be_chosen_and_the_bound_left_out(classy: Path, tmp_path: Path) -> None:
+    few = ("num_images=4", "bits_per_dim_times=5")
+    kinds = ("null", "learned", "beta", "beta_tilde")
+    asked, learned, beta, beta_tilde = (
+        evaluate(classy, tmp_path / kind, *few, f"bits_per_dim_variance={kind}")["val/bits_per_dim"]
+        for kind in kinds
+    )
+    assert asked == learned
+    assert len({learned, beta, beta_tilde}) == 3
+    without = evaluate(classy, tmp_path / "without", *few, "bits_per_dim_images=0")
+    assert not [name for name in without if "bits" in name]
+    assert without["val/loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "bits_per_dim_images=-1",
+        "bits_per_dim_images=null",
+        "bits_per_dim_images=1.5",
+        "bits_per_dim_times=1",
+        "bits_per_dim_times=all",
+        "bits_per_dim_variance=betta",
+    ],
+)
+def test_what_cannot_be_measured_is_refused(override: str, classy: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^{override}: "):
+        evaluate(classy, tmp_path / "out", override)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_variance_that_was_not_learned_is_refused() -> None:
+    denoiser = affine_denoiser(schedules.cosine(7), V())
+    with pytest.raises(UserError, match="bits_per_dim_variance=learned: this network"):
+        bits_variance("learned", denoiser)
+    assert bits_variance(None, denoiser) == "beta"
+
+
+def test_data_of_other_classes_is_refused(classy: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            Image.new("L", (8, 8)).save(folder / "1.png")
+    folder_of_two = (
+        "data=image_folder",
+        f"data.path={tmp_path / 'data'}",
+        "data.image_size=8",
+        "data.channels=1",
+    )
+    with pytest.raises(UserError, match=r"2 classes.*10"):
+        evaluate(classy, tmp_path / "out", *folder_of_two)
