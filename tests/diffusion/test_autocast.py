@@ -21,7 +21,7 @@ from small_worlds import TARGETS, affine_denoiser, images, normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-T = 300
+T = 120
 SCHEDULES = {
     "linear": schedules.linear(T),
     "cosine": schedules.cosine(T),

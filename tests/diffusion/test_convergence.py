@@ -9,7 +9,7 @@ from small_worlds import TARGETS, GaussianData, exact_denoiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FINE = 20_000  # times so dense that rounding a grid to them does not show
+FINE = 8000  # times so dense that rounding a grid to them does not show
 X_T = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None, None, None]
 
 # Where the flow is smooth in the grid's own variable: then the order shows from a few dozen steps on.
@@ -35,8 +35,9 @@ def orders(make: type[Sampler], data: GaussianData, grid: str, num_steps: tuple[
 @pytest.mark.parametrize(("make", "order"), [(DDIM, 1), (Heun, 2), (DPMSolverPP2M, 2)])
 @pytest.mark.parametrize(("name", "grid"), SMOOTH)
 def test_the_error_falls_with_the_order_of_the_method(fine, name, grid, make, order):
-    found = orders(make, GaussianData(fine[name]), grid, (50, 100, 200))
-    torch.testing.assert_close(found, torch.full((2,), float(order)), rtol=0, atol=0.15)
+    early, late = orders(make, GaussianData(fine[name]), grid, (25, 50, 100)).tolist()
+    assert early == pytest.approx(order, abs=0.3)
+    assert late == pytest.approx(order, abs=0.15)
 
 
 @pytest.mark.parametrize("name", ["cosine", "flow", "linear"])

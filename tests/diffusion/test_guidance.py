@@ -13,14 +13,18 @@ from torch import Tensor, nn
 from litdiffusion.diffusion import (
     DDIM,
     DDPM,
+    L2,
     X0,
     Denoiser,
     Guidance,
+    Objective,
     Sampler,
     Schedule,
     Target,
+    Uniform,
     V,
     Velocity,
+    q_sample,
     schedules,
 )
 from small_worlds import (
@@ -32,6 +36,7 @@ from small_worlds import (
     MixtureData,
     affine_denoiser,
     exact_denoiser,
+    images,
     normal,
 )
 
@@ -219,6 +224,19 @@ def test_the_learned_variance_is_that_of_the_class():
     guided = denoiser.guided(Guidance(LABELS, 2.0))(x_t, t)
     assert torch.equal(guided.variance, denoiser.guided(Guidance(LABELS))(x_t, t).variance)
     torch.testing.assert_close(guided.variance[1], torch.full((1, 4, 4), (0.1 * 2 + 1) / 2))
+
+
+@pytest.mark.parametrize("labels", [LABELS, None])
+def test_in_training_the_network_is_told_the_labels_whenever_it_is_asked(labels):
+    """For the estimate that is fed back as well; without labels, that there are none."""
+    net = Told()
+    x0, eps, t = images(5), normal(5, 1, 4, 4), torch.tensor([1, 10, 20, 30, 40])
+    denoiser = affine_denoiser(SCHEDULE, V(), net=net)
+    Objective(L2(), Uniform())(denoiser, x0, t, eps, feed_back=True, labels=labels)
+    wanted = torch.full((5,), NONE) if labels is None else labels
+    assert [told.tolist() for told, _ in net.told] == [wanted.tolist()] * 2
+    x_t = q_sample(SCHEDULE, x0, t, eps)
+    assert torch.equal(net.told[1][1], denoiser.self_conditioning(x_t, t, labels))
 
 
 @pytest.mark.parametrize("clip", ["static", "dynamic"])

@@ -136,7 +136,7 @@ def test_the_second_half_of_the_channels_is_the_variance_from_minus_1_to_1():
 
 @pytest.mark.parametrize(("fraction", "variance"), [(0.0, "beta_tilde"), (1.0, "beta")])
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 30])
-@pytest.mark.parametrize("name", ["linear", "cosine", "flow"])
+@pytest.mark.parametrize("name", ["cosine", "flow"])
 def test_the_ends_of_the_learned_range_are_beta_tilde_and_beta(name, num_steps, fraction, variance):
     """On respaced grids too, where both are those of the longer steps."""
     data = GaussianData(ALL_SCHEDULES[name](30))
@@ -163,8 +163,8 @@ def test_between_the_ends_the_logarithm_is_interpolated(fraction):
 
 
 @pytest.mark.parametrize("name", ALL_SCHEDULES)
-@pytest.mark.parametrize("std", [0.2, 0.7, 1.0])
-@pytest.mark.parametrize("num_steps", [3, 10, 30])
+@pytest.mark.parametrize("std", [0.2, 1.0])
+@pytest.mark.parametrize("num_steps", [4, 30])
 def test_the_right_fraction_makes_ancestral_sampling_of_a_gaussian_exact(name, std, num_steps):
     """p(x_s | x_t) of Gaussian data is normal: with its variance, mean and variance stay exact on any grid."""
     data = GaussianData(ALL_SCHEDULES[name](30), std=std)

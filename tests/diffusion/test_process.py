@@ -6,11 +6,12 @@ from hypothesis import strategies as st
 from peer_schedulers import on_our_tables
 
 from litdiffusion.diffusion import Epsilon, Schedule, posterior, q_sample, schedules, transition
-from small_worlds import SCHEDULES, normal
+from litdiffusion.diffusion.process import clipped_posterior_variance, diffuse
+from small_worlds import ALL_SCHEDULES, SCHEDULES, normal
 
 BOTH_ENDS = [1, 2, 7, 23, 59, 60]
 ONE = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-names = st.sampled_from(sorted(SCHEDULES))
+names = st.sampled_from(sorted(ALL_SCHEDULES))
 
 
 def coefficients(schedule: Schedule, t: int, s: int) -> tuple[float, float, float]:
@@ -78,16 +79,44 @@ def test_the_posterior_of_any_step_is_diffusers(num_steps):
 
 @given(name=names, times=st.lists(st.integers(0, 60), min_size=3, max_size=3, unique=True))
 def test_transitions_compose(name, times):
-    schedule = SCHEDULES[name](60)
+    schedule = ALL_SCHEDULES[name](60)
     r, s, t = sorted(times)
     whole, late, early = transition(schedule, t, r), transition(schedule, t, s), transition(schedule, s, r)
     assert whole.a == pytest.approx(late.a * early.a, rel=1e-12)
     assert whole.v == pytest.approx(late.v + late.a**2 * early.v, rel=1e-9)
 
 
+@given(name=names, times=st.lists(st.integers(0, 60), min_size=3, max_size=3, unique=True))
+def test_posteriors_compose(name, times):
+    """From t to r at once, or by way of s: q(x_r | x_t, x_0) is the same normal distribution."""
+    schedule = ALL_SCHEDULES[name](60)
+    r, s, t = sorted(times)
+    k, m, variance = coefficients(schedule, t, r)
+    (k_late, m_late, variance_late), (k_early, m_early, variance_early) = (
+        coefficients(schedule, t, s),
+        coefficients(schedule, s, r),
+    )
+    assert k == pytest.approx(k_early * k_late, rel=1e-9, abs=1e-15)
+    assert m == pytest.approx(m_early + k_early * m_late, rel=1e-9)
+    assert variance == pytest.approx(variance_early + k_early**2 * variance_late, rel=1e-9, abs=1e-15)
+
+
+@given(name=names, times=st.lists(st.integers(0, 60), min_size=3, max_size=3, unique=True))
+def test_diffusing_on_is_diffusing_at_once(name, times):
+    """x_t from x_s by ``diffuse`` has the mean and variance of q(x_t | x_0), if x_s has those of q(x_s | x_0)."""
+    schedule = ALL_SCHEDULES[name](60)
+    _, s, t = sorted(times)
+    (alpha_s, alpha_t), (sigma_s, sigma_t) = schedule.alpha[[s, t]].tolist(), schedule.sigma[[s, t]].tolist()
+    gain = float(diffuse(schedule, ONE, s, t, 0 * ONE))
+    spread = float(diffuse(schedule, 0 * ONE, s, t, ONE))
+    assert gain * alpha_s == pytest.approx(alpha_t, rel=1e-12)
+    assert gain**2 * sigma_s**2 + spread**2 == pytest.approx(sigma_t**2, rel=1e-12)
+
+
 @given(name=names, times=st.lists(st.integers(0, 60), min_size=2, max_size=2, unique=True))
 def test_the_posterior_marginalises_to_q_and_obeys_bayes(name, times):
-    schedule = SCHEDULES[name](60, zero_terminal_snr=True)
+    options = {} if name == "flow" else {"zero_terminal_snr": True}
+    schedule = ALL_SCHEDULES[name](60, **options)
     s, t = sorted(times)
     (alpha_s, alpha_t), (sigma_s, sigma_t) = schedule.alpha[[s, t]].tolist(), schedule.sigma[[s, t]].tolist()
     k, m, variance = coefficients(schedule, t, s)
@@ -117,3 +146,31 @@ def test_from_pure_noise_only_the_estimate_counts():
 def test_times_out_of_order_are_refused(t, s):
     with pytest.raises(ValueError, match=f"0 <= s < t <= 60, not s={s}, t={t}"):
         transition(schedules.linear(60), t, s)
+
+
+@given(name=names, times=st.lists(st.integers(1, 60), min_size=1, max_size=6))
+def test_a_time_for_each_image_gives_the_numbers_of_each_time(name, times):
+    """For tensors of times, as the bound takes them, all numbers are those of the plain times, in float64."""
+    schedule = ALL_SCHEDULES[name](60)
+    t = torch.tensor(times)
+    batch, clipped = transition(schedule, t, t - 1), clipped_posterior_variance(schedule, t, t - 1)
+    assert clipped.dtype == batch.v.dtype == torch.float64
+    for i, time in enumerate(times):
+        one = transition(schedule, time, time - 1)
+        assert [float(x[i]) for x in batch] == pytest.approx(list(one), rel=1e-12)
+        assert float(clipped[i]) == pytest.approx(
+            clipped_posterior_variance(schedule, time, time - 1), rel=1e-12
+        )
+
+
+@pytest.mark.parametrize("make", ALL_SCHEDULES.values(), ids=ALL_SCHEDULES)
+def test_the_variance_at_the_last_step_is_beta_tilde_2(make):
+    """As in DDPM's and IDDPM's code: never 0, whose logarithm the bound would ask for."""
+    schedule = make(60)
+    second = transition(schedule, 2, 1).posterior_variance
+    assert transition(schedule, 1, 0).posterior_variance == 0
+    for t in (1, 2, 30):
+        assert clipped_posterior_variance(schedule, t, 0) == second
+    assert clipped_posterior_variance(schedule, 30, 7) == transition(schedule, 30, 7).posterior_variance
+    single = make(1)
+    assert clipped_posterior_variance(single, 1, 0) == transition(single, 1, 0).v

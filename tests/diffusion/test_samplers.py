@@ -26,6 +26,7 @@ from litdiffusion.diffusion import (
 from litdiffusion.nn import UNet
 from peers import blog
 from small_worlds import (
+    ALL_SCHEDULES,
     SAMPLERS,
     SCHEDULES,
     GaussianData,
@@ -162,7 +163,7 @@ def affine_step(data: GaussianData, sampler: Sampler, t: int, s: int) -> tuple[f
     return at(1, 0) - b, b, at(0, 1) - b
 
 
-names = st.sampled_from(sorted(SCHEDULES))
+names = st.sampled_from(sorted(ALL_SCHEDULES))
 grids = st.lists(st.integers(0, 60), min_size=2, max_size=8, unique=True).map(
     lambda times: sorted(times, reverse=True)
 )
@@ -171,7 +172,7 @@ grids = st.lists(st.integers(0, 60), min_size=2, max_size=8, unique=True).map(
 @given(name=names, grid=grids, variance=st.sampled_from(["beta", "beta_tilde"]), std=st.floats(0.05, 2))
 def test_ancestral_sampling_keeps_the_mean_and_lacks_only_the_images_own_variance(name, grid, variance, std):
     """Given x_t, the true x_s varies by the posterior's variance *and* by that of x_0, which one estimate lacks."""
-    data = GaussianData(SCHEDULES[name](60), std=std)
+    data = GaussianData(ALL_SCHEDULES[name](60), std=std)
     for t, s in pairwise(grid):
         A, b, c = affine_step(data, DDPM(variance=variance), t, s)
         step = transition(data.schedule, t, s)
@@ -187,12 +188,14 @@ def test_ancestral_sampling_keeps_the_mean_and_lacks_only_the_images_own_varianc
             assert c**2 == pytest.approx(step.v, rel=1e-7)
 
 
-@pytest.mark.parametrize(("std", "variance"), [(1e-6, "beta_tilde"), (1.0, "beta")])
 @pytest.mark.parametrize("num_steps", [1, 3, 10, 37, 60])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    ("name", "std", "variance"),
+    [(name, 1e-6, "beta_tilde") for name in ALL_SCHEDULES] + [(name, 1.0, "beta") for name in SCHEDULES],
+)
 def test_each_variance_is_exact_for_the_data_it_is_right_for(name, num_steps, std, variance):
-    """Beta-tilde for a point mass and beta for unit variance, along the whole of any grid."""
-    data = GaussianData(SCHEDULES[name](60), std=std)
+    """Beta-tilde for a point mass and, where variance is preserved, beta for unit variance, along any grid."""
+    data = GaussianData(ALL_SCHEDULES[name](60), std=std)
     sampler = DDPM(num_steps, variance)
     grid = sampler.times(data.schedule)
     mean, spread = data.mean_at(60), data.variance_at(60)
@@ -205,7 +208,7 @@ def test_each_variance_is_exact_for_the_data_it_is_right_for(name, num_steps, st
 
 @given(name=names, grid=grids, std=st.floats(0.05, 2))
 def test_ddim_with_eta_1_is_ddpm_with_beta_tilde(name, grid, std):
-    data = GaussianData(SCHEDULES[name](60), std=std)
+    data = GaussianData(ALL_SCHEDULES[name](60), std=std)
     for t, s in pairwise(grid):
         ddim, ddpm = (affine_step(data, sampler, t, s) for sampler in (DDIM(eta=1.0), DDPM()))
         assert ddim == pytest.approx(ddpm, rel=1e-7, abs=1e-9)
@@ -214,11 +217,22 @@ def test_ddim_with_eta_1_is_ddpm_with_beta_tilde(name, grid, std):
 @given(name=names, grid=grids, eta=st.floats(0, 1))
 def test_ddim_keeps_q_of_a_known_image_for_every_eta(name, grid, eta):
     """With x_0 known, x_t ~ q(x_t | x_0) goes to x_s ~ q(x_s | x_0): what makes DDIM share DDPM's training."""
-    data = GaussianData(SCHEDULES[name](60), std=0.0)
+    data = GaussianData(ALL_SCHEDULES[name](60), std=0.0)
     for t, s in pairwise(grid):
         A, b, c = affine_step(data, DDIM(eta=eta), t, s)
         assert A * data.mean_at(t) + b == pytest.approx(data.mean_at(s), abs=1e-9)
         assert A**2 * data.variance_at(t) + c**2 == pytest.approx(data.variance_at(s), rel=1e-7, abs=1e-12)
+
+
+@given(name=names, grid=grids, eta=st.floats(0, 1), std=st.floats(0.05, 2))
+def test_ddim_keeps_the_mean_for_every_eta_and_adds_eta_times_the_noise(name, grid, eta, std):
+    data = GaussianData(ALL_SCHEDULES[name](60), std=std)
+    for t, s in pairwise(grid):
+        A, b, c = affine_step(data, DDIM(eta=eta), t, s)
+        assert A * data.mean_at(t) + b == pytest.approx(data.mean_at(s), abs=1e-9)
+        assert abs(c) == pytest.approx(
+            eta * transition(data.schedule, t, s).posterior_variance ** 0.5, rel=1e-6, abs=1e-12
+        )
 
 
 def test_ddim_converges_to_the_exact_flow_at_first_order():
