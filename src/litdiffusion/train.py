@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -25,6 +24,7 @@ from litdiffusion.runs.resume import Resumption, find_resumption
 from litdiffusion.training.callbacks import Interrupted, Monitor, SampleImages, SaveCheckpoints
 from litdiffusion.training.callbacks.monitor import images_seen
 from litdiffusion.training.checkpoint_io import WholeCheckpointIO
+from litdiffusion.training.cluster import cluster_environment, leave
 from litdiffusion.training.loggers import close_loggers, describe_run, resume_loggers
 from litdiffusion.training.memory import keep_freed_memory
 from litdiffusion.training.module import LitDiffusion
@@ -64,6 +64,7 @@ def main(cfg: DictConfig) -> None:
     trainer = build_trainer(cfg, config)
     announce(trainer, module, run, resumption)
 
+    stopped_by = None
     try:
         describe_run(trainer.loggers, config)
         resume_loggers(trainer.loggers, resumption.step if resumption else 0)
@@ -72,9 +73,11 @@ def main(cfg: DictConfig) -> None:
         finish(trainer, module, run, config, started)
     except Interrupted as interrupted:
         log.warning("%s: the same command with run_dir=%s continues", interrupted, run.path)
-        sys.exit(128 + interrupted.signum)
+        stopped_by = interrupted.signum
     finally:
         close_loggers(trainer.loggers)
+    if stopped_by:
+        leave(stopped_by)
 
 
 def build_trainer(cfg: DictConfig, config: dict[str, Any]) -> Trainer:
@@ -84,11 +87,11 @@ def build_trainer(cfg: DictConfig, config: dict[str, Any]) -> Trainer:
     warnings.filterwarnings(
         "ignore", message=".*LeafSpec.* is deprecated"
     )  # Lightning's own, with this torch
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # and need not be used
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
     loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node]
-    trainer: Trainer = build(
-        cfg.trainer, "trainer", logger=loggers, callbacks=callbacks, plugins=[WholeCheckpointIO()]
-    )
+    plugins = [plugin for plugin in (WholeCheckpointIO(), cluster_environment()) if plugin]
+    trainer: Trainer = build(cfg.trainer, "trainer", logger=loggers, callbacks=callbacks, plugins=plugins)
     saving = find(trainer, SaveCheckpoints)
     if saving:
         saving.embed(model_config={name: config[name] for name in MODEL_PARTS}, data_config=config["data"])

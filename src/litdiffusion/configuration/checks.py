@@ -12,6 +12,7 @@ from litdiffusion.configuration.messages import needs_value, one_line
 from litdiffusion.configuration.nearest import dotted_keys, suggestion
 from litdiffusion.configuration.nodes import arguments_of, check_nodes, locate
 from litdiffusion.configuration.resolvers import is_sweep
+from litdiffusion.configuration.slurm import check_tasks
 from litdiffusion.configuration.sweeps import check_sweep
 from litdiffusion.errors import UserError
 
@@ -169,6 +170,7 @@ def _check_batch(cfg: DictConfig) -> None:
     _check_whole(cfg, "trainer.num_nodes", 1)
     processes = num_devices(trainer.get("devices", 1), str(trainer.get("accelerator", "cpu")))
     processes *= trainer.get("num_nodes", 1)
+    check_tasks(processes)
     if batch_size % processes:
         rounded = -(-batch_size // processes) * processes
         raise UserError(

@@ -27,6 +27,7 @@ import litdiffusion
 from litdiffusion.configuration.messages import one_line, user_error
 from litdiffusion.configuration.overrides import CommandLine, find_fault
 from litdiffusion.configuration.resolvers import is_sweep
+from litdiffusion.configuration.slurm import task_rank
 from litdiffusion.configuration.sweeps import check_sweep
 from litdiffusion.errors import UserError
 
@@ -214,5 +215,5 @@ def complain(line: str, with_traceback: bool = False) -> None:
 
 
 def process_rank() -> int:
-    """Return this process's rank among those that torchrun or Lightning started; 0 when it is alone."""
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+    """Return this process's rank among those that torchrun, Lightning or srun started; 0 when it is alone."""
+    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or task_rank())

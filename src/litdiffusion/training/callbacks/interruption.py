@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save it, stop."""
+"""Ctrl-C, SIGTERM, and the signals by which Slurm announces the end: finish the step, save it, stop."""
 
 import signal
 from types import FrameType
@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import Callback
 
 from litdiffusion.training.callbacks.checkpoints import SaveCheckpoints
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""USR1 is what ``scripts/slurm`` asks for before the time limit, USR2 what submitit asks for."""
 
 
 class Interrupted(BaseException):
@@ -22,7 +23,10 @@ class Interrupted(BaseException):
 
 
 class StopCleanly(Callback):
-    """Turn SIGINT and SIGTERM into a checkpoint and ``Interrupted``; a second signal stops at once."""
+    """Turn a signal into a checkpoint and ``Interrupted``; a Ctrl-C after it stops at once.
+
+    Slurm repeats itself: at the time limit, SIGTERM comes twice.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -56,10 +60,11 @@ class StopCleanly(Callback):
         raise Interrupted(self.received, trainer.global_step)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received = signum
+        elif signum == signal.SIGINT:
             self._restore()
             raise KeyboardInterrupt
-        self.received = signum
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():
