@@ -6,7 +6,9 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-FASHION_MNIST := data/fashion-mnist
+# Fashion-MNIST is fetched before a training, unless ARGS names other data.
+OTHER_DATA := $(filter-out data=fashion_mnist,$(filter data=% data.path=% debug=%,$(ARGS)))
+DATA := $(if $(OTHER_DATA),,data)
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-slow lint format types data bench notebook sweep clean
@@ -15,7 +17,7 @@ help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo '  Overrides go into ARGS, presets into EXPERIMENT: make train EXPERIMENT=annotated ARGS="schedule=cosine seed=1"'
 
-train: $(INSTALLED) data  ## Train on Fashion-MNIST: garments in about ten minutes on two CPU cores
+train: $(INSTALLED) $(DATA)  ## Train on Fashion-MNIST: garments in about ten minutes on two CPU cores
 	$(PY) -m litdiffusion.train experiment=$(EXPERIMENT) $(ARGS)
 
 test: $(INSTALLED) data  ## Run the tests (some minutes on two cores); ARGS="tests/nn -x" narrows them
@@ -35,8 +37,8 @@ format: $(INSTALLED)  ## Mend style and formatting
 types: $(INSTALLED)  ## Check types
 	$(VENV)/bin/mypy
 
-data: $(INSTALLED)  ## Fetch Fashion-MNIST, without root
-	@$(PY) -m litdiffusion.data.fetch $(FASHION_MNIST)
+data: $(INSTALLED)  ## Fetch Fashion-MNIST, without root, into LITDIFFUSION_DATA or data/
+	@$(PY) -m litdiffusion.data.fetch
 
 bench: $(INSTALLED)  ## Measure the training step beside the blog's code and others
 	$(PY) benchmarks/train_step.py --markdown docs/benchmarks.md $(ARGS)
@@ -44,7 +46,7 @@ bench: $(INSTALLED)  ## Measure the training step beside the blog's code and oth
 notebook: $(INSTALLED) data  ## Execute the notebooks in place
 	cd notebooks && ../$(VENV)/bin/jupyter execute --inplace *.ipynb
 
-sweep: $(INSTALLED) data  ## Train every schedule with every loss; ARGS="trainer.max_steps=200" shortens it
+sweep: $(INSTALLED) $(DATA)  ## Train every schedule with every loss; ARGS="trainer.max_steps=200" shortens it
 	$(PY) -m litdiffusion.train experiment=$(EXPERIMENT) sweep=schedules_and_losses $(ARGS)
 
 clean:  ## Remove caches and the virtual environment; runs and data stay

@@ -13,12 +13,13 @@ from litdiffusion.configuration import build
 from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import config_folder
 from litdiffusion.data.datamodule import ImageDataModule
+from litdiffusion.data.fetch import default_folder
 from litdiffusion.data.sources.fashion_mnist import FashionMNIST, find_folder
 from litdiffusion.runs.metrics import read_rows
 from litdiffusion.training.module import LitDiffusion
 from peers import blog
 
-FASHION_MNIST = Path(__file__).parents[1] / "data" / "fashion-mnist"
+FASHION_MNIST = Path(__file__).parents[1] / default_folder()
 
 
 @pytest.fixture

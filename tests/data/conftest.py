@@ -8,12 +8,13 @@ import huggingface_hub.constants
 import pytest
 from image_worlds import REPOSITORY
 
+from litdiffusion.data.fetch import default_folder
 from litdiffusion.data.sources.fashion_mnist import find_folder
 
 
 @pytest.fixture(scope="session")
 def fashion_mnist_folder() -> Path:
-    folder = find_folder(REPOSITORY / "data" / "fashion-mnist")
+    folder = find_folder(REPOSITORY / default_folder())
     if folder is None:
         pytest.skip("no Fashion-MNIST on this machine: `make data` fetches it")
     return folder

@@ -4,9 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from image_worlds import FILES, small_copy
 
-from litdiffusion.data.fetch import main
+from litdiffusion.configuration import config_folder
+from litdiffusion.data.fetch import default_folder, main
 from litdiffusion.data.sources import FashionMNIST
 
 GZIPPED = [f"{name}.gz" for name in FILES]
@@ -148,6 +150,27 @@ def test_a_file_or_an_unwritable_place_is_named(tmp_path: Path, capsys: pytest.C
         output = capsys.readouterr().err
         assert str(tmp_path / "file") in output
         assert output.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_debian", "no_hub")
+@pytest.mark.parametrize("place", [None, "elsewhere", "~/data"])
+def test_it_fetches_to_where_training_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("LITDIFFUSION_DATA", raising=False)
+    if place is not None:
+        monkeypatch.setenv("LITDIFFUSION_DATA", place)
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        path = compose("train").data.path
+    assert path == str(default_folder())
+    folder = Path(path).expanduser()
+    folder.mkdir(parents=True)
+    small_copy(folder)
+    assert main([]) == 0
+    assert f"already in {folder}" in capsys.readouterr().out
+    assert len(FashionMNIST(path).load("test")) == 5
 
 
 def test_it_runs_as_a_command_on_the_real_data(fashion_mnist_folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Fetch Fashion-MNIST without root: ``python -m litdiffusion.data.fetch [DIR]``.
 
-It takes the first that works: files already here, Debian's package (downloaded and unpacked, not installed),
-the Hub. Each of the four files appears in DIR whole or not at all.
+DIR is by default where ``data=fashion_mnist`` looks: ``$LITDIFFUSION_DATA/fashion-mnist``, else
+``data/fashion-mnist``. It takes the first that works: files already here, Debian's package (downloaded and unpacked,
+not installed), the Hub. Each of the four files appears in DIR whole or not at all.
 """
 
 import argparse
@@ -37,14 +38,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m litdiffusion.data.fetch", description="Fetch Fashion-MNIST."
     )
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("data/fashion-mnist"), metavar="DIR")
-    folder: Path = parser.parse_args(arguments).folder
+    parser.add_argument("folder", nargs="?", type=Path, default=default_folder(), metavar="DIR")
+    folder: Path = parser.parse_args(arguments).folder.expanduser()
     try:
         fetch(folder)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def default_folder() -> Path:
+    """Return the folder that ``configs/data/fashion_mnist.yaml`` names."""
+    return Path(os.environ.get("LITDIFFUSION_DATA", "data")) / "fashion-mnist"
 
 
 def fetch(folder: Path) -> None:

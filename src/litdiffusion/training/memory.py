@@ -1,4 +1,4 @@
-"""One setting of the C library that makes CPU training almost twice as fast."""
+"""One setting of the C library that CPU training gains much by."""
 
 import ctypes
 import platform
@@ -11,8 +11,8 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep the memory of freed tensors instead of returning it to the kernel.
 
     By default every tensor above 32 MB at most is mapped afresh, and the kernel clears its pages one by one on
-    first touch: at batch 128 that is 40% of a training step. Reusing the memory costs nothing but the peak
-    staying resident. Returns whether the setting took effect (glibc only; CUDA has an allocator of its own).
+    first touch: a third to a half of a training step (docs/benchmarks.md). Reusing the memory costs nothing but
+    the peak staying resident. Returns whether the setting took effect (glibc only; CUDA has an allocator of its own).
     """
     if platform.libc_ver()[0] != "glibc":
         return False
