@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from litdiffusion.configuration import check_config, native_accelerator, native_precision, validate
 from litdiffusion.configuration.checks import check_values
-from litdiffusion.configuration.hardware import num_devices, resolve_hardware
+from litdiffusion.configuration.hardware import num_devices, resolve_hardware, torch_device
 from litdiffusion.errors import UserError
 
 SOUND: dict[str, Any] = {
@@ -23,6 +23,13 @@ SOUND: dict[str, Any] = {
     "sampler": {"_target_": "litdiffusion.diffusion.DDIM", "num_steps": 50},
     "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3},
     "trainer": {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "precision": "32-true", "max_steps": 10},
+}
+
+DENOISER: dict[str, Any] = {
+    "_target_": "litdiffusion.diffusion.Denoiser",
+    **{name: f"${{{name}}}" for name in ("net", "schedule", "target")},
+    "channels": 1,
+    "image_size": 28,
 }
 
 
@@ -49,7 +56,7 @@ def test_interpolation_that_leads_nowhere_is_not_its_own_remedy() -> None:
 
 def test_keys_may_be_absent() -> None:
     validate(OmegaConf.create({}))
-    validate(OmegaConf.create({"ckpt": "a", "num_images": 3, "sampler": None, "seed": None}))
+    validate(OmegaConf.create({"ckpt": "a", "num_images": 3, "sampler": None, "data": None}))
 
 
 @pytest.mark.parametrize(
@@ -66,6 +73,14 @@ def test_keys_may_be_absent() -> None:
         ({"net__init_dim": 30}, ["net.groups=4", "30 channels", "these do: 1, 2"]),
         ({"net__groups": 0}, ["net:", "groups"]),
         ({"net__dim_mults": []}, ["net:", "dim_mults"]),
+        ({"net__channels": 3}, ["net.channels=3", "data.channels=1", "set data.channels"]),
+        ({"net__out_channels": 3}, ["net.out_channels=3", "data.channels=1"]),
+        ({"data__channels": 3}, ["net.channels=1", "data.channels=3"]),
+        ({"denoiser": DENOISER | {"channels": 3}}, ["denoiser.channels=3", "data.channels=1"]),
+        (
+            {"denoiser": DENOISER | {"image_size": [28, 32]}},
+            ["denoiser.image_size=[28, 32]", "data.image_size=28"],
+        ),
         ({"net__dim": 27, "net__groups": 1}, ["net.dim=27", "even"]),
         ({"schedule__zero_terminal_snr": True}, ["target=epsilon", "schedule.zero_terminal_snr", "target=v"]),
         ({"sampler__num_steps": 301}, ["sampler.num_steps=301", "schedule.num_steps=300"]),
@@ -85,9 +100,15 @@ def test_keys_may_be_absent() -> None:
         ({"trainer__precision": "16-mixed"}, ["trainer.precision=16-mixed", "GPU"]),
         ({"trainer__precision": 16}, ["trainer.precision=16", "GPU"]),
         ({"trainer__precision": "bf16-mix"}, ["trainer.precision=bf16-mix", "nearest: bf16-mixed"]),
+        ({"trainer__precision": "bf16-true"}, ["trainer.precision=bf16-true", "32-true, 64, 64-true, auto"]),
+        ({"trainer__precision": "16-true"}, ["trainer.precision=16-true", "bf16-mixed"]),
+        ({"trainer__precision": "transformer-engine"}, ["trainer.precision=transformer-engine"]),
         ({"seed": "abc"}, ["seed=abc", "whole number"]),
         ({"seed": -1}, ["seed=-1"]),
         ({"seed": True}, ["seed=True"]),
+        ({"seed": None}, ["seed=null"]),
+        ({"seed": 2**63}, [f"seed={2**63}", f"from 0 to {2**63 - 1}"]),
+        ({"seed": -(10**20)}, [f"seed=-{10**20}"]),
         ({"num_images": 0}, ["num_images=0"]),
         ({"data__path": "???"}, ["data.path: needs a value", "data.path=VALUE"]),
         ({"extra": [{"deep": "???"}]}, ["extra.0.deep: needs a value"]),
@@ -136,6 +157,24 @@ def test_what_was_chosen_is_kept() -> None:
     cfg = config(trainer__precision="bf16-mixed")
     resolve_hardware(cfg)
     assert (cfg.trainer.precision, cfg.trainer.accelerator) == ("bf16-mixed", "cpu")
+
+
+def test_the_same_size_may_be_written_twice() -> None:
+    size = {
+        "denoiser": {"_target_": "litdiffusion.diffusion.Denoiser", "image_size": [28, 28], "channels": 1}
+    }
+    check_config(config(**size, seed=2**63 - 1, net__out_channels=1))
+
+
+@pytest.mark.parametrize("name", [None, "meta", "tpu", "cuda:99", "cpu:x", 99, "", "mps:7"])
+def test_devices_that_cannot_compute(name: Any) -> None:
+    with pytest.raises(UserError, match=r"device=.*: this machine has no such device; use device=auto"):
+        torch_device(name)
+
+
+def test_devices_that_can() -> None:
+    assert torch_device("cpu") == torch.device("cpu")
+    assert torch_device("auto").type == {"gpu": "cuda"}.get(native_accelerator(), native_accelerator())
 
 
 def test_epochs_are_no_ones_business_without_training() -> None:

@@ -67,7 +67,7 @@ def test_default_run_folder_is_named_after_the_experiment(command: Command) -> N
         (["seed=${oops:3}"], ["seed:", "oops"]),
         (["net.dim_mults=[1,2,3,x]"], ["net.dim_mults", "'x'"]),
         (["+net.groups=3"], ["net.groups=3", "1, 2, 4, 8"]),
-        (["+net.dropout=3.0"], ["net: dropout probability", "3.0"]),
+        (["+net.dropout=3.0"], ["net: dropout=3.0"]),
         (["schedule.num_steps=40"], ["sampler.num_steps=50", "schedule.num_steps=40"]),
         (["seed=1003"], ["seed: 1003 is unlucky; take another"]),
         (["-m", "schedule=linear,cosin"], ["schedule=cosin:", "nearest: cosine"]),
@@ -124,7 +124,7 @@ def test_traceback_on_request(command: Command, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     code, _, err = command("+net.dropout=3.0")
     assert code == 2
-    assert "torch/nn/modules/dropout.py" in err
+    assert "litdiffusion/nn/unet.py" in err
     assert err.splitlines()[-1].startswith("error: net: dropout")
 
 

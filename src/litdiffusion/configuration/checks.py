@@ -16,6 +16,9 @@ from litdiffusion.configuration.slurm import check_tasks
 from litdiffusion.configuration.sweeps import check_sweep
 from litdiffusion.errors import UserError
 
+MAX_SEED = 2**63 - 1
+"""What torch's generators and every file format take."""
+
 
 def validate(cfg: DictConfig, supplied: Mapping[str, Collection[str]] | None = None) -> None:
     """Check a whole configuration, settle what this machine decides ("auto"), and resolve it, in place.
@@ -59,13 +62,17 @@ def check_config(cfg: DictConfig) -> None:
     if is_sweep():
         hydra_cfg = HydraConfig.get()
         check_sweep(hydra_cfg.overrides.task, hydra_cfg.sweeper.get("params") or ())
-    for key, least in (("seed", 0), ("num_images", 1), ("batch_size", 1), ("frames", 2)):
-        if key != "seed" and key in cfg and cfg[key] is None:
+    for key, least, most in (
+        *(("seed", 0, MAX_SEED), ("num_images", 1, None)),
+        *(("batch_size", 1, None), ("frames", 2, None)),
+    ):
+        if key in cfg and cfg[key] is None:
             raise UserError(f"{key}=null: must be a whole number, at least {least}")
-        _check_whole(cfg, key, least)
+        _check_whole(cfg, key, least, most)
     if cfg.get("weights") not in (None, "ema", "raw"):
         raise UserError(f"weights={cfg.weights}: choose ema or raw")
     _check_net(cfg)
+    _check_image_shape(cfg)
     _check_target(cfg)
     _check_sampler(cfg)
     _check_length(cfg)
@@ -106,6 +113,26 @@ def _check_net(cfg: DictConfig) -> None:
             )
 
 
+def _check_image_shape(cfg: DictConfig) -> None:
+    """Data, network and denoiser agree on what an image is."""
+    data = arguments_of(cfg, "data")
+    for key, name in (
+        *(("net.channels", "channels"), ("net.out_channels", "channels")),
+        *(("denoiser.channels", "channels"), ("denoiser.image_size", "image_size")),
+    ):
+        node, _, argument = key.partition(".")
+        value, given = arguments_of(cfg, node).get(argument), data.get(name)
+        if value is not None and given is not None and _sides(value) != _sides(given):
+            raise UserError(
+                f"{key}={value}: the images have data.{name}={given}; set data.{name}, and leave {key} to follow it"
+            )
+
+
+def _sides(size: Any) -> list[Any]:
+    """Return [height, width] of what may be one number for both."""
+    return list(size) if isinstance(size, ListConfig | list | tuple) else [size, size]
+
+
 def _fits(groups: int, init_dim: int, dim: int, mults: list[int]) -> bool:
     return not any(width % groups for width in (init_dim, *(dim * mult for mult in mults), dim))
 
@@ -131,6 +158,10 @@ def _check_target(cfg: DictConfig) -> None:
 
 
 def _check_sampler(cfg: DictConfig) -> None:
+    sampler = cfg.get("sampler")
+    if isinstance(sampler, DictConfig) and "_target_" not in sampler:
+        given = ", ".join(f"sampler.{name}" for name in map(str, sampler))
+        raise UserError(f"{given}: an argument of which sampler? choose one with it, such as sampler=ddim")
     steps = arguments_of(cfg, "sampler").get("num_steps")
     most = arguments_of(cfg, "schedule").get("num_steps")
     if _is_whole(most) and most < 1:
@@ -179,10 +210,12 @@ def _check_batch(cfg: DictConfig) -> None:
         )
 
 
-def _check_whole(cfg: DictConfig, key: str, least: int) -> None:
+def _check_whole(cfg: DictConfig, key: str, least: int, most: int | None = None) -> None:
     value = OmegaConf.select(cfg, key)
-    if value is not None and (not _is_whole(value) or value < least):
-        raise UserError(f"{key}={value}: must be a whole number, at least {least}")
+    if value is None or (_is_whole(value) and least <= value and (most is None or value <= most)):
+        return
+    bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+    raise UserError(f"{key}={value}: must be a whole number, {bounds}")
 
 
 def _is_whole(value: Any) -> TypeGuard[int]:

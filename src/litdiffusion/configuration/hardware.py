@@ -10,12 +10,9 @@ from omegaconf import DictConfig, ListConfig
 from litdiffusion.configuration.nearest import suggestion
 from litdiffusion.errors import UserError
 
-PRECISIONS = (
-    *("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
-    *("transformer-engine", "transformer-engine-float16"),
-    *("32", "16", "bf16", "64"),
-)
-FP16 = ("16-mixed", "16-true", "16")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true", "32", "bf16", "16", "64")
+"""What training works in: weights are never kept in half precision, where small updates vanish."""
+FP16 = ("16-mixed", "16")
 
 
 def native_accelerator() -> str:
@@ -63,7 +60,7 @@ def resolve_hardware(cfg: DictConfig) -> None:
     precision = str(trainer.get("precision", "32-true"))
     if precision not in PRECISIONS:
         raise UserError(
-            f"trainer.precision={precision}: no such precision{suggestion(precision, PRECISIONS)}"
+            f"trainer.precision={precision}: training does not work in it{suggestion(precision, PRECISIONS)}"
         )
     if precision == "auto":
         _replace(trainer, "precision", native_precision(accelerator))
@@ -111,19 +108,22 @@ def _replace(node: DictConfig, name: str, value: str) -> None:
         node[name] = value
 
 
-def torch_device(name: str) -> torch.device:
-    """Return the device that ``device=NAME`` means; ``auto`` is the best there is.
+def torch_device(name: str | int | None) -> torch.device:
+    """Return the device that ``device=NAME`` means; ``auto`` is the best there is, a number one of the GPUs.
 
     Raises:
-        UserError: there is no such device.
+        UserError: there is no such device, or none that computes.
     """
     if name == "auto":
         name = {"gpu": "cuda"}.get(native_accelerator(), native_accelerator())
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name}: this machine has none; use device=auto or device=cpu") from error
+        device = torch.device("null" if name is None else name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        shown = "null" if name is None else name
+        raise UserError(
+            f"device={shown}: this machine has no such device; use device=auto or device=cpu"
+        ) from error
     return device
 
 

@@ -134,7 +134,25 @@ def _key_faults(overrides: list[Override], repository: _Repository, base: DictCo
             continue
         for override in overrides:
             if override not in groups:
-                yield _key_fault(override, cfg, repository.groups())
+                yield _group_fault(override, cfg, repository) or _key_fault(
+                    override, cfg, repository.groups()
+                )
+
+
+def _group_fault(override: Override, cfg: DictConfig, repository: _Repository) -> str | None:
+    """A key of a group of which nothing is chosen."""
+    group, _, name = override.key_or_group.partition(".")
+    if not name or override.is_delete() or cfg.hydra.runtime.choices.get(group, "") is not None:
+        return None
+    for choice in repository.choices(group):
+        try:
+            node = repository.compose([f"{group}={choice}"]).get(group)
+        except (HydraException, OmegaConfBaseException):
+            continue
+        if isinstance(node, DictConfig) and name in dotted_keys(OmegaConf.to_container(node)):
+            line = str(override.input_line).lstrip("+")
+            return f"{override.key_or_group}: choose a {group} with it, for example: {group}={choice} {line}"
+    return None
 
 
 def _key_fault(override: Override, cfg: DictConfig, groups: list[str]) -> str | None:
