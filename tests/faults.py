@@ -1,0 +1,127 @@
+"""make faults: interrupt real runs at random moments, repeat the command, compare with a run left in peace.
+
+    python tests/faults.py [--times 25] [--seed 0] [--json PATH]
+
+Half of the runs have two processes. Each is hit one to three times, by kill -9 of all its processes, kill -9 of
+one of them, SIGTERM or SIGINT, at a moment drawn over its whole length: in the middle of an epoch, of a
+checkpoint, of a validation, of sampling. Then it is repeated until it is finished. Its weights, averaged weights,
+optimizer state, logged numbers and sample pictures must be those of the other run, bit for bit.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from interrupted_runs import PATIENCE_SECONDS, differences, finish, kill, rows, start
+
+PROCESSES = {1: [], 2: ["trainer=ddp_cpu"]}
+BLOWS = ("kill -9", "kill -9 of one", "SIGTERM", "SIGINT")
+
+
+@dataclass
+class Trial:
+    processes: int
+    blows: list[str] = field(default_factory=list)
+    differs: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.differs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write every trial there")
+    arguments = parser.parse_args()
+    moments = random.Random(arguments.seed)
+    trials = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        peaceful = {}
+        for number in PROCESSES:
+            began = time.monotonic()
+            finish(folder / f"peace-{number}", *PROCESSES[number])
+            peaceful[number] = time.monotonic() - began
+        print(f"left in peace: {', '.join(f'{n} process(es) {s:.0f} s' for n, s in peaceful.items())}", flush=True)
+        for index in range(arguments.times):
+            number = 1 + index % 2
+            trial = try_once(folder / f"run-{index}", number, peaceful[number], moments)
+            trial.differs += differences(folder / f"peace-{number}", folder / f"run-{index}")
+            trials.append(trial)
+            outcome = "the same" if trial.passed else f"DIFFERS: {', '.join(trial.differs[:3])}"
+            print(f"{index + 1:3}  {number} process(es)  {outcome:10}  {'; '.join(trial.blows)}", flush=True)
+    failed = sum(not trial.passed for trial in trials)
+    print(f"{len(trials) - failed} of {len(trials)} the same, bit for bit")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(trial) for trial in trials], indent=2) + "\n")
+    sys.exit(failed > 0)
+
+
+def try_once(run_dir: Path, processes: int, peaceful_seconds: float, moments: random.Random) -> Trial:
+    """Hit a run one to three times and let it finish."""
+    trial = Trial(processes)
+    for _ in range(moments.randint(1, 3)):
+        blow = moments.choice(BLOWS if processes > 1 else [name for name in BLOWS if "one" not in name])
+        process = start(run_dir, *PROCESSES[processes])
+        # Half of the time goes into starting up, which is a moment like any other, but not half of them.
+        time.sleep(moments.uniform(0.35, 1.0) * peaceful_seconds)
+        if process.poll() is None:
+            trial.blows.append(f"{blow} after step {last_row(run_dir)}")
+            strike(process, blow)
+        else:
+            process.communicate()
+            trial.blows.append("too late")
+    try:
+        finish(run_dir, *PROCESSES[processes])
+    except (AssertionError, subprocess.TimeoutExpired) as error:
+        trial.differs.append(f"could not be continued: {str(error)[-300:]}")
+    return trial
+
+
+def strike(process: subprocess.Popen[str], blow: str) -> None:
+    """Deal the blow, and wait until every process of the run is gone."""
+    if blow == "kill -9":
+        kill(process)
+        return
+    if blow == "kill -9 of one":
+        os.kill(random.choice(members(process.pid)), signal.SIGKILL)
+    elif blow == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    else:
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.communicate(timeout=PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        kill(process)
+    deadline = time.monotonic() + 60
+    while members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if members(process.pid):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def members(group: int) -> list[int]:
+    """The living processes of a process group."""
+    listed = subprocess.run(["pgrep", "--pgroup", str(group), "python"], capture_output=True, text=True).stdout
+    return [int(word) for word in listed.split()]
+
+
+def last_row(run_dir: Path) -> str:
+    try:
+        return rows(run_dir)[-1]["step"]
+    except (OSError, LookupError):
+        return "0"
+
+
+if __name__ == "__main__":
+    main()

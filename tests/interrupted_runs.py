@@ -1,0 +1,105 @@
+"""Real runs in processes of their own, to be killed, stopped, repeated and compared bit for bit.
+
+What ``tests/runs/test_interruption.py`` and ``tests/faults.py`` share.
+"""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+COMMAND = [
+    "debug=tiny",
+    "trainer.max_steps=60",
+    "trainer.val_check_interval=7",
+    "callbacks.save_checkpoints.every_n_steps=7",
+    "callbacks.monitor.every_n_steps=5",
+    "net.dropout=0.1",
+    "net.self_condition=true",
+]
+"""A run with everything random in it, and something of every kind about to happen at any moment."""
+
+PATIENCE_SECONDS = 300
+
+
+def start(run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
+    """Start, or repeat, a run; it and the processes that it starts are a group of their own."""
+    command = [sys.executable, "-m", "litdiffusion.train", *COMMAND, f"run_dir={run_dir}", *overrides]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def finish(run_dir: Path, *overrides: str) -> str:
+    """Run to the end and return what was said."""
+    process = start(run_dir, *overrides)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """kill -9 the run with all its processes: a machine that loses its power."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the run never came so far"
+        time.sleep(0.005)
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    """The logged numbers, but for those of the clock."""
+    with (run_dir / "metrics.csv").open() as file:
+        return [
+            {name: cell for name, cell in row.items() if "per_second" not in name}
+            for row in csv.DictReader(file)
+        ]
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What two finished runs do not share: weights, averages, optimizer, callbacks, numbers, pictures."""
+    first, second = (
+        _leaves(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)) for run in (one, other)
+    )
+    found = [f"checkpoint{key}" for key in first.keys() ^ second.keys()]
+    for key in first.keys() & second.keys():
+        # Counters that Lightning keeps for its own loggers, which this project does not use.
+        if key.startswith("/loops") or "run_dir" in key or key.endswith(("/folder", "images_per_second")):
+            continue
+        value, there = first[key], second[key]
+        same = torch.equal(value, there) if isinstance(value, torch.Tensor) else value == there
+        found += [] if same else [f"checkpoint{key}"]
+    found += [] if rows(one) == rows(other) else ["metrics.csv"]
+    pictures = sorted(path.name for path in (one / "samples").iterdir())
+    for name in pictures:
+        there = other / "samples" / name
+        same = there.exists() and (one / "samples" / name).read_bytes() == there.read_bytes()
+        found += [] if same else [f"samples/{name}"]
+    return found
+
+
+def _leaves(value: Any, place: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {place: value}
+    return {k: v for key, child in items for k, v in _leaves(child, f"{place}/{key}").items()}
