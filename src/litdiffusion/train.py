@@ -5,7 +5,7 @@ import logging
 import time
 import warnings
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -22,7 +22,8 @@ from litdiffusion.runs.model import MODEL_PARTS
 from litdiffusion.runs.provenance import provenance
 from litdiffusion.runs.resume import Resumption, find_resumption
 from litdiffusion.training.callbacks import Interrupted, Monitor, SampleImages, SaveCheckpoints
-from litdiffusion.training.callbacks.monitor import images_seen
+from litdiffusion.training.callbacks.attached import datamodule_of, find, images_seen
+from litdiffusion.training.callbacks.interruption import stopping_at_once
 from litdiffusion.training.checkpoint_io import WholeCheckpointIO
 from litdiffusion.training.cluster import cluster_environment, leave
 from litdiffusion.training.loggers import close_loggers, describe_run, resume_loggers
@@ -30,7 +31,6 @@ from litdiffusion.training.memory import keep_freed_memory
 from litdiffusion.training.module import LitDiffusion
 
 log = logging.getLogger("litdiffusion.train")  # run as a script, __name__ is __main__
-T = TypeVar("T")
 
 SUPPLIED = {
     "trainer": ("logger", "callbacks", "plugins"),
@@ -70,7 +70,8 @@ def main(cfg: DictConfig) -> None:
         resume_loggers(trainer.loggers, resumption.step if resumption else 0)
         checkpoint = resumption.checkpoint if resumption else None
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-        finish(trainer, module, run, config, started)
+        with stopping_at_once(trainer):
+            finish(trainer, module, run, config, started)
     except Interrupted as interrupted:
         log.warning("%s: the same command with run_dir=%s continues", interrupted, run.path)
         stopped_by = interrupted.signum
@@ -91,7 +92,10 @@ def build_trainer(cfg: DictConfig, config: dict[str, Any]) -> Trainer:
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
     loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node]
     plugins = [plugin for plugin in (WholeCheckpointIO(), cluster_environment()) if plugin]
-    trainer: Trainer = build(cfg.trainer, "trainer", logger=loggers, callbacks=callbacks, plugins=plugins)
+    supplied: dict[str, Any] = {"logger": loggers, "callbacks": callbacks, "plugins": plugins}
+    if not cfg.datamodule.num_val:
+        supplied["limit_val_batches"] = 0  # or Lightning warns that there is nothing to validate on
+    trainer: Trainer = build(cfg.trainer, "trainer", **supplied)
     saving = find(trainer, SaveCheckpoints)
     if saving:
         saving.embed(model_config={name: config[name] for name in MODEL_PARTS}, data_config=config["data"])
@@ -118,9 +122,11 @@ def finish(
     trainer: Trainer, module: LitDiffusion, run: RunFolder, config: dict[str, Any], started: float
 ) -> None:
     """Validate and sample the trained model, draw the curves, write and print the summary."""
-    monitor = find(trainer, Monitor)
-    if monitor and monitor.validated_step != trainer.global_step and trainer.datamodule.num_val:  # type: ignore[attr-defined]
-        trainer.validate(module, datamodule=trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
+    monitor, saving = find(trainer, Monitor), find(trainer, SaveCheckpoints)
+    if monitor and monitor.validated_step != trainer.global_step and datamodule_of(trainer).num_val:
+        trainer.validate(module, datamodule=datamodule_of(trainer), verbose=False)
+        if saving:
+            saving.save(trainer, again=True)  # a run that is stopped from here on has validated its end
     sampling = find(trainer, SampleImages)
     if sampling:
         sampling.finish(trainer, module)
@@ -128,7 +134,6 @@ def finish(
         return
     if run.metrics.exists():
         curves(run.metrics, run.curves)
-    saving = find(trainer, SaveCheckpoints)
     files = {
         "checkpoint": saving.last if saving else None,
         "grid": run.samples / "grid.png",
@@ -164,11 +169,6 @@ def say(text: str) -> None:
 def num_parameters(module: LitDiffusion) -> int:
     """Count the network's parameters, once."""
     return sum(p.numel() for p in module.denoiser.net.parameters())
-
-
-def find(trainer: Trainer, kind: type[T]) -> T | None:
-    """Return the trainer's callback of a kind; a configuration may leave any of them out."""
-    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)  # type: ignore[attr-defined]
 
 
 def overrides() -> list[str]:

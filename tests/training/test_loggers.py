@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
 from commands import train_tiny
+from litdiffusion.errors import UserError
 from litdiffusion.runs.metrics import MetricsTable, read_rows
 
 BLOCK, HEADER = 32 * 1024, 7
@@ -88,6 +90,52 @@ def test_wandb_falls_to_offline_and_keeps_its_run(tmp_path: Path, caplog: pytest
         for item in config.update
     }
     assert {"schedule", "net", "seed"} <= updates
+
+
+@pytest.mark.usefixtures("no_account")
+def test_wandb_may_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    train_tiny(tmp_path, "logger=wandb", "callbacks.sample_images.num_images=1")
+    assert not (tmp_path / "wandb").exists()
+    assert (tmp_path / "metrics.csv").exists()
+
+
+@pytest.mark.usefixtures("no_account")
+@pytest.mark.parametrize(
+    ("mode", "environment", "named"),
+    [("online", None, "logger.wandb.mode=online"), ("auto", "online", "WANDB_MODE=online")],
+)
+def test_online_without_an_account_is_one_line_and_no_question(
+    mode: str, environment: str | None, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if environment is not None:
+        monkeypatch.setenv("WANDB_MODE", environment)
+
+    def asked(*args: object) -> str:
+        pytest.fail("a question at a prompt")
+
+    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setattr("getpass.getpass", asked)
+    with pytest.raises(UserError, match=f"{named}: .*`wandb login`.*logger.wandb.mode=offline"):
+        train_tiny(tmp_path / "run", "logger=wandb", f"logger.wandb.mode={mode}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_account")
+def test_a_word_that_wandb_does_not_know_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offlin")
+    with pytest.raises(UserError, match="WANDB_MODE=offlin: choose online, offline or disabled"):
+        train_tiny(tmp_path / "run", "logger=wandb")
+
+
+def test_what_wandb_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**settings: object) -> None:
+        raise wandb.errors.AuthenticationError("the key is not valid")
+
+    monkeypatch.setattr(wandb, "login", lambda **options: True)
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match=r"logger\.wandb: the key is not valid; .*offline"):
+        train_tiny(tmp_path / "run", "logger=wandb", "logger.wandb.mode=online")
 
 
 def test_tensorboard(tmp_path: Path) -> None:

@@ -61,9 +61,26 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def last_checkpoint(self) -> Path:
+        """The newest checkpoint."""
+        return self.checkpoints / "last.ckpt"
+
+    @property
     def samples(self) -> Path:
         """The folder of pictures."""
         return self.path / "samples"
+
+    def check(self) -> None:
+        """Make sure that the folder can be made and written, and leave no trace.
+
+        Raises:
+            UserError: it cannot.
+        """
+        try:
+            there = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+        except OSError as error:
+            raise _unwritable("run_dir", self.path, error) from error
+        _check_writable("run_dir", self.path, there)
 
     def prepare(self) -> None:
         """Make the folder, and make sure that it can be written.
@@ -96,13 +113,22 @@ def writable_folder(key: str, path: str) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+    except OSError as error:
+        raise _unwritable(key, folder, error) from error
+    _check_writable(key, folder, folder)
+    return folder
+
+
+def _check_writable(key: str, folder: Path, where: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=where):
             pass
     except OSError as error:
-        raise UserError(
-            f"{key}={folder} cannot be written ({error.strerror}): choose another folder"
-        ) from error
-    return folder
+        raise _unwritable(key, folder, error) from error
+
+
+def _unwritable(key: str, folder: Path, error: OSError) -> UserError:
+    return UserError(f"{key}={folder} cannot be written ({error.strerror}): choose another folder")
 
 
 def absolute(path: object) -> str:

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL.Image import Image
 
+from litdiffusion.errors import UserError
 from litdiffusion.runs.metrics import MetricsTable
 
 log = logging.getLogger(__name__)
@@ -61,42 +62,71 @@ def wandb_logger(
     name: str | None = None,
     group: str | None = None,
     tags: list[str] | None = None,
-    mode: Literal["auto", "online", "offline"] = "auto",
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto",
 ) -> WandbLogger:
     """Return a W&B logger whose run belongs to the run folder for life.
 
-    ``auto`` is online where this machine has a W&B account, and offline otherwise, in so many words: nobody is
-    ever asked a question. The run's id is kept in the folder, so a resumed run continues the same W&B run.
+    ``auto`` is what the environment's ``WANDB_MODE`` says; else online where this machine has a W&B account, and
+    offline otherwise, in so many words: nobody is ever asked a question. The run's id is kept in the folder, so a
+    resumed run continues the same W&B run.
+
+    Raises:
+        UserError: online is asked for, and there is no account.
     """
     import wandb
 
     folder = Path(run_dir)
-    (folder / "wandb").mkdir(parents=True, exist_ok=True)
-    id_file = folder / "wandb" / "run_id"
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
-    offline = mode == "offline"
-    if mode == "auto":
-        forced = os.environ.get("WANDB_MODE", "").lower()
-        offline = forced in ("offline", "dryrun") or (forced != "online" and not wandb.login(prompt=False))
-        if offline and not forced:
-            log.warning(
-                "W&B: this machine has no account (see `wandb login`), so the run is logged offline in"
-                " %s; upload it later with `wandb sync %s/offline-run-*`",
-                folder / "wandb",
-                folder / "wandb",
-            )
+    settled = _settled(mode, folder / "wandb")
     return WandbLogger(
         save_dir=folder,
         project=project,
         name=name or folder.name,
-        id=id_file.read_text().strip(),
+        id=None if settled == "disabled" else _run_id(folder / "wandb"),
         group=group,
         tags=tags,
-        offline=offline,
+        offline=settled == "offline",
         resume="allow",
-        settings=wandb.Settings(silent=True, mode="offline" if offline else "online"),
+        settings=wandb.Settings(silent=True, mode=settled),
     )
+
+
+def _settled(mode: str, folder: Path) -> Literal["online", "offline", "disabled"]:
+    """Return what ``mode`` comes to on this machine."""
+    import wandb
+
+    source, asked = "logger.wandb.mode", mode
+    if mode == "auto" and os.environ.get("WANDB_MODE"):
+        source, asked = "WANDB_MODE", os.environ["WANDB_MODE"].lower()
+    asked = {"dryrun": "offline", "run": "online"}.get(asked, asked)  # W&B's old names
+    if asked == "disabled":
+        return "disabled"
+    if asked == "offline":
+        return "offline"
+    if asked not in ("auto", "online"):
+        raise UserError(f"{source}={asked}: choose online, offline or disabled")
+    if wandb.login(prompt=False, verify=False):
+        return "online"
+    if asked != "auto":
+        raise UserError(
+            f"{source}={asked}: W&B has no account here; run `wandb login`, set WANDB_API_KEY, or use"
+            " logger.wandb.mode=offline"
+        )
+    log.warning(
+        "W&B: this machine has no account (see `wandb login`), so the run is logged offline in %s; upload it later"
+        " with `wandb sync %s/offline-run-*`",
+        folder,
+        folder,
+    )
+    return "offline"
+
+
+def _run_id(folder: Path) -> str:
+    """Return the id that the folder keeps; a new one the first time."""
+    file = folder / "run_id"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(secrets.token_hex(4))
+    return file.read_text().strip()
 
 
 def log_image(logger: Logger, key: str, image: Image, step: int, images_seen: int) -> None:
@@ -126,12 +156,26 @@ def log_gif(logger: Logger, key: str, path: Path, step: int, images_seen: int) -
 
 
 def describe_run(loggers: list[Logger], config: dict[str, Any]) -> None:
-    """Hand the resolved configuration to the dashboards, and make images seen their axis."""
+    """Hand the resolved configuration to the dashboards, and make images seen their axis.
+
+    Raises:
+        UserError: W&B cannot be reached, or does not take the account.
+    """
     for logger in loggers:
-        logger.log_hyperparams(config)
         if isinstance(logger, WandbLogger):
+            _open(logger)
             logger.experiment.define_metric("images_seen")
             logger.experiment.define_metric("*", step_metric="images_seen")
+        logger.log_hyperparams(config)
+
+
+def _open(logger: WandbLogger) -> None:
+    import wandb
+
+    try:
+        _ = logger.experiment  # Lightning starts the run when it is first asked for it
+    except wandb.Error as error:
+        raise UserError(f"logger.wandb: {error}; logger.wandb.mode=offline needs neither") from error
 
 
 def resume_loggers(loggers: list[Logger], step: int) -> None:
@@ -143,6 +187,7 @@ def resume_loggers(loggers: list[Logger], step: int) -> None:
 
 def close_loggers(loggers: list[Logger]) -> None:
     """Finish what a dashboard keeps open, so that the next job of a sweep starts a run of its own."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+    if any(isinstance(logger, WandbLogger) for logger in loggers):
+        import wandb
+
+        wandb.finish()

@@ -5,12 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from litdiffusion.errors import UserError
-from litdiffusion.training.callbacks.monitor import Monitor
+from litdiffusion.training.callbacks.monitor import check_sound, clock_stopped
 
 
 class SaveCheckpoints(Checkpoint):
@@ -41,9 +39,11 @@ class SaveCheckpoints(Checkpoint):
         """The newest checkpoint."""
         return self.folder / "last.ckpt"
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """A resumed run need not save what it has just read."""
-        self.saved_step = trainer.global_step
+        self.saved_step = checkpoint["global_step"]
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -67,25 +67,20 @@ class SaveCheckpoints(Checkpoint):
         for counts in (progress["total"], progress["current"]):
             counts["ready"] = counts["completed"]
 
-    def save(self, trainer: Trainer) -> None:
-        """Save the current step, unless it is saved already.
+    def save(self, trainer: Trainer, again: bool = False) -> None:
+        """Save the current step; where that is saved already, only when asked to do it again.
 
         Raises:
-            UserError: the loss or a weight is not finite; the last good checkpoint stays.
+            UserError: a loss or a weight is not finite; the last good checkpoint stays.
         """
-        if trainer.global_step == self.saved_step:
+        known = trainer.global_step == self.saved_step
+        if known and not again:
             return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning adds it untyped
-            if isinstance(callback, Monitor):
-                callback.check_loss(trainer)
-        if not all(bool(torch.isfinite(p).all()) for p in trainer.lightning_module.parameters()):
-            raise UserError(
-                f"a weight became infinite or NaN by step {trainer.global_step}; the last good checkpoint is kept:"
-                " lower optimizer.lr or train with trainer.precision=32-true in a new run_dir"
-            )
-        if trainer.is_global_zero and self.last.exists():
-            self._keep_as_previous()
-        trainer.save_checkpoint(self.last)
+        check_sound(trainer)
+        with clock_stopped(trainer):
+            if trainer.is_global_zero and not known and self.last.exists():
+                self._keep_as_previous()
+            trainer.save_checkpoint(self.last)
         self.saved_step = trainer.global_step
 
     def _keep_as_previous(self) -> None:

@@ -1,12 +1,15 @@
 """Ctrl-C, SIGTERM, and the signals by which Slurm announces the end: finish the step, save it, stop."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Never
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from litdiffusion.training.callbacks.attached import find
 from litdiffusion.training.callbacks.checkpoints import SaveCheckpoints
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -25,24 +28,17 @@ class Interrupted(BaseException):
 class StopCleanly(Callback):
     """Turn a signal into a checkpoint and ``Interrupted``; a Ctrl-C after it stops at once.
 
-    Slurm repeats itself: at the time limit, SIGTERM comes twice.
+    Slurm repeats itself: at the time limit, SIGTERM comes twice. When the training ends, in whatever way, Lightning
+    puts the handlers back that it found.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the handlers, in place of Lightning's, which leave without saving."""
-        self._previous = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the old handlers back."""
-        self._restore()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Put the old handlers back."""
-        self._restore()
+        for signum in SIGNALS:
+            signal.signal(signum, self._note)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -54,19 +50,36 @@ class StopCleanly(Callback):
         """
         if self.received is None or batch_idx % trainer.accumulate_grad_batches:
             return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning adds it untyped
-            if isinstance(callback, SaveCheckpoints):
-                callback.save(trainer)
+        if saving := find(trainer, SaveCheckpoints):
+            saving.save(trainer)
         raise Interrupted(self.received, trainer.global_step)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop after the last step as after any other: by now it is saved.
+
+        Raises:
+            Interrupted: if a signal has come in since the last step began.
+        """
+        if stage == "fit" and self.received is not None:
+            raise Interrupted(self.received, trainer.global_step)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signum
         elif signum == signal.SIGINT:
-            self._restore()
             raise KeyboardInterrupt
 
-    def _restore(self) -> None:
-        for signum, handler in self._previous.items():
+
+@contextmanager
+def stopping_at_once(trainer: Trainer) -> Iterator[None]:
+    """Raise ``Interrupted`` on the spot where there is no step to finish: everything trained is saved."""
+
+    def stop(signum: int, frame: FrameType | None) -> Never:
+        raise Interrupted(signum, trainer.global_step)
+
+    previous = {signum: signal.signal(signum, stop) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
             signal.signal(signum, handler)
-        self._previous = {}

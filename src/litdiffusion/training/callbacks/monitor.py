@@ -1,6 +1,8 @@
 """Numbers over the course of a run, and the guard that stops a run whose loss is no number."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,9 +10,13 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from litdiffusion.errors import UserError
 from litdiffusion.evaluation.held_out import BINS
+from litdiffusion.training.callbacks.attached import find, images_seen
+from litdiffusion.training.callbacks.guard import check_weights, diverged
 from litdiffusion.training.module import LitDiffusion, StepOutput
+
+STATE = ("loss_sums", "loss_counts", "loss", "val_loss", "validated_step", "images_per_second")
+"""What of a ``Monitor`` a checkpoint keeps."""
 
 
 class Monitor(Callback):
@@ -18,7 +24,7 @@ class Monitor(Callback):
 
     Every value is logged at an optimizer step, with ``images_seen`` beside it as the axis to compare runs on.
     The losses are means over all images since the last line. They travel in checkpoints, so a resumed run logs
-    what an uninterrupted one would.
+    what an uninterrupted one would, and sums up what one resumed at its end has left.
 
     Args:
         every_n_steps: optimizer steps between lines.
@@ -35,22 +41,24 @@ class Monitor(Callback):
         self.loss: float | None = None
         self.val_loss: float | None = None
         self.validated_step = -1
-        self._last_loss: Tensor | None = None
-        self._seconds, self._images, self._started = 0.0, 0, 0.0
+        self.clock = Clock()
+        self._images = 0
+        self._astray_since: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The unfinished line."""
-        return {"loss_sums": self.loss_sums, "loss_counts": self.loss_counts}
+        """The unfinished line, and what the last ones said."""
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the unfinished line."""
-        self.loss_sums, self.loss_counts = state_dict["loss_sums"], state_dict["loss_counts"]
+        for name in STATE:
+            setattr(self, name, state_dict[name])
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Start the clock: it measures steps, and neither sampling, validation nor saving between them."""
-        self._started = time.perf_counter()
+        """Start the clock with the first step; from then on the wait for data counts as well."""
+        self.clock.start(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Take the norm of the gradient, before it is clipped, where a line is due."""
@@ -63,61 +71,64 @@ class Monitor(Callback):
     ) -> None:
         """Add a step to the line, and log the line where it is full."""
         assert isinstance(pl_module, LitDiffusion)
-        self._add(outputs, pl_module, trainer.world_size)
-        step = trainer.global_step
-        on_cpu = pl_module.device.type == "cpu"
-        if on_cpu or step % self.every_n_steps == 0:  # on a GPU, looking at the loss waits for it
-            self.check_loss(trainer)
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if stepped and step % self.every_n_steps == 0:
+        step = trainer.global_step + (not stepped)
+        self._add(outputs, pl_module, trainer.world_size, step)
+        due = step % self.every_n_steps == 0
+        if due or pl_module.device.type == "cpu":  # on a GPU, looking at the loss waits for it
+            self.check_loss(trainer)
+        if stepped and due:
             self._log(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run shorter than a line has a loss and a speed too."""
+        self.clock.stop(trainer)
+        self.check_loss(trainer)
         if self.loss is None and bool(self.loss_counts.sum() > 0):
             self.loss = float(self.loss_sums.sum() / self.loss_counts.sum())
-        if not self.images_per_second and self._seconds:
-            self.images_per_second = self._images / self._seconds
+        if not self.images_per_second:
+            self.images_per_second = self._speed()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation is not on the training's time."""
+        self.clock.stop(trainer)
+        check_sound(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand the validation loss to the loggers."""
-        if trainer.sanity_checking:
-            return
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        self.val_loss, self.validated_step = metrics.get("val/loss"), trainer.global_step
-        log_metrics(trainer, metrics)
+        if not trainer.sanity_checking:
+            self.val_loss, self.validated_step = metrics.get("val/loss"), trainer.global_step
+            log_metrics(trainer, metrics)
+        self.clock.start(trainer)
 
     def check_loss(self, trainer: Trainer) -> None:
-        """Stop the run if the last loss is not finite.
+        """Stop the run if a loss was not finite.
 
         Raises:
             UserError: naming the step and the checkpoint to return to.
         """
-        if self._last_loss is None or bool(torch.isfinite(self._last_loss)):
-            return
-        raise UserError(
-            f"the loss became {float(self._last_loss)} at step {trainer.global_step}; the last good checkpoint is"
-            " kept in the run folder: lower optimizer.lr, clip gradients (trainer.gradient_clip_val=1), or train with"
-            " trainer.precision=32-true in a new run_dir"
-        )
+        if self._astray_since is not None and (step := int(self._astray_since)):
+            raise diverged(trainer, "the loss", step)
 
-    def _add(self, outputs: StepOutput, module: LitDiffusion, world_size: int) -> None:
-        self._last_loss = outputs["loss"].detach()
-        bins = ((outputs["t"] - 1) * BINS) // module.denoiser.schedule.num_steps
+    def _add(self, outputs: StepOutput, module: LitDiffusion, world_size: int, step: int) -> None:
         losses = outputs["losses"].double()
+        bins = ((outputs["t"] - 1) * BINS) // module.denoiser.schedule.num_steps
         self.loss_sums = self.loss_sums.to(losses.device).index_add(0, bins, losses)
         self.loss_counts = self.loss_counts.to(losses.device).index_add(0, bins, torch.ones_like(losses))
-        if losses.is_cuda:
-            torch.cuda.synchronize()
-        self._seconds += time.perf_counter() - self._started
         self._images += len(losses) * world_size
+        # Which step was the first is kept on the device: reading it is what waits.
+        since = torch.zeros_like(bins[0]) if self._astray_since is None else self._astray_since
+        sound = torch.isfinite(outputs["loss"].detach()) | (since > 0)
+        self._astray_since = torch.where(sound, since, step)
 
     def _log(self, trainer: Trainer, module: LitDiffusion) -> None:
         sums, counts = trainer.strategy.reduce(
             torch.stack((self.loss_sums, self.loss_counts)), reduce_op="sum"
         )
         self.loss = float(sums.sum() / counts.sum())
-        self.images_per_second = self._images / self._seconds if self._seconds else 0.0
+        self.clock.stop(trainer)
+        self.images_per_second = self._speed()
         metrics = {
             "train/loss": self.loss,
             "train/lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
@@ -129,16 +140,69 @@ class Monitor(Callback):
         module.log("train/loss", self.loss, logger=False, rank_zero_only=True)
         log_metrics(trainer, metrics)
         self.loss_sums, self.loss_counts = torch.zeros_like(sums), torch.zeros_like(counts)
-        self._seconds, self._images = 0.0, 0
+        self._images = 0
+        self.clock.restart(trainer)
+
+    def _speed(self) -> float:
+        return self._images / self.clock.seconds if self.clock.seconds else 0.0
 
 
-def images_seen(trainer: Trainer) -> int:
-    """How many images the weights have been trained on, all processes together."""
-    batch_size: int = trainer.datamodule.batch_size  # type: ignore[attr-defined]  # Lightning adds it untyped
-    return trainer.global_step * trainer.accumulate_grad_batches * batch_size
+class Clock:
+    """A stopwatch for the training alone. It waits for the device when it is stopped or started, never between."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since: float | None = None
+
+    def start(self, trainer: Trainer) -> None:
+        """Go on, if it stands."""
+        if self._since is None:
+            self._since = _now(trainer)
+
+    def stop(self, trainer: Trainer) -> None:
+        """Stand, if it runs."""
+        if self._since is not None:
+            self.seconds += _now(trainer) - self._since
+            self._since = None
+
+    def restart(self, trainer: Trainer) -> None:
+        """Run from 0."""
+        self.seconds, self._since = 0.0, None
+        self.start(trainer)
+
+
+@contextmanager
+def clock_stopped(trainer: Trainer) -> Iterator[None]:
+    """Do what is not training: the monitor's clock, if there is one, stands for the while."""
+    monitor = find(trainer, Monitor)
+    if monitor is None:
+        yield
+        return
+    monitor.clock.stop(trainer)
+    yield
+    monitor.clock.start(trainer)
+
+
+def check_sound(trainer: Trainer) -> None:
+    """Stop the run rather than save, show or measure a model that has gone astray.
+
+    Raises:
+        UserError: a loss or a weight was not finite.
+    """
+    if monitor := find(trainer, Monitor):
+        monitor.check_loss(trainer)
+    check_weights(trainer)
 
 
 def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
     """Send metrics to every logger at the current optimizer step."""
     for logger in trainer.loggers:
         logger.log_metrics({"images_seen": images_seen(trainer), **metrics}, step=trainer.global_step)
+
+
+def _now(trainer: Trainer) -> float:
+    """The time when the device has done all it was given."""
+    device = trainer.strategy.root_device
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()

@@ -10,7 +10,8 @@ from litdiffusion.diffusion import Sampler, Step
 from litdiffusion.reporting import images as pictures
 from litdiffusion.reporting.gif import pick_frames, save_gif
 from litdiffusion.sampling import sample_images
-from litdiffusion.training.callbacks.monitor import images_seen
+from litdiffusion.training.callbacks.attached import datamodule_of, images_seen
+from litdiffusion.training.callbacks.monitor import check_sound, clock_stopped
 from litdiffusion.training.loggers import log_gif, log_image
 from litdiffusion.training.module import LitDiffusion
 
@@ -45,7 +46,7 @@ class SampleImages(Callback):
         if not trainer.is_global_zero or trainer.global_step > 0:
             return
         assert isinstance(pl_module, LitDiffusion)
-        few = trainer.datamodule.examples(STRIP_IMAGES)  # type: ignore[attr-defined]  # Lightning attaches it untyped
+        few = datamodule_of(trainer).examples(STRIP_IMAGES)
         strip = pictures.noised_strip(pl_module.denoiser.schedule, few, seed=self.seed)
         self._show(trainer, "noised_strip", strip)
 
@@ -56,7 +57,8 @@ class SampleImages(Callback):
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         last = trainer.global_step == trainer.max_steps
         if stepped and not last and trainer.global_step % self.every_n_steps == 0:
-            self._sample(trainer, pl_module, f"step-{trainer.global_step:07d}", record=False)
+            with clock_stopped(trainer):
+                self._sample(trainer, pl_module, f"step-{trainer.global_step:07d}", record=False)
 
     def finish(self, trainer: Trainer, module: LitDiffusion) -> None:
         """Sample once more when the run is over, and record the way there as a GIF."""
@@ -64,6 +66,7 @@ class SampleImages(Callback):
 
     def _sample(self, trainer: Trainer, module: LightningModule, name: str, record: bool) -> None:
         assert isinstance(module, LitDiffusion)
+        check_sound(trainer)
         if not trainer.is_global_zero:
             return
         frames = []

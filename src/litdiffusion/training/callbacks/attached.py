@@ -1,0 +1,26 @@
+"""What is attached to a trainer. Lightning attaches it untyped, so it is asked for here alone."""
+
+from typing import Any, TypeVar
+
+from lightning import Trainer
+
+from litdiffusion.data.datamodule import ImageDataModule
+
+T = TypeVar("T")
+
+
+def find(trainer: Trainer, kind: type[T]) -> T | None:
+    """Return the trainer's callback of a kind; a configuration may leave any of them out."""
+    attached: Any = trainer
+    return next((callback for callback in attached.callbacks if isinstance(callback, kind)), None)
+
+
+def datamodule_of(trainer: Trainer) -> ImageDataModule:
+    """Return what the trainer is fed by."""
+    attached: Any = trainer
+    return attached.datamodule
+
+
+def images_seen(trainer: Trainer) -> int:
+    """How many images the weights have been trained on, all processes together."""
+    return trainer.global_step * trainer.accumulate_grad_batches * datamodule_of(trainer).batch_size

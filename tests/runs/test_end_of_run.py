@@ -1,0 +1,132 @@
+"""A run that is stopped when its last step is done has lost nothing: the same command brings it to its end."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from commands import train_tiny
+from litdiffusion.runs.metrics import read_rows
+from litdiffusion.training.callbacks import Monitor, SampleImages, SaveCheckpoints
+from litdiffusion.training.module import LitDiffusion
+
+pytestmark = pytest.mark.usefixtures("one_thread", "same_handlers")
+
+LAST_STEP = 4  # of ``train_tiny``
+
+
+@pytest.fixture
+def same_handlers() -> Iterator[None]:
+    """Whatever became of the run, the process is as it was."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(signum) for signum in signals]
+    yield
+    assert [signal.getsignal(signum) for signum in signals] == before
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tiny(tmp_path_factory.mktemp("runs") / "undisturbed")
+
+
+def numbers(run_dir: Path) -> dict[str, Any]:
+    summary = json.loads((run_dir / "summary.json").read_text())
+    return {name: summary[name] for name in ("steps", "images_seen", "train_loss", "val_loss")}
+
+
+def rows(run_dir: Path) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in row.items() if "per_second" not in name}
+        for row in read_rows(run_dir / "metrics.csv")
+    ]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    assert numbers(one) == numbers(other)
+    assert rows(one) == rows(other)
+    for name in ("grid.png", "denoising.gif"):
+        assert (one / "samples" / name).read_bytes() == (other / "samples" / name).read_bytes()
+    assert json.loads((one / "summary.json").read_text())["images_per_second"] > 0
+
+
+def once(monkeypatch: pytest.MonkeyPatch, kind: type, method: str, act: Callable[..., None]) -> None:
+    """Call ``act`` with the arguments of the first call of a method of ``kind``, before the method itself."""
+    original, calls = getattr(kind, method), []
+
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:
+            act(*args)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, method, wrapped)
+
+
+def test_killed_after_the_last_step(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*args: Any) -> None:
+        raise Killed
+
+    once(monkeypatch, SampleImages, "finish", kill)
+    with pytest.raises(Killed):
+        train_tiny(tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+    train_tiny(tmp_path)
+    assert_same_end(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("signum", "kind"), [(signal.SIGTERM, Monitor), (signal.SIGINT, SaveCheckpoints)], ids=["done", "saving"]
+)
+def test_asked_to_stop_when_the_last_step_is(
+    signum: signal.Signals,
+    kind: type,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    once(monkeypatch, kind, "on_train_end", lambda *args: os.kill(os.getpid(), signum))
+    with pytest.raises(SystemExit) as leaving:
+        train_tiny(tmp_path)
+    assert leaving.value.code == 128 + signum
+    assert f"stopped by {signum.name} after step {LAST_STEP}" in caplog.text
+    assert not (tmp_path / "samples" / "grid.png").exists()
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert saved == LAST_STEP
+    train_tiny(tmp_path)
+    assert_same_end(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("signum", "kind", "method"),
+    [(signal.SIGINT, SampleImages, "finish"), (signal.SIGTERM, LitDiffusion, "validation_step")],
+    ids=["sampling", "validating"],
+)
+def test_asked_to_stop_after_the_last_step_is_obeyed_at_once(
+    signum: signal.Signals,
+    kind: type,
+    method: str,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*args: Any) -> None:
+        os.kill(os.getpid(), signum)
+        pytest.fail("the signal was put off")
+
+    once(monkeypatch, kind, method, stop)
+    with pytest.raises(SystemExit) as leaving:
+        train_tiny(tmp_path)
+    assert leaving.value.code == 128 + signum
+    train_tiny(tmp_path)
+    assert_same_end(tmp_path, undisturbed)

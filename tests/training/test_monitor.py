@@ -1,0 +1,189 @@
+"""What is measured on whose time, what a checkpoint keeps of it, and what stops a run that went astray."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+
+from commands import train_tiny, type_command
+from litdiffusion.data.datamodule import TrainLoader
+from litdiffusion.diffusion import L2, Uniform, UniformTimesteps, schedules
+from litdiffusion.errors import UserError
+from litdiffusion.runs.metrics import read_rows
+from litdiffusion.training import checkpoint_io
+from litdiffusion.training.callbacks import Monitor, monitor, samples
+from litdiffusion.training.lr import constant
+from litdiffusion.training.module import LitDiffusion
+from small_worlds import affine_denoiser
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BATCH = 16  # of debug=tiny
+WAIT, STEP, BESIDES = 1.0, 10.0, 1000.0
+
+
+class FakeTime:
+    """Passes when something is done, and not otherwise."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.looks = 0
+
+    def __call__(self, *args: Any) -> float:
+        self.looks += 1
+        return self.now
+
+    def spent_by(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, seconds: float) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.now += seconds
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+
+@pytest.fixture
+def fake_time(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
+    fake = FakeTime()
+    monkeypatch.setattr(monitor, "_now", fake)
+    return fake
+
+
+def test_the_wait_for_data_counts_and_what_is_not_training_does_not(
+    tmp_path: Path, fake_time: FakeTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = TrainLoader.__iter__
+
+    def slow(self: TrainLoader) -> Iterator[Any]:
+        for batch in original(self):
+            fake_time.now += WAIT
+            yield batch
+
+    monkeypatch.setattr(TrainLoader, "__iter__", slow)
+    fake_time.spent_by(monkeypatch, LitDiffusion, "training_step", STEP)
+    fake_time.spent_by(monkeypatch, LitDiffusion, "validation_step", BESIDES)
+    fake_time.spent_by(monkeypatch, samples, "sample_images", BESIDES)
+    fake_time.spent_by(monkeypatch, checkpoint_io, "write_checkpoint", BESIDES)
+    train_tiny(tmp_path, "trainer.max_steps=20")
+    speeds = [
+        row["train/images_per_second"]
+        for row in read_rows(tmp_path / "metrics.csv")
+        if "train/images_per_second" in row
+    ]
+    assert len(speeds) == 4
+    assert speeds[1:] == pytest.approx([BATCH / (WAIT + STEP)] * 3)
+    assert speeds[0] == pytest.approx(5 * BATCH / (4 * WAIT + 5 * STEP))  # from the first batch on
+
+
+def test_the_device_is_waited_for_once_a_line_and_not_every_step(tmp_path: Path, fake_time: FakeTime) -> None:
+    steps, lines = 12, 2
+    options = ("callbacks.sample_images=null", "datamodule.num_val=0", "callbacks.save_checkpoints=null")
+    train_tiny(
+        tmp_path, *options, f"trainer.max_steps={steps}", f"callbacks.monitor.every_n_steps={steps // lines}"
+    )
+    assert fake_time.looks == 1 + 2 * lines + 1
+
+
+def outputs(loss: float) -> Any:
+    losses = torch.tensor([loss, loss])
+    return {"loss": losses.mean(), "losses": losses, "t": torch.tensor([1, 50])}
+
+
+def test_the_first_bad_step_is_named_even_if_nobody_looked_then(tmp_path: Path) -> None:
+    watching = Monitor()
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    module = LitDiffusion(
+        affine_denoiser(schedules.cosine(50)), L2(), Uniform(), UniformTimesteps(), torch.optim.SGD, constant
+    )
+    for step, loss in enumerate((0.5, float("inf"), 0.25, float("nan")), start=1):
+        watching._add(outputs(loss), module, 1, step)
+        if step == 1:
+            watching.check_loss(trainer)
+    with pytest.raises(UserError, match="the loss became infinite or NaN at step 2; there was no checkpoint"):
+        watching.check_loss(trainer)
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, batch_step: int) -> None:
+    """Make the loss of one batch no number."""
+    original: Callable[..., Any] = LitDiffusion.training_step
+
+    def training_step(self: LitDiffusion, batch: Any, batch_idx: int) -> Any:
+        output = original(self, batch, batch_idx)
+        return {**output, "loss": output["loss"] * float("nan")} if batch.step == batch_step else output
+
+    monkeypatch.setattr(LitDiffusion, "training_step", training_step)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_good_checkpoint(
+    accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, batch_step=2 * accumulate)  # the first batch of step 3
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    every_step = ("callbacks.save_checkpoints.every_n_steps=1", "callbacks.sample_images=null")
+    with pytest.raises(UserError) as caught:
+        train_tiny(tmp_path, *every_step, f"trainer.accumulate_grad_batches={accumulate}")
+    assert f"the loss became infinite or NaN at step 3; the last good checkpoint is {last}" in str(
+        caught.value
+    )
+    checkpoint = torch.load(last, weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert all(bool(torch.isfinite(value).all()) for value in checkpoint["state_dict"].values())
+
+
+OVERSHOOT = (
+    *("optimizer.lr=1e39", "lr_scheduler=constant", "trainer.gradient_clip_val=null"),
+    *("callbacks.save_checkpoints.every_n_steps=1000", "callbacks.progress=null"),
+)
+"""The first step's loss is finite, and the weights it leads to are not."""
+
+
+@pytest.mark.parametrize(
+    "due",
+    [
+        ["callbacks.sample_images.every_n_steps=1"],
+        ["trainer.val_check_interval=1", "callbacks.sample_images=null"],
+        ["callbacks.save_checkpoints.every_n_steps=1", "callbacks.sample_images=null"],
+        ["trainer.max_steps=1", "callbacks.sample_images=null", "datamodule.num_val=0"],
+    ],
+    ids=["sampling", "validating", "saving", "ending"],
+)
+def test_weights_that_are_no_numbers_are_neither_shown_nor_measured_nor_saved(
+    due: list[str], tmp_path: Path
+) -> None:
+    typed = type_command("train", "debug=tiny", f"run_dir={tmp_path}", *OVERSHOOT, *due)
+    assert typed.code == 2, typed.err
+    (line,) = (line for line in typed.err.splitlines() if line.startswith("error: "))
+    assert "a weight became infinite or NaN at step 1; there was no checkpoint yet" in line
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert [path.name for path in (tmp_path / "samples").iterdir() if "step" in path.name] == []
+    table = tmp_path / "metrics.csv"
+    assert not table.exists() or not any("val/loss" in row for row in read_rows(table))
+
+
+def test_a_checkpoint_keeps_what_the_summary_tells(tmp_path: Path) -> None:
+    train_tiny(tmp_path, "callbacks.sample_images=null")
+    (kept,) = (
+        state
+        for name, state in torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)[
+            "callbacks"
+        ].items()
+        if "Monitor" in name
+    )
+    assert kept["validated_step"] == 4
+    for name in ("loss", "val_loss", "images_per_second"):
+        assert kept[name] > 0, name
+    restored = Monitor()
+    restored.load_state_dict(kept)
+    assert restored.state_dict().keys() == kept.keys()
+    assert (restored.loss, restored.val_loss) == (kept["loss"], kept["val_loss"])
