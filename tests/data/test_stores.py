@@ -1,3 +1,6 @@
+import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,3 +107,16 @@ def test_workers_read_ahead_of_an_endless_stream_and_let_go(tmp_path: Path) -> N
     stream = ArrowStore(rows, (4, 4), 3, num_workers=2).batches(endless())
     assert [next(stream).step for _ in range(10)] == list(range(10))
     stream.close()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_workers_outlive_a_signal_to_every_process_of_a_run(tmp_path: Path, signum: signal.Signals) -> None:
+    rows = folder_dataset(tmp_path)
+    stream = ArrowStore(rows, (4, 4), 3, num_workers=1).batches(
+        requests(*[[i % len(rows)] for i in range(20)])
+    )
+    assert next(stream).step == 0
+    [worker] = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signum)
+    assert [batch.step for batch in stream] == list(range(1, 20))

@@ -1,6 +1,7 @@
 """Decoded images behind one interface: all of them in memory, or read from memory-mapped Arrow by workers."""
 
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -120,6 +121,7 @@ class ArrowStore:
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_as_is,
+            worker_init_fn=_leave_signals_to_the_run,
             pin_memory=self._pin_memory,
             # Its own generator, or the workers' seeds would be drawn from the global one.
             generator=torch.Generator().manual_seed(0),
@@ -172,6 +174,13 @@ def _read(
     images = torch.from_numpy(decode_column(table["image"], image_size, channels).copy())
     labels = torch.tensor(table["label"].to_pylist()) if "label" in table.column_names else None
     return Batch(images, labels, start, step)
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Slurm, and Ctrl-C at a terminal, signal every process of a run; the one that trains decides what follows."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _as_is(item: Any) -> Any:

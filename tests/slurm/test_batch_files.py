@@ -1,0 +1,82 @@
+"""The batch files as they are shipped, on a real Slurm: whatever stops a job, its run ends as if nothing had."""
+
+from pathlib import Path
+
+import pytest
+
+from interrupted_runs import COMMAND, differences, finish, rows
+from slurm_world import Slurm, wait_until
+
+pytestmark = pytest.mark.slurm
+
+HELD = 25
+"""A step at which a line is logged; in the middle of an epoch, between two checkpoints and two validations."""
+HOLD = ("+callbacks.hold._target_=hold.Hold", f"+callbacks.hold.step={HELD}")
+WORKERS = ("datamodule.memory_limit_mb=0", "datamodule.num_workers=1")
+"""Slurm signals all processes of a job, so those that decode images as well."""
+OFFLINE = ("logger=wandb", "logger.wandb.mode=offline")
+
+
+@pytest.fixture(scope="module")
+def peaceful(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("peaceful") / "run"
+    finish(run_dir)
+    return run_dir
+
+
+def wait_until_held(slurm: Slurm, job: str, run_dir: Path) -> None:
+    def held() -> bool:
+        return (run_dir / "metrics.csv").exists() and int(rows(run_dir)[-1]["step"]) >= HELD
+
+    wait_until(lambda: held() or slurm.has_ended(job), f"step {HELD} of job {job}")
+
+
+def wandb_ids(run_dir: Path) -> list[str]:
+    return [path.name.rpartition("-")[2] for path in sorted((run_dir / "wandb").glob("offline-run-*"))]
+
+
+def test_requeued(slurm: Slurm, peaceful: Path, tmp_path: Path) -> None:
+    run_dir, output = tmp_path / "run", tmp_path / "output"
+    job = slurm.submit("one_node.sbatch", [*COMMAND, *WORKERS, *OFFLINE, *HOLD, f"run_dir={run_dir}"], output)
+    wait_until_held(slurm, job, run_dir)
+    slurm.run("scontrol", "requeue", job)
+    assert slurm.wait_for_end(job, output)["Restarts"] == "1"
+    said = output.read_text()
+    assert f"stopped by SIGTERM after step {HELD + 1}" in said
+    assert f"Continuing from step {HELD + 1}" in said
+    assert differences(peaceful, run_dir) == []
+    ids = wandb_ids(run_dir)
+    assert ids == [(run_dir / "wandb" / "run_id").read_text()] * 2
+
+
+@pytest.mark.slow  # Slurm looks at its clock twice a minute
+def test_out_of_time(slurm: Slurm, peaceful: Path, tmp_path: Path) -> None:
+    run_dir, output = tmp_path / "run", tmp_path / "output"
+    overrides = [*COMMAND, *WORKERS, *HOLD, f"run_dir={run_dir}"]
+    job = slurm.submit("one_node.sbatch", overrides, output, ["--time=10", "--signal=USR1@60"])
+    wait_until_held(slurm, job, run_dir)
+    # Limits are whole minutes. This one is near enough to be announced next time, and far enough not to be over.
+    slurm.set_time_limit(job, minutes=-(-(slurm.seconds_run(job) + 35) // 60))
+    wait_until(lambda: slurm.describe(job)["Restarts"] == "1" or slurm.has_ended(job), "the requeue")
+    slurm.set_time_limit(job, minutes=10)
+    assert slurm.wait_for_end(job, output)["Restarts"] == "1"
+    said = output.read_text()
+    assert f"stopped by SIGUSR1 after step {HELD + 1}" in said
+    assert f"Continuing from step {HELD + 1}" in said
+    assert differences(peaceful, run_dir) == []
+
+
+@pytest.mark.slow
+def test_two_tasks_on_two_nodes_requeued(slurm: Slurm, tmp_path: Path) -> None:
+    peaceful, run_dir, output = tmp_path / "peaceful", tmp_path / "run", tmp_path / "output"
+    finish(peaceful, "trainer=ddp_cpu")
+    two = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"]
+    job = slurm.submit("many_nodes.sbatch", [*COMMAND, *OFFLINE, *HOLD, f"run_dir={run_dir}"], output, two)
+    wait_until_held(slurm, job, run_dir)
+    slurm.run("scontrol", "requeue", job)
+    assert slurm.wait_for_end(job, output)["Restarts"] == "1"
+    said = output.read_text()
+    assert said.count(f"Training {60} steps") == 1  # one of them speaks
+    assert said.count(f"Continuing from step {HELD + 1}") == 1
+    assert differences(peaceful, run_dir) == []
+    assert len(set(wandb_ids(run_dir))) == 1
