@@ -117,7 +117,7 @@ def test_leaves_import_nothing_of_ours(leaf):
 
 
 def test_sampling_joins_the_mathematics_to_its_randomness_and_nothing_more():
-    assert {room(module) for module in IMPORTS["sampling"]} <= {"diffusion", "randomness"}
+    assert {room(module) for module in IMPORTS["sampling"]} <= {"diffusion", "processes", "randomness"}
     assert others(SOURCES["sampling"]) <= {"torch", "jaxtyping"}
 
 

@@ -227,6 +227,8 @@ def test_a_folder_in_use_is_not_overwritten_from_elsewhere(trained: Path, tmp_pa
         ("frames=1", "frames=1"),
         ("num_images=null", "num_images"),
         ("device=tpu9", "device"),
+        ("labels=3", "labels=3: this network was trained without classes"),
+        ("guidance_scale=2", "guidance_scale=2: this network was trained without classes"),
     ],
 )
 def test_sample_refuses_in_one_line(override: str, word: str, trained: Path, tmp_path: Path) -> None:

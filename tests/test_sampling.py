@@ -2,10 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from litdiffusion.diffusion import DDIM, DDPM, Denoiser, V, schedules
+from litdiffusion.diffusion import DDIM, DDPM, Denoiser, Guidance, V, schedules
+from litdiffusion.diffusion.editing import Inpaint, Interpolate, Variation
+from litdiffusion.diffusion.samplers import normal_like
 from litdiffusion.randomness import image_generators
 from litdiffusion.sampling import sample_images
-from small_worlds import Affine, Spy, affine_denoiser, normal
+from small_worlds import Affine, Spy, affine_denoiser, images, normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,3 +101,120 @@ def test_sampling_draws_nothing_from_the_global_generator():
     assert torch.equal(torch.rand(3), expected)
     assert not images.requires_grad
     assert not torch.equal(images, normal(2, 1, 4, 4))
+
+
+class Conditional(Affine):
+    """Draws brighter for higher classes; remembers what it was asked for."""
+
+    num_classes = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[list[int]] = []
+
+    def forward(self, x, clock, labels):
+        self.asked.append(labels.tolist())
+        return super().forward(x, clock) - 0.1 * labels[:, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("labels", "drawn"),
+    [
+        ("all", [0, 1, 2, 3, 0, 1]),
+        (None, [4, 4, 4, 4, 4, 4]),
+        (2, [2, 2, 2, 2, 2, 2]),
+        ([3, 1, 1], [3, 1, 1, 3, 1, 1]),
+        (torch.tensor([0, 3]), [0, 3, 0, 3, 0, 3]),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [2, 5, 6])
+def test_image_i_draws_class_i_modulo_their_number_in_any_batch(labels, drawn, batch_size):
+    net = Conditional()
+    sample_images(affine_denoiser(SCHEDULE, V(), net=net), DDIM(2), 6, 0, batch_size, labels=labels)
+    # Two steps for each batch.
+    for step in (0, 1):
+        assert [label for batch in net.asked[step::2] for label in batch] == drawn
+
+
+def test_classes_come_in_turn_unless_others_are_named():
+    net, other = Conditional(), Conditional()
+    implicit = sample_images(affine_denoiser(SCHEDULE, V(), net=net), DDIM(2), 6, 0)
+    assert torch.equal(
+        implicit, sample_images(affine_denoiser(SCHEDULE, V(), net=other), DDIM(2), 6, 0, labels="all")
+    )
+    assert net.asked[0] == [0, 1, 2, 3, 0, 1]
+    assert sample_images(affine_denoiser(SCHEDULE), DDIM(2), 6, 0, labels="all").shape == (6, 1, 4, 4)
+
+
+def test_guidance_is_asked_for_where_and_as_firmly_as_said():
+    net = Conditional()
+    denoiser = affine_denoiser(SCHEDULE, V(), clip="none", net=net)
+    asked = {"labels": [1], "guidance_scale": 3.0, "guidance_interval": [0.4, 0.6]}
+    drawn = sample_images(denoiser, DDIM(4), 2, 0, **asked)
+    # t / T is 1, 0.75, 0.5 and 0.25: two branches only at 0.5.
+    assert net.asked == [[1, 1], [1, 1], [1, 1, 4, 4], [1, 1]]
+    noise = normal_like(torch.empty(2, 1, 4, 4), image_generators(0, 0, 2))
+    guidance = Guidance(torch.tensor([1, 1]), 3.0, (0.4, 0.6))
+    expected = DDIM(4).sample(denoiser.guided(guidance), noise)
+    assert torch.equal(drawn, expected.clamp(-1, 1))
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"labels": 4}, "labels=4: each must be one of 0..3"),
+        ({"labels": [0, -1]}, r"labels=\[0, -1\]: each must be one of 0..3"),
+        ({"labels": []}, r"labels=\[\]: give all"),
+        ({"labels": "cat"}, "labels=cat: give all"),
+        ({"labels": True}, "labels=True: give all"),
+        ({"labels": [1, True]}, "labels=.*: give all"),
+        ({"labels": None, "guidance_scale": 2.0}, "guidance_scale=2.0: .* labels"),
+        ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
+        ({"guidance_interval": [0.5, 0.2]}, "guidance_interval="),
+        ({"guidance_interval": [0.0, 1.1]}, "guidance_interval="),
+        ({"guidance_interval": [0.0]}, "guidance_interval="),
+    ],
+)
+def test_what_a_conditional_network_cannot_draw_is_refused(asked, words):
+    net = Conditional()
+    with pytest.raises(ValueError, match=words):
+        sample_images(affine_denoiser(SCHEDULE, V(), net=net), DDIM(2), 6, 0, **asked)
+    assert net.asked == []
+
+
+@pytest.mark.parametrize(
+    ("sampler", "asked", "words"),
+    [
+        (DDIM(2), {"labels": [0]}, "labels=.*without classes"),
+        (DDIM(2), {"guidance_scale": 2.0}, "guidance_scale=2.0: .*without classes"),
+        (DDPM(2, variance="learned"), {}, "variance=learned"),
+        (DDIM(21), {}, "num_steps=21: the schedule has only 20"),
+    ],
+)
+def test_what_a_plain_network_cannot_draw_is_refused(sampler, asked, words):
+    net = Spy()
+    with pytest.raises(ValueError, match=words):
+        sample_images(affine_denoiser(SCHEDULE, V(), net=net), sampler, 6, 0, **asked)
+    assert net.calls == []
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=["ddpm", "ddim", "ddim_eta"])
+def test_edits_see_which_image_they_draw(sampler):
+    given, mask = images(3), torch.arange(16).reshape(4, 4) < 6
+    denoiser = affine_denoiser(SCHEDULE, V())
+    for edit in (Inpaint(given, mask, 2), Variation(given, 0.5), Interpolate(given[0], given[1], 7, 0.5)):
+        whole = sample_images(denoiser, sampler, 7, 3, edit=edit)
+        for batch_size in (1, 3):
+            assert torch.equal(sample_images(denoiser, sampler, 7, 3, batch_size, edit=edit), whole)
+        assert len(whole.unique(dim=0)) == 7
+        if isinstance(edit, Inpaint):
+            assert torch.equal(whole[..., ~mask], given[[0, 1, 2, 0, 1, 2, 0]][..., ~mask])
+
+
+def test_a_path_between_equal_images_is_one_image_whatever_the_sampler():
+    image = images(1)
+    drawn = sample_images(
+        affine_denoiser(SCHEDULE, V()), DDPM(5), 3, 0, edit=Interpolate(image, image, 3, 0.8)
+    )
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])

@@ -4,6 +4,8 @@ Each measurement is a module of ``evaluation`` that returns flat names and numbe
 are the held-out loss and the bound on the likelihood; image metrics join them.
 """
 
+import litdiffusion.preflight  # noqa: F401  # isort: skip
+
 import json
 import time
 from collections.abc import Iterator
@@ -15,9 +17,11 @@ from omegaconf import DictConfig
 from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import entry_point
 from litdiffusion.configuration.hardware import native_autocast, torch_device
+from litdiffusion.configuration.messages import one_line
 from litdiffusion.configuration.nodes import build
 from litdiffusion.configuration.targets import check_targets
 from litdiffusion.data.datamodule import Batch, ImageDataModule, ValidationLoader
+from litdiffusion.data.fingerprint import changes
 from litdiffusion.data.sources import Source
 from litdiffusion.diffusion import Denoiser
 from litdiffusion.diffusion.likelihood import Variance
@@ -45,6 +49,8 @@ def main(cfg: DictConfig) -> None:
 
     started = time.perf_counter()
     held_out = HeldOut(source, denoiser, cfg.num_images, cfg.batch_size)
+    if not cfg.get("data"):
+        check_known_again(held_out.datamodule, model)
     with native_autocast(device) as precision:
         metrics = {
             **measured_losses(denoiser, model.objective, held_out),
@@ -74,8 +80,16 @@ def data_source(cfg: DictConfig, model: TrainedModel) -> Source:
     if cfg.get("data"):
         source = build(cfg.data, "data")
     else:
-        check_targets(model.data_config, ours=("litdiffusion.data.sources",), layers=())
-        source = instantiate(model.data_config, _convert_="all")
+        check_targets(model.data_config, ours=("litdiffusion.data.sources",), layers=(), kind=Source)
+        try:
+            source = instantiate(model.data_config, _convert_="all")
+        except Exception as error:  # values from elsewhere can trip a constructor in any way
+            reason = one_line(error.__cause__ or error)
+            raise UserError(
+                f"the checkpoint names no data to measure on ({reason}): give data=..."
+            ) from error
+        if not isinstance(source, Source):
+            raise UserError("the checkpoint names no data to measure on: give data=...")
     shape = (source.channels, *source.image_size)
     if shape != model.denoiser.image_shape:
         raise UserError(
@@ -83,6 +97,22 @@ def data_source(cfg: DictConfig, model: TrainedModel) -> Source:
             f" {list(model.denoiser.image_shape)}: set data.channels and data.image_size"
         )
     return source
+
+
+def check_known_again(datamodule: ImageDataModule, model: TrainedModel) -> None:
+    """Check that images found where a checkpoint says are those beside which it was trained.
+
+    They may have changed since; and a checkpoint from elsewhere may name a folder of this machine that has nothing
+    to do with it.
+
+    Raises:
+        UserError: they are others.
+    """
+    if model.held_out is None or changes(model.held_out, datamodule.held_out_fingerprint()):
+        raise UserError(
+            f"{datamodule.source.name} does not hold the images that the checkpoint was trained beside: to measure"
+            " on what is there all the same, give data=..."
+        )
 
 
 class HeldOut:

@@ -1,10 +1,24 @@
 """Files that are either whole or not there: written under a temporary name, synced, then renamed."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+class WriteError(OSError):
+    """A file could not be written. ``errno`` and ``strerror`` say why, ``filename`` says which, as it was meant."""
+
+    @classmethod
+    def at(cls, path: Path, error: BaseException) -> "WriteError":
+        """Return the error for ``path``; its reason is the first system error behind ``error``."""
+        cause: BaseException | None = error
+        while cause is not None and not (isinstance(cause, OSError) and cause.errno is not None):
+            cause = cause.__cause__ or cause.__context__
+        number, reason = (cause.errno, cause.strerror) if isinstance(cause, OSError) else (None, None)
+        return cls(number, reason or " ".join(str(error).split()) or type(error).__name__, str(path))
 
 
 @contextmanager
@@ -15,9 +29,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary name keeps the suffix, since several libraries choose the format by it.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full; ``path`` is then as it was.
+        WriteError: the folder cannot be written, or the disk is full; ``path`` is then as it was.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    except OSError as error:
+        raise WriteError.at(path, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -27,8 +44,12 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
         _sync_folder(path.parent)
+    except OSError as error:
+        if error.filename not in (None, name):  # of another file, which the block was reading
+            raise
+        raise WriteError.at(path, error) from error
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # gone already, or on a disk that has become read-only
             temporary.unlink()
 
 
@@ -36,6 +57,46 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` as UTF-8, whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def second_name(path: Path, other: Path) -> None:
+    """Make ``other`` a second name of the file ``path``; at every moment there is a whole file under both.
+
+    Raises:
+        WriteError: the folder cannot be written, or the disk is full.
+    """
+    temporary = other.with_name(f".{other.name}")
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, temporary)
+        temporary.replace(other)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise WriteError.at(other, error) from error
+
+
+def append_text(path: Path, text: str) -> None:
+    """Write ``text`` at the end of ``path``; where that fails, the file is as it was.
+
+    Raises:
+        WriteError: the folder cannot be written, or the disk is full.
+    """
+    try:
+        with path.open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                rest = memoryview(text.encode())
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(before)
+                raise
+    except OSError as error:
+        raise WriteError.at(path, error) from error
 
 
 def _umask() -> int:

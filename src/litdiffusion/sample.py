@@ -1,46 +1,66 @@
 """python -m litdiffusion.sample: open a checkpoint, draw images, show how they came to be."""
 
+import litdiffusion.preflight  # noqa: F401  # isort: skip
+
 import json
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
+from litdiffusion.configuration.annotations import accepts
 from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import entry_point
 from litdiffusion.configuration.hardware import native_autocast, torch_device
-from litdiffusion.configuration.nodes import build
+from litdiffusion.configuration.messages import needs_value
+from litdiffusion.configuration.nodes import build, takes
+from litdiffusion.data.pictures import read_given
 from litdiffusion.diffusion import Sampler, Step
+from litdiffusion.diffusion.editing import Edit
 from litdiffusion.errors import UserError
 from litdiffusion.files import whole_file, write_text
+from litdiffusion.reporting.edits import edit_strip
 from litdiffusion.reporting.gif import pick_frames, save_gif
 from litdiffusion.reporting.images import grid, save, to_uint8
 from litdiffusion.runs.folder import absolute, writable_folder
 from litdiffusion.runs.model import TrainedModel, load_model
+from litdiffusion.sampling import drawn_classes
 from litdiffusion.training.memory import keep_freed_memory
 
 GRID_IMAGES = 64
+PICTURES = ("image", "image2", "mask")
+"""Keys that name pictures. An edit's node is completed by those of them that its class takes."""
+EDIT_KEYS = (*PICTURES, "strength", "repeats")
+"""Keys that mean nothing without an edit."""
 
 
 @entry_point("sample")
 def main(cfg: DictConfig) -> None:
     """Draw images from a checkpoint into ``out``."""
-    validate(cfg)
+    validate(cfg, {"edit": PICTURES})
+    check_edit(cfg)
+    guidance = guidance_options(cfg)
     device = torch_device(cfg.device)
     keep_freed_memory()
     model = load_model(absolute(cfg.ckpt), cfg.weights, device)
     sampler: Sampler = build(cfg.sampler, "sampler") if cfg.get("sampler") else model.default_sampler
+    given = read_pictures(cfg, model)
+    edit: Edit | None = build(cfg.edit, "edit", **given) if cfg.edit else None
+    times = frame_times(model, sampler, edit)
+    model.check(sampler, **guidance)
     out = writable_folder("out", absolute(cfg.out))
 
     started = time.perf_counter()
     with native_autocast(device) as precision:
-        images, frames = draw(model, sampler, cfg)
+        images, frames = draw(model, sampler, cfg, times, edit=edit, **guidance)
     seconds = time.perf_counter() - started
 
-    save(grid(images[:GRID_IMAGES]), out / "grid.png")
+    save(edit_strip(given, images) if edit else grid(images[:GRID_IMAGES]), out / "grid.png")
     save_gif(frames, out / "denoising.gif")
     with whole_file(out / "samples.npz") as temporary:
         np.savez_compressed(temporary, images=to_uint8(images).permute(0, 2, 3, 1).numpy())
@@ -49,9 +69,13 @@ def main(cfg: DictConfig) -> None:
         "step": model.step,
         "weights": model.weights,
         "sampler": type(sampler).__name__.lower(),
-        "num_steps": len(frame_times(model, sampler)) - 1,
+        "num_steps": len(times) - 1,
         "num_images": cfg.num_images,
         "seed": cfg.seed,
+        **guidance,
+        "labels": drawn_classes(model.denoiser.num_classes, guidance["labels"]),
+        "edit": type(edit).__name__.lower() if edit else None,
+        **{key: plain(cfg[key]) for key in EDIT_KEYS if cfg[key] is not None},
         "device": str(device),
         "precision": precision,
         "wall_seconds": round(seconds, 2),
@@ -65,10 +89,9 @@ def main(cfg: DictConfig) -> None:
 
 
 def draw(
-    model: TrainedModel, sampler: Sampler, cfg: DictConfig
+    model: TrainedModel, sampler: Sampler, cfg: DictConfig, times: list[int], **options: Any
 ) -> tuple[Float[Tensor, "num_images channels h w"], list[Float[Tensor, "batch channels h w"]]]:
-    """Return the images, and some moments of the first batch on its way to them."""
-    times = frame_times(model, sampler)
+    """Return the images, and some moments of the first batch on its way through ``times`` to them."""
     shown = {times[index] for index in pick_frames(len(times) - 1, cfg.frames)}
     frames: list[Tensor] = []
     batches = -(-cfg.num_images // cfg.batch_size)
@@ -79,20 +102,78 @@ def draw(
             if start == 0 and moment.t in shown:
                 frames.append(moment.x.float().cpu())
 
-        images = model.sample(cfg.num_images, sampler, seed=cfg.seed, batch_size=cfg.batch_size, watch=watch)
+        images = model.sample(
+            cfg.num_images, sampler, seed=cfg.seed, batch_size=cfg.batch_size, watch=watch, **options
+        )
     return images, frames
 
 
-def frame_times(model: TrainedModel, sampler: Sampler) -> list[int]:
-    """Return the sampler's grid, T first.
+def frame_times(model: TrainedModel, sampler: Sampler, edit: Edit | None = None) -> list[int]:
+    """Return the times of the sampler's grid that are walked, noisiest first.
 
     Raises:
         UserError: more steps than the checkpoint's schedule has.
     """
+    schedule = model.denoiser.schedule
     try:
-        return sampler.times(model.denoiser.schedule)
+        times = sampler.times(schedule)
     except ValueError as error:
         raise UserError(f"sampler.{error}: choose fewer") from error
+    return times if edit is None else [t for t in times if t <= edit.start(sampler, schedule)]
+
+
+def guidance_options(cfg: DictConfig) -> dict[str, Any]:
+    """Return the keys that say what is drawn and how firmly, as plain values.
+
+    Raises:
+        UserError: a number is none.
+    """
+    options = {key: plain(cfg[key]) for key in ("labels", "guidance_scale", "guidance_interval")}
+    for key, hint, words in (
+        ("guidance_scale", float, "a number"),
+        ("guidance_interval", tuple[float, float], "[from, to], two numbers"),
+    ):
+        if not accepts(options[key], hint):
+            raise UserError(f"{key}={options[key]}: must be {words}")
+    return options
+
+
+def check_edit(cfg: DictConfig) -> None:
+    """Check that an edit has its pictures, and pictures their edit.
+
+    Raises:
+        UserError: they have not.
+    """
+    for key in EDIT_KEYS:
+        taken = cfg.edit is not None and (key in cfg.edit or takes(cfg.edit, key))
+        if taken and cfg[key] in (None, []):
+            raise UserError(needs_value(key))
+        if not taken and cfg[key] is not None:
+            way_out = (
+                "it is of no use to this edit"
+                if cfg.edit
+                else "it is for edit=inpaint, variation, interpolate or slerp"
+            )
+            raise UserError(f"{key}={cfg[key]}: {way_out}")
+
+
+def read_pictures(cfg: DictConfig, model: TrainedModel) -> dict[str, Tensor]:
+    """Return the pictures that an edit is given, by their keys, at the model's size: each [pictures, C, H, W].
+
+    Raises:
+        UserError: one cannot be read, or masks and images are not the same number.
+    """
+    named = {key: plain(cfg[key]) for key in PICTURES if cfg[key] is not None}
+    paths = {
+        key: [Path(absolute(each)) for each in (value if isinstance(value, list) else [value])]
+        for key, value in named.items()
+    }
+    return read_given(paths, model.denoiser.image_shape)
+
+
+def plain(value: Any) -> Any:
+    """Return a value of the configuration as YAML has it."""
+    return OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
 
 
 if __name__ == "__main__":

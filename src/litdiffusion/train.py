@@ -1,6 +1,7 @@
 """python -m litdiffusion.train: compose, build, run, write the summary."""
 
-import json
+import litdiffusion.preflight  # noqa: F401  # isort: skip
+
 import logging
 import time
 import warnings
@@ -15,12 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import entry_point, process_rank
 from litdiffusion.configuration.nodes import build
+from litdiffusion.errors import UserError
+from litdiffusion.redaction import SECRET_KEY, without_secrets
 from litdiffusion.reporting.curves import curves
 from litdiffusion.reporting.report import paragraph
-from litdiffusion.runs.folder import RunFolder, absolute
+from litdiffusion.runs.folder import RunFolder, absolute, read_json
+from litdiffusion.runs.lock import RunLock
 from litdiffusion.runs.model import MODEL_PARTS
 from litdiffusion.runs.provenance import provenance
-from litdiffusion.runs.resume import Resumption, find_resumption
+from litdiffusion.runs.resume import Resumption, check_same_data, find_resumption, set_damaged_aside
 from litdiffusion.training.callbacks import Interrupted, Monitor, SampleImages, SaveCheckpoints
 from litdiffusion.training.callbacks.attached import datamodule_of, find, images_seen
 from litdiffusion.training.callbacks.interruption import stopping_at_once
@@ -46,22 +50,47 @@ def main(cfg: DictConfig) -> None:
     validate(cfg, SUPPLIED)
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     run = RunFolder(Path(cfg.run_dir))
+    with RunLock(run.path, first=process_rank() == 0) as lock:
+        stopped_by = train(cfg, config, run, lock, started)
+    if stopped_by:
+        leave(stopped_by)
+
+
+def train(
+    cfg: DictConfig, config: dict[str, Any], run: RunFolder, lock: RunLock, started: float
+) -> int | None:
+    """Do it; return the signal that stopped it before its end, if one did."""
     resumption = find_resumption(run, config, cfg.resume)
     if resumption and resumption.step >= cfg.trainer.max_steps and run.summary.exists():
         say(f"This run is finished, at step {resumption.step:,}; a larger trainer.max_steps continues it.")
-        say(paragraph(json.loads(run.summary.read_text()), run.path))
-        return
+        say(paragraph(read_json(run.summary, dict), run.path))
+        return None
 
     keep_freed_memory()
     torch.manual_seed(cfg.seed)  # every process starts from the same weights
     datamodule = build(cfg.datamodule, "datamodule")
     datamodule.prepare_data()
     datamodule.setup("fit")
+    if resumption:
+        check_same_data(run, datamodule.fingerprint())
     module: LitDiffusion = build(cfg.module, "module")
     run.prepare()
+    if lock.take() and find_resumption(run, config, cfg.resume) != resumption:
+        raise UserError(
+            f"run_dir {run.path} was begun by another job meanwhile: the same command continues it"
+        )
     if process_rank() == 0:
+        run.tidy()
         run.describe(config, overrides(), provenance(cfg.seed))
-    trainer = build_trainer(cfg, config)
+        run.remember_data(datamodule.fingerprint())
+        if resumption:
+            set_damaged_aside(resumption)
+    carried = {
+        "model_config": without_secrets({name: config[name] for name in MODEL_PARTS}, SECRET_KEY),
+        "data_config": without_secrets(config["data"], SECRET_KEY),
+        "held_out": datamodule.held_out_fingerprint(),
+    }
+    trainer = build_trainer(cfg, carried)
     announce(trainer, module, run, resumption)
 
     stopped_by = None
@@ -77,12 +106,11 @@ def main(cfg: DictConfig) -> None:
         stopped_by = interrupted.signum
     finally:
         close_loggers(trainer.loggers)
-    if stopped_by:
-        leave(stopped_by)
+    return stopped_by
 
 
-def build_trainer(cfg: DictConfig, config: dict[str, Any]) -> Trainer:
-    """Build loggers, callbacks and the trainer that runs them."""
+def build_trainer(cfg: DictConfig, carried: dict[str, Any]) -> Trainer:
+    """Build loggers, callbacks and the trainer that runs them; its checkpoints hold what is ``carried``."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings(
@@ -98,7 +126,7 @@ def build_trainer(cfg: DictConfig, config: dict[str, Any]) -> Trainer:
     trainer: Trainer = build(cfg.trainer, "trainer", **supplied)
     saving = find(trainer, SaveCheckpoints)
     if saving:
-        saving.embed(model_config={name: config[name] for name in MODEL_PARTS}, data_config=config["data"])
+        saving.embed(**carried)
     return trainer
 
 

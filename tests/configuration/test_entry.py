@@ -134,7 +134,7 @@ def test_environment_is_left_as_it_was(command: Command) -> None:
 
 
 def test_sweep_goes_on_after_a_mistake_and_ends_with_2(command: Command) -> None:
-    code, out, err = command("-m", "seed=1,1003,2", "schedule=linear")
+    code, out, err = command("-m", "seed=1,1003,2", "schedule=linear", IN_THIS_PROCESS)
     assert code == 2
     assert err == "error: job 1 (seed=1003 schedule=linear): seed: 1003 is unlucky; take another\n"
     folders = re.findall(r"(logs/sweeps/\S+)/(\d) \d linear", out)
@@ -143,20 +143,20 @@ def test_sweep_goes_on_after_a_mistake_and_ends_with_2(command: Command) -> None
 
 
 def test_sweep_of_a_config_file_gives_each_job_its_folder(command: Command) -> None:
-    code, out, err = command("sweep=seeds")
+    code, out, err = command("sweep=seeds", IN_THIS_PROCESS)
     assert (code, err) == (0, "")
     assert len(set(re.findall(r"logs/sweeps/\S+/\d", out))) == 2
 
 
 def test_sweep_may_name_its_folders(command: Command) -> None:
-    code, out, _ = command("-m", "seed=1,2", "run_dir=here/${hydra:job.num}")
+    code, out, _ = command("-m", "seed=1,2", "run_dir=here/${hydra:job.num}", IN_THIS_PROCESS)
     assert code == 0
     assert re.findall(r"here/\d \d", out) == ["here/0 1", "here/1 2"]
 
 
 def test_bug_in_a_sweep_keeps_its_traceback(command: Command) -> None:
     with pytest.raises(RuntimeError, match="a bug"):
-        command("-m", "seed=1,1001")
+        command("-m", "seed=1,1001", IN_THIS_PROCESS)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from lightning import Trainer
 
 from commands import train_tiny, type_command
 from litdiffusion.data.datamodule import TrainLoader
-from litdiffusion.diffusion import L2, Uniform, UniformTimesteps, schedules
+from litdiffusion.diffusion import L2, Objective, Uniform, UniformTimesteps, schedules
 from litdiffusion.errors import UserError
 from litdiffusion.runs.metrics import read_rows
 from litdiffusion.training import checkpoint_io
@@ -90,7 +90,7 @@ def test_the_device_is_waited_for_once_a_line_and_not_every_step(tmp_path: Path,
 
 def outputs(loss: float) -> Any:
     losses = torch.tensor([loss, loss])
-    return {"loss": losses.mean(), "losses": losses, "t": torch.tensor([1, 50])}
+    return {"loss": losses.mean(), "losses": losses, "t": torch.tensor([1, 50]), "weights": torch.ones(2)}
 
 
 def test_the_first_bad_step_is_named_even_if_nobody_looked_then(tmp_path: Path) -> None:
@@ -103,7 +103,11 @@ def test_the_first_bad_step_is_named_even_if_nobody_looked_then(tmp_path: Path) 
         enable_progress_bar=False,
     )
     module = LitDiffusion(
-        affine_denoiser(schedules.cosine(50)), L2(), Uniform(), UniformTimesteps(), torch.optim.SGD, constant
+        affine_denoiser(schedules.cosine(50)),
+        Objective(L2(), Uniform()),
+        UniformTimesteps(),
+        torch.optim.SGD,
+        constant,
     )
     for step, loss in enumerate((0.5, float("inf"), 0.25, float("nan")), start=1):
         watching._add(outputs(loss), module, 1, step)

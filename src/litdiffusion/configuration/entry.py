@@ -28,8 +28,10 @@ from litdiffusion.configuration.messages import one_line, user_error
 from litdiffusion.configuration.overrides import CommandLine, find_fault
 from litdiffusion.configuration.resolvers import is_sweep
 from litdiffusion.configuration.slurm import task_rank
-from litdiffusion.configuration.sweeps import check_sweep
+from litdiffusion.configuration.sweeps import check_sweep, end_with_parent, sweep_command
 from litdiffusion.errors import UserError
+from litdiffusion.redaction import REDACTED_LOG, redacted
+from litdiffusion.releases import check_releases
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -49,7 +51,9 @@ def entry_point(
             warnings.filterwarnings("ignore", category=UserWarning, module=r"hydra\.")
             wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
             job = _Job(task, wants_traceback)
+            end_with_parent()
             try:
+                check_releases()
                 with _hydra_raises():
                     _run(job, config_name, str(config_dir or config_folder()))
             except KeyboardInterrupt:
@@ -97,12 +101,14 @@ class _Job:
     """The task as Hydra calls it, once or once for each job of a sweep."""
 
     def __init__(self, task: Callable[[DictConfig], None], wants_traceback: bool) -> None:
-        self.task, self._wants_traceback = task, wants_traceback
+        self.task, self.wants_traceback = task, wants_traceback
         self.failed = False
 
     def __call__(self, cfg: DictConfig) -> None:
         if process_rank() > 0:
             logging.disable(logging.INFO)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(REDACTED_LOG)
         try:
             self.task(cfg)
         except Exception as error:
@@ -110,14 +116,14 @@ class _Job:
             if line is None:
                 raise
             if not is_sweep():
-                complain(line, self._wants_traceback)
+                complain(line, self.wants_traceback)
                 raise SystemExit(USER_ERROR) from None
             if not _in_this_process():
                 raise UserError(
                     line
                 ) from error  # the sweeper's to know: it reports, and counts a failed trial
             self.failed = True
-            complain(f"job {_job_title()}: {line}", self._wants_traceback)
+            complain(f"job {_job_title()}: {line}", self.wants_traceback)
 
 
 def _run(job: _Job, config_name: str, config_dir: str) -> None:
@@ -129,6 +135,7 @@ def _run(job: _Job, config_name: str, config_dir: str) -> None:
     arguments = _parse_command_line()
     sweeping = ("hydra.mode=MULTIRUN", "sweep=", "+sweep=")
     multirun = arguments.multirun or any(text.startswith(sweeping) for text in arguments.overrides)
+    multirun = multirun and "hydra.mode=RUN" not in arguments.overrides  # as in the jobs of a sweep
     command = CommandLine(
         config_dir=str(Path(arguments.config_path or config_dir).resolve()),
         config_name=arguments.config_name or config_name,
@@ -144,7 +151,9 @@ def _run(job: _Job, config_name: str, config_dir: str) -> None:
     try:
         if multirun:
             check_sweep(arguments.overrides)
-        hydra.main(version_base="1.3", config_path=config_dir, config_name=config_name)(task)()
+        with sweep_command(_options(arguments), job.wants_traceback) as sweep:
+            hydra.main(version_base="1.3", config_path=config_dir, config_name=config_name)(task)()
+        job.failed |= sweep.failed
     except UserError:
         raise
     except Exception as error:
@@ -185,6 +194,12 @@ def _parse_command_line() -> Namespace:
     raise UserError(f"{text}; overrides are written key=value, without dashes; --help lists the options")
 
 
+def _options(arguments: Namespace) -> list[str]:
+    """Return the options that say where the configuration lies, for other processes."""
+    given = {name: getattr(arguments, name) for name in ("config_path", "config_name", "config_dir")}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value]
+
+
 def _in_this_process() -> bool:
     """Whether Hydra's own sweeper and launcher run the jobs of a sweep, here and one after the other."""
     hydra_cfg = HydraConfig.get()
@@ -210,8 +225,8 @@ def complain(line: str, with_traceback: bool = False) -> None:
     """Print one line on stderr, from the first process alone; after the traceback of the error being handled."""
     if process_rank() == 0:
         if with_traceback:
-            traceback.print_exc()
-        print(f"error: {line}", file=sys.stderr, flush=True)
+            print(redacted(traceback.format_exc()), file=sys.stderr)
+        print(f"error: {redacted(line)}", file=sys.stderr, flush=True)
 
 
 def process_rank() -> int:

@@ -1,5 +1,7 @@
-"""Exceptions of Hydra, OmegaConf and YAML as one line for the person at the keyboard."""
+"""Exceptions of Hydra, OmegaConf, YAML and the disk as one line for the person at the keyboard."""
 
+import errno
+import os
 import re
 
 from hydra.errors import MissingConfigException
@@ -12,6 +14,25 @@ from omegaconf.errors import (
 
 from litdiffusion.configuration.nearest import suggestion
 from litdiffusion.errors import UserError
+from litdiffusion.files import WriteError
+
+_WAYS_OUT = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space, or have the quota raised",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""What a system call reports for a disk alone, whoever has made it."""
+
+_EXTRAS = {
+    "hydra/sweeper/optuna": ("optuna", "hydra-optuna-sweeper"),
+    "hydra/sweeper/sampler/tpe": ("optuna", "hydra-optuna-sweeper"),
+    "hydra/launcher/submitit_slurm": ("slurm", "hydra-submitit-launcher"),
+}
+"""Configurations that come with packages, the extras that install them, and their names."""
 
 _WORKER = re.compile(r"\ACaught \w+ in ")
 _RESOLVER = re.compile(r"\A\w+ raised while resolving interpolation: ")
@@ -24,12 +45,20 @@ _NOISE = re.compile(
 def user_error(error: BaseException) -> str | None:
     """Return the line of an error that the user can mend, or None: then it is a bug, and wants its traceback.
 
-    Counted in: ``UserError``, also as the cause of another exception, and values that the configuration lacks.
+    Counted in: ``UserError``, also as the cause of another exception, values that the configuration lacks, a file
+    that cannot be written, and a data-loader worker that was killed.
     """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
             return _of_user_error(cause)
+        if isinstance(cause, WriteError) or (isinstance(cause, OSError) and cause.errno in _DISK_ERRORS):
+            return _not_written(cause)
+        if isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader worker"):
+            return (
+                f"a process that decodes images was lost ({_flat(str(cause)).rstrip('. ')}): the same command"
+                " continues; where memory ran out, with a smaller datamodule.num_workers"
+            )
         cause = cause.__cause__
     if isinstance(error, MissingMandatoryValue | InterpolationResolutionError):
         return one_line(error)
@@ -47,6 +76,9 @@ def one_line(error: BaseException) -> str:
         found = _MISSING.search(str(error))
         if found is not None:
             return needs_value(found[1])
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file in _EXTRAS:
+        extra, package = _EXTRAS[error.missing_cfg_file]
+        return f"{package} is not installed, which this needs: pip install 'litdiffusion[{extra}]'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         near = suggestion(choice, error.options)
@@ -64,6 +96,12 @@ def one_line(error: BaseException) -> str:
 def needs_value(key: str) -> str:
     """Return the line for a mandatory value that nobody gave."""
     return f"{key}: needs a value; give it as {key}=VALUE"
+
+
+def _not_written(error: OSError) -> str:
+    way_out = _WAYS_OUT.get(error.errno or 0, "when that is mended")
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
+    return f"{name} could not be written ({error.strerror}): {way_out}, and the same command continues"
 
 
 def _of_user_error(error: UserError) -> str:

@@ -1,16 +1,20 @@
-"""``${new_run_dir:}`` and ``${new_run_name:}``: where a run lives when nobody says so. Registered on import.
+"""Where runs and sweeps live when nobody says so. Registered on import.
 
-Cached by OmegaConf per configuration, like Hydra's ``${now:}``: all interpolations of one run agree, and two
-runs composed in one process (a notebook) do not share a folder.
+``${new_run_dir:}`` and ``${new_run_name:}`` are new each time, ``${sweep_name:}`` and ``${digest:...}`` never. The
+new ones are cached by OmegaConf per configuration, like Hydra's ``${now:}``: all interpolations of one run agree, and
+two runs composed in one process (a notebook) do not share a folder.
 """
 
+import hashlib
+import json
 import os
 import secrets
 from datetime import datetime
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from litdiffusion.errors import UserError
 
@@ -38,8 +42,29 @@ def new_run_dir() -> str:
     torchrun = "TORCHELASTIC_RUN_ID" in environment and int(environment.get("WORLD_SIZE", 1)) > 1
     if torchrun or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise UserError("run_dir: processes started by torchrun or srun need to be told; give run_dir=DIR")
-    environment[_INHERITED] = f"logs/{_experiment()}/{new_run_name()}"
+    experiment = _experiment(HydraConfig.get()) if HydraConfig.initialized() else "default"
+    environment[_INHERITED] = f"logs/{experiment}/{new_run_name()}"
     return environment[_INHERITED]
+
+
+def sweep_name(*, _root_: DictConfig) -> str:
+    """Return ``<experiment, or "default">-<8 hex digits>``: the same for the same sweep, which so finds its jobs.
+
+    The digits stand for everything that decides which jobs there are and what each of them does; where and how they
+    run, and how many trials there shall be, may change from one call to the next.
+    """
+    hydra = _root_.hydra
+    decisive = [hydra.job.config_name, _plain(hydra.overrides.task), _plain(hydra.sweeper.get("params"))]
+    return f"{_experiment(hydra)}-{digest(decisive)}"
+
+
+def digest(value: object) -> str:
+    """Return 8 hexadecimal digits that stand for plain values, interpolations taken as they are written."""
+    return hashlib.sha256(json.dumps(_plain(value)).encode()).hexdigest()[:8]
+
+
+def _plain(value: object) -> object:
+    return OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
 
 
 def is_sweep() -> bool:
@@ -47,10 +72,12 @@ def is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def _experiment() -> str:
-    chosen = HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None
+def _experiment(hydra: Any) -> str:
+    chosen = hydra.runtime.choices.get("experiment")
     return "+".join(chosen) if isinstance(chosen, ListConfig | list) else chosen or "default"
 
 
 OmegaConf.register_new_resolver("new_run_name", new_run_name, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
+OmegaConf.register_new_resolver("digest", digest, replace=True)

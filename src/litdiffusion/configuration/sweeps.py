@@ -1,17 +1,113 @@
-"""Every job of a sweep needs a run folder of its own."""
+"""Sweeps as the command line sees them: a folder for every job, and what a launcher tells of how its jobs went."""
 
-from collections.abc import Iterable
+import ctypes
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
 
 from litdiffusion.errors import UserError
+
+FOLDERS = ("run_dir", "out")
+"""Keys that say where a command writes, of which each configuration has one."""
+
+PARENT = "LITDIFFUSION_SWEEP_PID"
+"""Tells a job which process it belongs to."""
+
+
+@dataclass
+class SweepCommand:
+    """A command that runs jobs, as a launcher needs to know it, and what the launcher has to say.
+
+    Args:
+        options: of the command line, that its jobs need too: ``--config-dir DIR``.
+        wants_traceback: whether the user has set HYDRA_FULL_ERROR.
+        failed: whether a job has failed.
+        report: called when the sweep is over, however it ended.
+    """
+
+    options: list[str] = field(default_factory=list)
+    wants_traceback: bool = False
+    failed: bool = False
+    report: Callable[[], None] | None = None
+
+
+_CURRENT: ContextVar[SweepCommand] = ContextVar("sweep")
+
+
+@contextmanager
+def sweep_command(options: list[str], wants_traceback: bool) -> Iterator[SweepCommand]:
+    """Be the command that launchers find; report at the end."""
+    command = SweepCommand(options, wants_traceback)
+    token = _CURRENT.set(command)
+    try:
+        yield command
+    finally:
+        _CURRENT.reset(token)
+        if command.report:
+            command.report()
+
+
+def current_sweep() -> SweepCommand:
+    """Return the command that this launcher works for.
+
+    Raises:
+        UserError: there is none: Hydra was called by other means than ``entry_point``.
+    """
+    command = _CURRENT.get(None)
+    if command is None:
+        raise UserError(
+            "hydra/launcher=processes runs the entry points of litdiffusion alone; use another launcher"
+        )
+    return command
+
+
+class OneFolder(Callback):
+    """Settle where a sweep lives, before its jobs are composed: ``${sweep_name:}`` looks at the whole of it."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Give the jobs the folder as a value."""
+        folder = str(config.hydra.sweep.dir)
+        config.hydra.sweep.dir = folder
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(folder)}")
+
+
+def quoted(value: str) -> str:
+    """Return a value as Hydra's command line reads it back."""
+    if re.fullmatch(r"[\w./-]+", value, re.ASCII):
+        return value
+    escaped = value.replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def end_with_parent() -> None:
+    """Have a job of a sweep asked to stop when the sweep dies without a word (``kill -9``), where Linux runs it.
+
+    Otherwise it would go on alone, and the repeated sweep would find its folder in use.
+    """
+    parent = os.environ.pop(PARENT, None)
+    if parent is None or sys.platform != "linux":
+        return
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it was faster
+        sys.exit(128 + signal.SIGTERM)
 
 
 def check_sweep(overrides: Iterable[str], params: Iterable[str] = ()) -> None:
     """Check a sweep's overrides, and the keys ``params`` that the sweeper's own configuration varies.
 
     Raises:
-        UserError: one ``run_dir`` for several jobs.
+        UserError: one ``run_dir`` or ``out`` for several jobs.
         hydra.errors.OverrideParseException: an override cannot be read.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -19,9 +115,9 @@ def check_sweep(overrides: Iterable[str], params: Iterable[str] = ()) -> None:
     # A choice of the group "sweep" brings its own parameters.
     varied |= {override.key_or_group for override in parsed if override.key_or_group == "sweep"}
     for override in parsed:
-        text = str(override.input_line)
-        if override.key_or_group == "run_dir" and varied - {"run_dir"} and "$" not in text:
+        text, key = str(override.input_line), override.key_or_group
+        if key in FOLDERS and varied - {key} and "$" not in text:
             raise UserError(
-                f"{text}: jobs that vary {', '.join(sorted(varied - {'run_dir'}))} cannot share a run folder; "
-                "leave run_dir out, or write 'run_dir=DIR/${hydra:job.num}'"
+                f"{text}: jobs that vary {', '.join(sorted(varied - {key}))} cannot share a folder; "
+                f"leave {key} out, or write '{key}=DIR/${{hydra:job.num}}'"
             )

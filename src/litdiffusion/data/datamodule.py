@@ -9,6 +9,7 @@ from jaxtyping import Float
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from litdiffusion.data.fingerprint import Fingerprint, fingerprint
 from litdiffusion.data.sampling_order import SamplingOrder
 from litdiffusion.data.sources import Source
 from litdiffusion.data.stores import ArrowStore, Batch, ImageStore, MemoryStore, Request, to_float
@@ -18,6 +19,9 @@ from litdiffusion.randomness import uniform_positions
 __all__ = ["Batch", "ImageDataModule", "TrainLoader", "ValidationLoader", "to_float"]
 
 log = logging.getLogger(__name__)
+
+FEW = 16
+"""Held-out images by which a checkpoint's data is known again."""
 
 
 class TrainLoader:
@@ -118,6 +122,7 @@ class ImageDataModule(LightningDataModule):
         self.memory_limit_mb = memory_limit_mb
         self._train: ImageStore | None = None
         self._val: ImageStore | None = None
+        self._fingerprint: Fingerprint = {}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -142,7 +147,9 @@ class ImageDataModule(LightningDataModule):
         """Load what the stage needs and is not yet there; a second call does nothing."""
         self._shares()
         if stage in (None, "fit") and self._train is None:
-            self._train = self._open(self.source.load("train"), "training")
+            train = self.source.load("train")
+            self._train = self._open(train, "training")
+            self._fingerprint = fingerprint(self._train, train)
         if stage in (None, "fit", "validate") and self._val is None and self.num_val > 0:
             test = self.source.load("test")
             self._val = self._open(test.select(range(min(self.num_val, len(test)))), "validation")
@@ -163,8 +170,18 @@ class ImageDataModule(LightningDataModule):
     def examples(self, count: int) -> Float[Tensor, "count channels h w"]:
         """Return the first training images in [-1, 1], unflipped, on the CPU, after ``setup``."""
         store = self._store("fit")
-        request = Request(list(range(min(count, len(store)))), 0, 0)
-        return self.finish(next(store.batches(iter([request]))), training=False).images
+        return self.finish(store.read(list(range(min(count, len(store))))), training=False).images
+
+    def fingerprint(self) -> Fingerprint:
+        """Return what the training images are known by, after ``setup``: the same on every process."""
+        return self._fingerprint
+
+    def held_out_fingerprint(self) -> Fingerprint:
+        """Return what the first few images of the test split are known by, whatever ``num_val`` is."""
+        test = self.source.load("test")
+        few = test.select(range(min(FEW, len(test))))
+        _, height, width = self.image_shape
+        return fingerprint(MemoryStore(few, (height, width), self.image_shape[0]), few)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Lightning's hook: finish the batch where it now lies."""

@@ -52,7 +52,7 @@ def decode_column(column: pa.ChunkedArray, image_size: tuple[int, int], channels
         if arrays.shape[1:] == (channels, *image_size):
             return arrays
         pictures = [Image.fromarray(a[0] if len(a) == 1 else np.moveaxis(a, 0, -1)) for a in arrays]
-        return np.stack([_pixels(picture, image_size, channels) for picture in pictures])
+        return np.stack([to_pixels(picture, image_size, channels) for picture in pictures])
     return np.stack([_decode(record, image_size, channels) for record in column.to_pylist()])
 
 
@@ -73,16 +73,16 @@ def _decode(
     try:
         if record["bytes"] is None:
             with Path(record["path"]).open("rb") as file, Image.open(file) as picture:
-                return _pixels(picture, image_size, channels)
+                return to_pixels(picture, image_size, channels)
         with Image.open(BytesIO(record["bytes"])) as picture:
-            return _pixels(picture, image_size, channels)
+            return to_pixels(picture, image_size, channels)
     except Exception as error:  # Pillow's plugins raise a dozen unrelated types on damaged files
         name = record["path"] or "an image without a name"
         reason = "not an image Pillow can open" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"cannot read image {name}: {one_line(reason)}; repair or remove it") from error
 
 
-def _pixels(picture: Image.Image, image_size: tuple[int, int], channels: int) -> UInt8[np.ndarray, "c h w"]:
+def to_pixels(picture: Image.Image, image_size: tuple[int, int], channels: int) -> UInt8[np.ndarray, "c h w"]:
     """Turn upright, convert, then resize the shorter side and crop the centre (antialiased bicubic)."""
     height, width = image_size
     picture = _eight_bit(ImageOps.exif_transpose(picture))

@@ -76,10 +76,16 @@ class MemoryStore:
 
     def batches(self, requests: Iterator[Request]) -> Iterator[Batch]:
         """One gather for each request."""
-        for indices, start, step in requests:
-            index = torch.tensor(indices, dtype=torch.int64)
-            labels = None if self.labels is None else self.labels[index]
-            yield Batch(self.images[index], labels, start, step)
+        return (self._gather(request) for request in requests)
+
+    def read(self, indices: list[int]) -> Batch:
+        """Return a few images."""
+        return self._gather(Request(indices, 0, 0))
+
+    def _gather(self, request: Request) -> Batch:
+        index = torch.tensor(request.indices, dtype=torch.int64)
+        labels = None if self.labels is None else self.labels[index]
+        return Batch(self.images[index], labels, request.start, request.step)
 
 
 class ArrowStore:
@@ -130,6 +136,17 @@ class ArrowStore:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+    def read(self, indices: list[int]) -> Batch:
+        """Return a few images, decoded here.
+
+        Raises:
+            UserError: an image cannot be read.
+        """
+        batch = self._reader[Request(indices, 0, 0)]
+        if isinstance(batch, UserError):
+            raise batch
+        return batch
 
 
 ImageStore = MemoryStore | ArrowStore

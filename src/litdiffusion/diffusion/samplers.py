@@ -288,7 +288,7 @@ class Heun(Sampler):
         self,
         num_steps: int | None = 18,
         churn: float = 0.0,
-        churn_interval: tuple[float, float] = (0.0, math.inf),
+        churn_interval: Sequence[float] = (0.0, math.inf),
         churn_noise: float = 1.0,
         grid: Grid = "uniform",
     ) -> None:

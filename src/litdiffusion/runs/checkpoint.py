@@ -1,4 +1,4 @@
-"""Checkpoint files: self-contained, inert, written whole.
+"""Checkpoint files: self-contained, inert, written whole, sealed.
 
 A checkpoint is Lightning's dictionary (``state_dict``, ``optimizer_states``, ``global_step``, ...) and our
 ``model_config``: the resolved configuration of denoiser and sampler as plain values. It is only ever opened
@@ -12,47 +12,67 @@ from typing import Any
 import torch
 
 from litdiffusion.errors import UserError
-from litdiffusion.files import whole_file
+from litdiffusion.files import WriteError, whole_file
+from litdiffusion.runs.seal import fault, seal
+
+CONTENT = {"state_dict": dict, "model_config": dict, "data_config": dict, "global_step": int}
+"""What every checkpoint holds."""
+
+
+class DamagedCheckpointError(UserError):
+    """A file that is not what was once written: cut short, or with bits flipped."""
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint, whole or not at all.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; the file at ``path`` is as it was.
+        WriteError: the disk is full or the folder cannot be written; the file at ``path`` is as it was.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
-            torch.save(checkpoint, temporary)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"checkpoint {path} could not be written ({reason}): free space or choose another run_dir"
-        ) from error
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+            seal(temporary)
+    except WriteError:
+        raise
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        raise WriteError.at(path, error) from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Raises:
-        UserError: there is no such file, it is cut short or damaged, or it is not one of ours.
+        DamagedCheckpointError: it is cut short or damaged.
+        UserError: there is no such file, it cannot be read, or it is not one of ours.
     """
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}")
     try:
+        reason = fault(path)
+        if reason is not None:
+            raise _damaged(path, reason)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (UserError, MemoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read ({error.strerror or error})") from error
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is not a litdiffusion checkpoint: it holds more than tensors and plain values"
         ) from error
     except Exception as error:  # a file that is no checkpoint can trip the reader in any way
-        raise UserError(
-            f"checkpoint {path} is cut short or damaged: use another, such as previous.ckpt beside it"
-        ) from error
-    if (
-        not isinstance(checkpoint, dict)
-        or not {"state_dict", "model_config", "data_config", "global_step"} <= checkpoint.keys()
+        raise _damaged(path, "it cannot be taken apart") from error
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(checkpoint.get(name), kind) for name, kind in CONTENT.items()
     ):
-        raise UserError(f"{path} is not a litdiffusion checkpoint: it has no model_config")
+        raise UserError(f"{path} is not a litdiffusion checkpoint: it lacks {', '.join(CONTENT)}")
     return checkpoint
+
+
+def _damaged(path: Path, reason: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"checkpoint {path} is cut short or damaged ({reason}): use another, such as previous.ckpt beside it"
+    )

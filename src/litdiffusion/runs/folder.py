@@ -3,20 +3,27 @@
 config.yaml       the resolved configuration          checkpoints/    last.ckpt, previous.ckpt
 overrides.txt     what was typed                      metrics.csv     numbers over the course of the run
 provenance.json   code, versions, hardware, seed      samples/        grids, noised strip, denoising GIF
-summary.json      how it ended                        curves.png, wandb/, tensorboard/
+data.json         fingerprint of the images           curves.png, wandb/, tensorboard/
+summary.json      how it ended                        .lock           which job is at work here
+
+Of secrets that reach the configuration, the command or the code, nothing of this holds a word.
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
 from litdiffusion.errors import UserError
 from litdiffusion.files import write_text
+from litdiffusion.redaction import redacted_override, without_secrets
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,11 @@ class RunFolder:
     def provenance(self) -> Path:
         """Where the run came from: appended to by each start of it."""
         return self.path / "provenance.json"
+
+    @property
+    def data(self) -> Path:
+        """What the training images are known by."""
+        return self.path / "data.json"
 
     @property
     def summary(self) -> Path:
@@ -83,25 +95,57 @@ class RunFolder:
         _check_writable("run_dir", self.path, there)
 
     def prepare(self) -> None:
-        """Make the folder, and make sure that it can be written.
+        """Make the folder, and make sure that it can be written, and that nothing written into it lands elsewhere.
 
         Raises:
-            UserError: it cannot.
+            UserError: it cannot, or something in it is a link that leads out of it.
         """
         writable_folder("run_dir", str(self.path))
+        inside = self.path.resolve()
+        for member in self.path.iterdir():
+            if member.is_symlink() and not member.resolve().is_relative_to(inside):
+                raise UserError(
+                    f"{member} is a link that leads out of the run folder: remove it, or choose another run_dir"
+                )
         for folder in (self.checkpoints, self.samples):
             writable_folder("run_dir", str(folder))
 
+    def tidy(self) -> None:
+        """Remove what files a killed job was writing when it died; nobody else may be writing now."""
+        for folder in (self.path, self.checkpoints, self.samples):
+            for file in folder.iterdir():
+                if re.fullmatch(r"\..+-[a-z0-9_]{8}\.\w+", file.name) and file.is_file():
+                    file.unlink(missing_ok=True)
+
     def describe(self, config: dict[str, Any], overrides: Iterable[str], provenance: dict[str, Any]) -> None:
         """Write down what is about to run."""
-        write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(config)))
-        write_text(self.overrides, "".join(f"{override}\n" for override in overrides))
-        starts = json.loads(self.provenance.read_text()) if self.provenance.exists() else []
+        write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(without_secrets(config))))
+        write_text(self.overrides, "".join(f"{redacted_override(override)}\n" for override in overrides))
+        starts = read_json(self.provenance, list) if self.provenance.exists() else []
         write_text(self.provenance, json.dumps([*starts, provenance], indent=2) + "\n")
+
+    def remember_data(self, fingerprint: dict[str, Any]) -> None:
+        """Write down what the training images are known by."""
+        write_text(self.data, json.dumps(fingerprint, indent=2) + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write down how the run ended."""
         write_text(self.summary, json.dumps(summary, indent=2) + "\n")
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """Read what a run has written about itself.
+
+    Raises:
+        UserError: the file is damaged, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: mend it, or move it away") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path} is not what a run writes there: move it away")
+    return value
 
 
 def writable_folder(key: str, path: str) -> Path:

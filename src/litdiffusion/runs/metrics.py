@@ -4,7 +4,8 @@ import csv
 import io
 from pathlib import Path
 
-from litdiffusion.files import write_text
+from litdiffusion.errors import UserError
+from litdiffusion.files import append_text, write_text
 
 Row = dict[str, float]
 
@@ -34,8 +35,7 @@ class MetricsTable:
             self.columns += new
             self._rewrite([*rows, row])
         else:
-            with self.path.open("a", encoding="utf-8", newline="") as file:
-                file.write(self._lines([row]))
+            append_text(self.path, self._lines([row]))
 
     def _rewrite(self, rows: list[Row]) -> None:
         header = io.StringIO()
@@ -50,8 +50,18 @@ class MetricsTable:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the whole rows of the table; empty cells are left out, and so is a row without its line's end."""
-    text = path.read_text(encoding="utf-8")
+    """Return the whole rows of the table; empty cells are left out, and so is a row without its line's end.
+
+    Raises:
+        UserError: it is no such table.
+    """
+    try:
+        return _rows(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, OverflowError, csv.Error) as error:
+        raise UserError(f"{path} is damaged or no table of numbers: mend it, or move it away") from error
+
+
+def _rows(text: str) -> list[Row]:
     whole = text[: text.rfind("\n") + 1]
     rows = []
     for cells in csv.DictReader(io.StringIO(whole)):

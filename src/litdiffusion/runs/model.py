@@ -1,5 +1,6 @@
 """``load_model``: from a checkpoint file, and nothing else, to a model that samples."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,15 +9,26 @@ from hydra.utils import instantiate
 from jaxtyping import Float
 from torch import Tensor
 
+from litdiffusion.configuration.messages import one_line
 from litdiffusion.configuration.targets import check_targets
 from litdiffusion.diffusion import DDIM, DDPM, Denoiser, Objective, Sampler
+from litdiffusion.diffusion.editing import (
+    Edit,
+    Given,
+    Inpaint,
+    Interpolate,
+    Masks,
+    Slerp,
+    Variation,
+    how_many,
+)
 from litdiffusion.errors import UserError
 from litdiffusion.nn.blocks import fold_weight_standardization
 from litdiffusion.runs.checkpoint import read_checkpoint
-from litdiffusion.sampling import Watch, sample_images
+from litdiffusion.sampling import Labels, Watch, check_request, sample_images
 
-MODEL_PARTS = ("denoiser", "sampler", "objective")
-"""The configuration nodes that a checkpoint carries as ``model_config``."""
+MODEL_PARTS: dict[str, type] = {"denoiser": Denoiser, "sampler": Sampler, "objective": Objective}
+"""The configuration nodes that a checkpoint carries as ``model_config``, and what they build."""
 
 SAMPLERS: dict[str, type[Sampler]] = {"ddpm": DDPM, "ddim": DDIM}
 
@@ -31,6 +43,7 @@ class TrainedModel:
         data_config: the configuration of its data source, as plain values, not yet checked.
         step: optimizer steps it was trained for.
         weights: ``ema`` or ``raw``.
+        held_out: what the first held-out images of its data are known by (see ``data.fingerprint``).
     """
 
     def __init__(
@@ -41,6 +54,7 @@ class TrainedModel:
         data_config: dict[str, Any],
         step: int,
         weights: str,
+        held_out: dict[str, Any] | None = None,
     ) -> None:
         self.denoiser = denoiser
         self.default_sampler = default_sampler
@@ -48,6 +62,7 @@ class TrainedModel:
         self.data_config = data_config
         self.step = step
         self.weights = weights
+        self.held_out = held_out
 
     def sample(
         self,
@@ -57,6 +72,10 @@ class TrainedModel:
         seed: int = 0,
         batch_size: int = 64,
         watch: Watch | None = None,
+        labels: Labels = "all",
+        guidance_scale: float = 1.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
+        edit: Edit | None = None,
         **options: Any,
     ) -> Float[Tensor, "num_images channels h w"]:
         """Draw images in [-1, 1], float32 on the CPU; image i of a seed is the same in any batch.
@@ -68,10 +87,15 @@ class TrainedModel:
             seed: of the noise.
             batch_size: images at a time.
             watch: called with every moment of every batch.
+            labels: the classes drawn by a network that knows some: ``all``, each in turn; one, or several, of which
+                image i gets number i modulo how many there are; None for no class in particular.
+            guidance_scale: how firmly: 1 as learned, more exaggerates what tells the class from others.
+            guidance_interval: guide only where t / T lies in it.
+            edit: draw from given images; see also ``inpaint``, ``vary`` and ``interpolate``.
             **options: further arguments of a sampler given by name, such as ``eta``.
 
         Raises:
-            UserError: an unknown sampler.
+            UserError: an unknown sampler, or what ``check`` refuses.
         """
         if isinstance(sampler, str):
             if sampler not in SAMPLERS:
@@ -83,7 +107,87 @@ class TrainedModel:
             sampler = self.default_sampler
             if num_steps is not None:
                 raise UserError("num_steps needs a sampler: say sampler='ddim', num_steps=50")
-        return sample_images(self.denoiser, sampler, num_images, seed, batch_size, watch)
+        self.check(sampler, labels, guidance_scale, guidance_interval)
+        return sample_images(
+            self.denoiser,
+            sampler,
+            num_images,
+            seed,
+            batch_size,
+            watch,
+            labels=labels,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            edit=edit,
+        )
+
+    def check(
+        self,
+        sampler: Sampler,
+        labels: Labels = "all",
+        guidance_scale: float = 1.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
+    ) -> None:
+        """Check what can be asked of this model, before anything is drawn.
+
+        Raises:
+            UserError: more steps than its schedule has, classes it does not know, or guidance out of range.
+        """
+        try:
+            check_request(self.denoiser, sampler, labels, guidance_scale, guidance_interval)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def inpaint(
+        self,
+        images: Given,
+        masks: Masks,
+        num_images: int | None = None,
+        repeats: int = 10,
+        labels: Labels = None,
+        **how: Any,
+    ) -> Float[Tensor, "num_images channels h w"]:
+        """Draw anew the pixels of images in [-1, 1] where ``masks`` is true; the others come out as they were.
+
+        As ``sample``, whose arguments ``how`` are; see ``Inpaint``. By default one for each of the images.
+        """
+        return self.sample(
+            num_images or how_many(images), labels=labels, edit=Inpaint(images, masks, repeats), **how
+        )
+
+    def vary(
+        self,
+        images: Given,
+        strength: float = 0.5,
+        num_images: int | None = None,
+        labels: Labels = None,
+        **how: Any,
+    ) -> Float[Tensor, "num_images channels h w"]:
+        """Draw images in [-1, 1] again from ``strength`` of the way to noise.
+
+        As ``sample``, whose arguments ``how`` are; see ``Variation``. By default one for each of the images.
+        """
+        return self.sample(
+            num_images or how_many(images), labels=labels, edit=Variation(images, strength), **how
+        )
+
+    def interpolate(
+        self,
+        image: Given,
+        image2: Given,
+        num_images: int = 9,
+        strength: float | None = 0.5,
+        labels: Labels = None,
+        **how: Any,
+    ) -> Float[Tensor, "num_images channels h w"]:
+        """Draw a path from one image in [-1, 1] to another.
+
+        As ``sample``, whose arguments ``how`` are; see ``Interpolate``, or, for strength None, ``Slerp``.
+        """
+        edit: Edit = Slerp(image, image2, num_images)
+        if strength is not None:
+            edit = Interpolate(image, image2, num_images, strength)
+        return self.sample(num_images, labels=labels, edit=edit, **how)
 
 
 def load_model(
@@ -102,12 +206,10 @@ def load_model(
     if weights not in ("ema", "raw"):
         raise UserError(f"weights={weights}: choose ema or raw")
     checkpoint = read_checkpoint(Path(path))
-    config = checkpoint["model_config"]
-    check_targets(config)
-    parts = {name: instantiate(config[name], _convert_="all") for name in MODEL_PARTS}
+    parts = _build(checkpoint["model_config"], path)
     denoiser: Denoiser = parts["denoiser"]
 
-    state = checkpoint["state_dict"]
+    state = {str(name): value for name, value in checkpoint["state_dict"].items()}
     averaged = any(name.startswith("averaged.") for name in state)
     prefix = "averaged." if weights == "ema" and averaged else "denoiser.net."
     net_state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -126,4 +228,23 @@ def load_model(
         checkpoint["data_config"],
         int(checkpoint["global_step"]),
         used,
+        checkpoint.get("held_out"),
     )
+
+
+def _build(config: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Build a checkpoint's model from what it says of it, which anybody may have written.
+
+    Raises:
+        UserError: it names what it may not, or nothing that can be built.
+    """
+    check_targets(config)
+    try:
+        parts = {name: instantiate(config[name], _convert_="all") for name in MODEL_PARTS}
+    except Exception as error:  # values from elsewhere can trip a constructor in any way
+        reason = one_line(error.__cause__ or error)
+        raise UserError(f"{path} describes no model that this version can build ({reason})") from error
+    for name, kind in MODEL_PARTS.items():
+        if not isinstance(parts[name], kind):
+            raise UserError(f"{path} describes no model: its {name} is no {kind.__name__}")
+    return parts

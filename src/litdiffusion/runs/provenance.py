@@ -1,4 +1,7 @@
-"""Where a run came from: code, versions, hardware. Never the environment, which may hold secrets."""
+"""Where a run came from: code, versions, hardware.
+
+Never the environment, nor the address that the code was cloned from: both may hold secrets.
+"""
 
 import platform
 import subprocess
@@ -9,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from litdiffusion.redaction import redacted_code
 
 PACKAGES = ("litdiffusion", "torch", "torchvision", "lightning", "hydra-core", "datasets", "wandb", "numpy")
 MAX_DIFF = 200_000  # characters
@@ -38,7 +43,8 @@ def _git() -> dict[str, str] | None:
     try:
         # A package installed into an environment inside some other checkout is not that checkout's code.
         ask("ls-files", "--error-unmatch", Path(__file__).name)
-        return {"commit": ask("rev-parse", "HEAD").strip(), "diff": ask("diff", "HEAD")[:MAX_DIFF]}
+        diff = redacted_code(ask("diff", "HEAD"))
+        return {"commit": ask("rev-parse", "HEAD").strip(), "diff": diff[:MAX_DIFF]}
     except (OSError, subprocess.SubprocessError):
         return None
 

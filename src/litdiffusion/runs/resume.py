@@ -1,18 +1,26 @@
 """Whether a command starts a run, continues one, or is about to spoil somebody else's."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
+from litdiffusion.data.fingerprint import Fingerprint, changes
 from litdiffusion.errors import UserError
-from litdiffusion.runs.checkpoint import read_checkpoint
-from litdiffusion.runs.folder import RunFolder
+from litdiffusion.files import second_name
+from litdiffusion.redaction import without_secrets
+from litdiffusion.runs.checkpoint import DamagedCheckpointError, read_checkpoint
+from litdiffusion.runs.folder import RunFolder, read_json
+
+log = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = (
     "resume",
     "run_dir",
+    "optimized_metric",
     "paths",
     "logger",
     "callbacks",
@@ -27,6 +35,7 @@ FREE_TO_CHANGE = (
     "trainer.val_check_interval",
     "trainer.limit_val_batches",
     "trainer.precision",
+    "trainer.default_root_dir",
     "lr_scheduler.total_steps",
 )
 """Keys (with all below them) that a continued run may change: they do not decide what is being trained."""
@@ -34,10 +43,11 @@ FREE_TO_CHANGE = (
 
 @dataclass(frozen=True)
 class Resumption:
-    """Where a run continues."""
+    """Where a run continues, and the newer checkpoint that it cannot continue from, if that is damaged."""
 
     checkpoint: Path
     step: int
+    damaged: Path | None = None
 
 
 def find_resumption(run: RunFolder, config: dict[str, Any], resume: str) -> Resumption | None:
@@ -52,8 +62,8 @@ def find_resumption(run: RunFolder, config: dict[str, Any], resume: str) -> Resu
     Raises:
         UserError: the folder holds a run of another configuration, or what ``resume`` asks for cannot be had.
     """
-    last = run.checkpoints / "last.ckpt"
-    started = last.exists() or run.metrics.exists()
+    saved = any(path.exists() for path in _saved(run))
+    started = saved or run.metrics.exists()
     if resume == "never":
         if started:
             raise UserError(f"run_dir {run.path} already holds a run: with resume=never choose a new run_dir")
@@ -63,18 +73,87 @@ def find_resumption(run: RunFolder, config: dict[str, Any], resume: str) -> Resu
     if resume not in ("auto", "must"):
         path = Path(resume).expanduser().absolute()
         # A run that has begun from another one's checkpoint goes on from its own.
-        return _from(last if last.exists() and path.parent != last.parent else path)
-    if last.exists():
-        return _from(last)
+        return _newest(run) if saved and path.parent != run.checkpoints else _from(path)
+    if saved:
+        return _newest(run)
     if resume == "must":
         raise UserError(
-            f"resume=must, but there is no checkpoint at {last}: check run_dir, or use resume=auto"
+            f"resume=must, but there is no checkpoint in {run.checkpoints}: check run_dir, or use resume=auto"
         )
     return None
 
 
-def _from(path: Path) -> Resumption:
-    return Resumption(path, int(read_checkpoint(path)["global_step"]))
+def set_damaged_aside(resumption: Resumption) -> None:
+    """Give the good checkpoint the place of the damaged one, which is kept as ``damaged.ckpt``; say so.
+
+    Otherwise the next checkpoint would make the damaged file the previous one, and push out the good one.
+    """
+    damaged, good = resumption.damaged, resumption.checkpoint
+    if damaged is None:
+        return
+    kept = damaged.with_name("damaged.ckpt")
+    second_name(damaged, kept)
+    second_name(good, damaged)
+    log.warning(
+        "%s is damaged: continuing from %s beside it, at step %d (the damaged file is kept as %s)",
+        damaged,
+        good.name,
+        resumption.step,
+        kept.name,
+    )
+
+
+def check_same_data(run: RunFolder, fingerprint: Fingerprint) -> None:
+    """Check that a run goes on with the images that it began with.
+
+    Raises:
+        UserError: the images have changed.
+    """
+    if not run.data.exists():
+        return
+    before: Fingerprint = read_json(run.data, dict)
+    changed = changes(before, fingerprint)
+    if "images" in changed:
+        what = f"{before['images']} images then, {fingerprint['images']} now"
+    else:
+        what = f"other {' and '.join(changed)}"
+    if changed:
+        raise UserError(
+            f"the training data is not what run_dir {run.path} began with ({what}): restore it, or choose a"
+            " new run_dir"
+        )
+
+
+def _saved(run: RunFolder) -> tuple[Path, Path]:
+    """The checkpoints of a run, the newer one first."""
+    return run.checkpoints / "last.ckpt", run.checkpoints / "previous.ckpt"
+
+
+def _newest(run: RunFolder) -> Resumption:
+    """Continue from the newer checkpoint that is whole.
+
+    Raises:
+        UserError: none is.
+    """
+    last, previous = _saved(run)
+    if not last.exists():
+        return _from(previous)
+    try:
+        return _from(last)
+    except DamagedCheckpointError as error:
+        if not previous.exists():
+            raise UserError(f"{error}; or choose a new run_dir") from error
+    try:
+        return _from(previous, damaged=last)
+    except DamagedCheckpointError as error:
+        raise UserError(
+            f"{last} and {previous.name} beside it are both cut short or damaged: put a copy of either in its"
+            " place, or choose a new run_dir"
+        ) from error
+
+
+def _from(path: Path, damaged: Path | None = None) -> Resumption:
+    return Resumption(path, int(read_checkpoint(path)["global_step"]), damaged)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -90,14 +169,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 
 
 def _check_same_run(run: RunFolder, config: dict[str, Any]) -> None:
-    try:
-        old = OmegaConf.to_container(OmegaConf.load(run.config))
-    except Exception as error:
-        raise UserError(
-            f"{run.config} cannot be read: choose another run_dir, or remove the folder"
-        ) from error
-    assert isinstance(old, dict)
-    changed = differences({str(key): value for key, value in old.items()}, config)
+    changed = differences(_read_config(run.config), without_secrets(config))
     if changed:
         shown = ", ".join(
             f"{key} was {before!r} and is {now!r}" for key, (before, now) in list(changed.items())[:3]
@@ -107,6 +179,24 @@ def _check_same_run(run: RunFolder, config: dict[str, Any]) -> None:
             f"run_dir {run.path} belongs to another configuration: {shown}{more};"
             " choose a new run_dir, or repeat the command as it was"
         )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read what a run was; interpolations in it stay text.
+
+    Raises:
+        UserError: it is no plain YAML, or uses references, by which a few lines can mean gigabytes.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(file, yaml.SafeLoader)):
+                raise ValueError("references")
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if not isinstance(config, dict):
+            raise ValueError("no mapping")
+    except Exception as error:  # YAML and OmegaConf raise many things
+        raise UserError(f"{path} cannot be read: choose another run_dir, or remove the folder") from error
+    return {str(key): value for key, value in config.items()}
 
 
 def _is_free(key: str) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import secrets
 from argparse import Namespace
 from pathlib import Path
@@ -13,6 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL.Image import Image
 
 from litdiffusion.errors import UserError
+from litdiffusion.files import write_text
+from litdiffusion.redaction import without_secrets
 from litdiffusion.runs.metrics import MetricsTable
 
 log = logging.getLogger(__name__)
@@ -86,7 +89,13 @@ def wandb_logger(
         tags=tags,
         offline=settled == "offline",
         resume="allow",
-        settings=wandb.Settings(silent=True, mode=settled),
+        settings=wandb.Settings(
+            silent=True,
+            mode=settled,
+            # Addresses of repositories and commands may hold secrets; the run folder knows both without them.
+            disable_git=True,
+            x_disable_meta=True,
+        ),
     )
 
 
@@ -121,12 +130,19 @@ def _settled(mode: str, folder: Path) -> Literal["online", "offline", "disabled"
 
 
 def _run_id(folder: Path) -> str:
-    """Return the id that the folder keeps; a new one the first time."""
+    """Return the id that the folder keeps; a new one the first time.
+
+    Raises:
+        UserError: what it keeps is no id.
+    """
     file = folder / "run_id"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(secrets.token_hex(4))
-    return file.read_text().strip()
+        write_text(file, secrets.token_hex(4))
+    run_id = file.read_text(errors="replace").strip()
+    if not re.fullmatch(r"[\w-]{1,64}", run_id, re.ASCII):  # it becomes a part of file names
+        raise UserError(f"{file} holds no id of a W&B run: remove it, and a new run is begun there")
+    return run_id
 
 
 def log_image(logger: Logger, key: str, image: Image, step: int, images_seen: int) -> None:
@@ -156,7 +172,7 @@ def log_gif(logger: Logger, key: str, path: Path, step: int, images_seen: int) -
 
 
 def describe_run(loggers: list[Logger], config: dict[str, Any]) -> None:
-    """Hand the resolved configuration to the dashboards, and make images seen their axis.
+    """Hand the resolved configuration, its secrets masked, to the dashboards; make images seen their axis.
 
     Raises:
         UserError: W&B cannot be reached, or does not take the account.
@@ -166,7 +182,7 @@ def describe_run(loggers: list[Logger], config: dict[str, Any]) -> None:
             _open(logger)
             logger.experiment.define_metric("images_seen")
             logger.experiment.define_metric("*", step_metric="images_seen")
-        logger.log_hyperparams(config)
+        logger.log_hyperparams(without_secrets(config))
 
 
 def _open(logger: WandbLogger) -> None:

@@ -26,11 +26,12 @@ from litdiffusion.training.ema import EMA
 
 
 class StepOutput(TypedDict):
-    """What a training step hands to the callbacks: the mean loss, and each image's loss and time, detached."""
+    """What a training step hands to the callbacks: the mean loss; each image's loss, time and weight, detached."""
 
     loss: Tensor
     losses: Float[Tensor, " batch"]
     t: Int[Tensor, " batch"]
+    weights: Float[Tensor, " batch"]
 
 
 class LitDiffusion(LightningModule):
@@ -66,10 +67,10 @@ class LitDiffusion(LightningModule):
         super().__init__()
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout={label_dropout}: must lie in [0, 1]")
-        if bits_per_dim_images < 0 or (bits_per_dim_times or 1) < 1:
+        if bits_per_dim_images < 0 or (bits_per_dim_times or 2) < 2:
             raise ValueError(
                 f"bits_per_dim_images={bits_per_dim_images}, bits_per_dim_times={bits_per_dim_times}: must be at"
-                " least 0 and at least 1"
+                " least 0 and at least 2, or null for all times"
             )
         self.denoiser = denoiser
         self.averaged: nn.Module | None = ema.copy_of(denoiser.net) if ema else None
@@ -116,11 +117,12 @@ class LitDiffusion(LightningModule):
         feed_back = bool(uniform_positions(0, 1, self.seed, "feed back", step) < 0.5)
         labels = self.told_labels(batch)
         losses = self.objective(self.denoiser, images, t, eps, feed_back, labels)
-        loss = (self.timesteps.weights(t) * losses).mean()
+        weights = self.timesteps.weights(t)
+        loss = (weights * losses).mean()
         losses = losses.detach()
         if self.timesteps.learns:
             self.timesteps.observe(self._of_all_processes(t), self._of_all_processes(losses))
-        return StepOutput(loss=loss, losses=losses, t=t)
+        return StepOutput(loss=loss, losses=losses, t=t, weights=weights)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add to the validation loss and to the bound."""

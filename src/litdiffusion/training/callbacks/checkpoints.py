@@ -1,13 +1,12 @@
 """When a run is saved. How a checkpoint is written is in ``training/checkpoint_io.py``."""
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from litdiffusion.files import second_name
 from litdiffusion.training.callbacks.monitor import check_sound, clock_stopped
 
 
@@ -79,16 +78,6 @@ class SaveCheckpoints(Checkpoint):
         check_sound(trainer)
         with clock_stopped(trainer):
             if trainer.is_global_zero and not known and self.last.exists():
-                self._keep_as_previous()
+                second_name(self.last, self.folder / "previous.ckpt")
             trainer.save_checkpoint(self.last)
         self.saved_step = trainer.global_step
-
-    def _keep_as_previous(self) -> None:
-        """Give the file a second name; at no moment is there no ``last.ckpt``."""
-        temporary = self.folder / ".previous.ckpt"
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(self.last, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(self.last, temporary)
-        temporary.replace(self.folder / "previous.ckpt")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Never
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
@@ -14,6 +15,9 @@ from litdiffusion.training.callbacks.checkpoints import SaveCheckpoints
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """USR1 is what ``scripts/slurm`` asks for before the time limit, USR2 what submitit asks for."""
+
+AGREE_EVERY = 8
+"""Steps between two looks at what has reached the other processes, where there are any: looking waits for them."""
 
 
 class Interrupted(BaseException):
@@ -48,11 +52,19 @@ class StopCleanly(Callback):
         Raises:
             Interrupted: after saving, if a signal has come in.
         """
-        if self.received is None or batch_idx % trainer.accumulate_grad_batches:
+        alone = trainer.world_size == 1
+        if batch_idx % trainer.accumulate_grad_batches or (trainer.global_step % AGREE_EVERY and not alone):
+            return
+        self._agree(trainer)
+        if self.received is None:
             return
         if saving := find(trainer, SaveCheckpoints):
             saving.save(trainer)
         raise Interrupted(self.received, trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After the last step there is one more chance to agree."""
+        self._agree(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop after the last step as after any other: by now it is saved.
@@ -62,6 +74,12 @@ class StopCleanly(Callback):
         """
         if stage == "fit" and self.received is not None:
             raise Interrupted(self.received, trainer.global_step)
+
+    def _agree(self, trainer: Trainer) -> None:
+        """A signal that has reached one process counts for all: they must stop after the same step."""
+        if trainer.world_size > 1:
+            mine = torch.tensor(float(self.received or 0), device=trainer.strategy.root_device)
+            self.received = int(trainer.strategy.reduce(mine, reduce_op="max")) or None
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.received is None:

@@ -11,19 +11,21 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from litdiffusion.evaluation.held_out import BINS
+from litdiffusion.processes import gathered, rank_and_number
 from litdiffusion.training.callbacks.attached import find, images_seen
 from litdiffusion.training.callbacks.guard import check_weights, diverged
 from litdiffusion.training.module import LitDiffusion, StepOutput
 
-STATE = ("loss_sums", "loss_counts", "loss", "val_loss", "validated_step", "images_per_second")
-"""What of a ``Monitor`` a checkpoint keeps."""
+STATE = ("loss", "val_loss", "validated_step", "images_per_second")
+"""What of a ``Monitor`` a checkpoint keeps beside its unfinished line."""
 
 
 class Monitor(Callback):
     """Log loss, loss by tenth of 1..T, gradient norm, learning rate and throughput; stop at the first NaN.
 
     Every value is logged at an optimizer step, with ``images_seen`` beside it as the axis to compare runs on.
-    The losses are means over all images since the last line. They travel in checkpoints, so a resumed run logs
+    The losses are means over all images since the last line, weighted where some times are drawn more often than
+    others. They travel in checkpoints, so a resumed run logs
     what an uninterrupted one would, and sums up what one resumed at its end has left.
 
     Args:
@@ -46,13 +48,20 @@ class Monitor(Callback):
         self._astray_since: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The unfinished line, and what the last ones said."""
-        return {name: getattr(self, name) for name in STATE}
+        """The unfinished line, as each process has it, and what the last ones said; all processes call this."""
+        line = torch.stack((self.loss_sums, self.loss_counts)).cpu()
+        return {"line": torch.stack(gathered(line)), **{name: getattr(self, name) for name in STATE}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the unfinished line."""
+        """Continue the unfinished line: each process its own, or the first one all, if their number has changed."""
         for name in STATE:
             setattr(self, name, state_dict[name])
+        line: Tensor = state_dict["line"]
+        rank, number = rank_and_number()
+        if number == len(line):
+            self.loss_sums, self.loss_counts = line[rank]
+        elif rank == 0:
+            self.loss_sums, self.loss_counts = line.sum(0)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -84,8 +93,9 @@ class Monitor(Callback):
         """A run shorter than a line has a loss and a speed too."""
         self.clock.stop(trainer)
         self.check_loss(trainer)
-        if self.loss is None and bool(self.loss_counts.sum() > 0):
-            self.loss = float(self.loss_sums.sum() / self.loss_counts.sum())
+        sums, counts = self._line_of_all(trainer)
+        if self.loss is None and bool(counts.sum() > 0):
+            self.loss = float(sums.sum() / counts.sum())
         if not self.images_per_second:
             self.images_per_second = self._speed()
 
@@ -103,19 +113,22 @@ class Monitor(Callback):
         self.clock.start(trainer)
 
     def check_loss(self, trainer: Trainer) -> None:
-        """Stop the run if a loss was not finite.
+        """Stop the run if a loss was not finite, on any process; all of them must call this.
 
         Raises:
             UserError: naming the step and the checkpoint to return to.
         """
-        if self._astray_since is not None and (step := int(self._astray_since)):
+        if self._astray_since is None:
+            return
+        step = int(trainer.strategy.reduce(self._astray_since.float(), reduce_op="max"))
+        if step:
             raise diverged(trainer, "the loss", step)
 
     def _add(self, outputs: StepOutput, module: LitDiffusion, world_size: int, step: int) -> None:
-        losses = outputs["losses"].double()
+        losses, weights = outputs["losses"].double(), outputs["weights"].double()
         bins = ((outputs["t"] - 1) * BINS) // module.denoiser.schedule.num_steps
-        self.loss_sums = self.loss_sums.to(losses.device).index_add(0, bins, losses)
-        self.loss_counts = self.loss_counts.to(losses.device).index_add(0, bins, torch.ones_like(losses))
+        self.loss_sums = self.loss_sums.to(losses.device).index_add(0, bins, weights * losses)
+        self.loss_counts = self.loss_counts.to(losses.device).index_add(0, bins, weights)
         self._images += len(losses) * world_size
         # Which step was the first is kept on the device: reading it is what waits.
         since = torch.zeros_like(bins[0]) if self._astray_since is None else self._astray_since
@@ -123,9 +136,7 @@ class Monitor(Callback):
         self._astray_since = torch.where(sound, since, step)
 
     def _log(self, trainer: Trainer, module: LitDiffusion) -> None:
-        sums, counts = trainer.strategy.reduce(
-            torch.stack((self.loss_sums, self.loss_counts)), reduce_op="sum"
-        )
+        sums, counts = self._line_of_all(trainer)
         self.loss = float(sums.sum() / counts.sum())
         self.clock.stop(trainer)
         self.images_per_second = self._speed()
@@ -142,6 +153,11 @@ class Monitor(Callback):
         self.loss_sums, self.loss_counts = torch.zeros_like(sums), torch.zeros_like(counts)
         self._images = 0
         self.clock.restart(trainer)
+
+    def _line_of_all(self, trainer: Trainer) -> tuple[Tensor, Tensor]:
+        line = torch.stack((self.loss_sums, self.loss_counts))
+        sums, counts = trainer.strategy.reduce(line, reduce_op="sum")
+        return sums, counts
 
     def _speed(self) -> float:
         return self._images / self.clock.seconds if self.clock.seconds else 0.0

@@ -67,8 +67,7 @@ class SampleImages(Callback):
     def _sample(self, trainer: Trainer, module: LightningModule, name: str, record: bool) -> None:
         assert isinstance(module, LitDiffusion)
         check_sound(trainer)
-        if not trainer.is_global_zero:
-            return
+        module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when the training is over
         frames = []
         num_steps = len(self.sampler.times(module.denoiser.schedule)) - 1
         shown = set(pick_frames(num_steps)) if record else set()
@@ -84,6 +83,8 @@ class SampleImages(Callback):
             samples = sample_images(
                 module.best_denoiser, self.sampler, self.num_images, self.seed, watch=watch
             )
+        if not trainer.is_global_zero:
+            return
         self._show(trainer, name, pictures.grid(samples))
         if record:
             path = self.folder / "denoising.gif"

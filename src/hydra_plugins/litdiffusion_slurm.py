@@ -1,0 +1,25 @@
+"""``hydra/launcher=slurm``: submitit's Slurm arrays, with what the launcher of this machine does for its jobs.
+
+That is: nothing finished runs again, a job that fails does not end the sweep, and the results of all are gathered.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+
+from hydra.core.utils import JobReturn
+
+with suppress(ImportError):  # the extra "slurm" is not installed: its configuration is missing as well
+    from hydra_plugins.hydra_submitit_launcher import submitit_launcher
+
+    class SlurmLauncher(submitit_launcher.SlurmLauncher):  # type: ignore[misc]  # it has no types
+        """Hands the jobs that are not finished in as one array, and waits for them."""
+
+        def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+            """Run jobs, numbered from ``initial_job_idx``; return what the sweeper wants to know of each."""
+            from litdiffusion.sweeps.slurm import run_array
+            from litdiffusion.sweeps.sweep import Sweep
+
+            sweep = Sweep(self.config, self.hydra_context.config_loader, self.task_function.__module__)
+            perform = partial(run_array, self, self._EXECUTOR, self.params, sweep.folder.name)
+            return sweep.run(sweep.jobs(job_overrides, initial_job_idx), perform)

@@ -1,0 +1,79 @@
+"""Single pictures, named on the command line and seen as a model sees images: what editing starts from."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from litdiffusion.data.decoding import one_line, to_pixels
+from litdiffusion.errors import UserError
+
+Shape = tuple[int, int, int]
+"""Channels, height, width."""
+
+WHITE = 128
+
+
+def read_given(paths: Mapping[str, Sequence[Path]], shape: Shape) -> dict[str, Tensor]:
+    """Read what an edit is given: each key's pictures as one tensor [pictures, C, H, W].
+
+    ``mask`` becomes true or false, one for each ``image``; all others are images.
+
+    Raises:
+        UserError: one cannot be read, or there are several masks and not as many images.
+    """
+    given = {
+        key: torch.stack([read_image(key, path, shape) for path in named])
+        for key, named in paths.items()
+        if key != "mask"
+    }
+    if "mask" in paths:
+        masks, images = paths["mask"], paths["image"]
+        if len(masks) not in (1, len(images)):
+            raise UserError(f"mask: {len(masks)} masks for {len(images)} images; give one, or one for each")
+        pairs = zip(cycle(masks), images, strict=False)
+        given["mask"] = torch.stack([read_mask("mask", mask, image, shape) for mask, image in pairs])
+    return given
+
+
+def read_image(key: str, path: Path, shape: Shape) -> Float[Tensor, "channels h w"]:
+    """Read a picture, and bring it to ``shape`` and [-1, 1] as data sources do.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read; the line begins with ``key=path``.
+    """
+    channels, height, width = shape
+    return torch.tensor(to_pixels(_open(key, path), (height, width), channels)) / 127.5 - 1
+
+
+def read_mask(key: str, path: Path, over: Path, shape: Shape) -> Bool[Tensor, "1 h w"]:
+    """Read the mask of the picture ``over``: true where it is white.
+
+    Whatever its own size, it is stretched over the whole of that picture before the two are cropped.
+
+    Raises:
+        UserError: as for ``read_image``; or nothing of it is white.
+    """
+    _, height, width = shape
+    mask = _open(key, path)
+    gray = Image.fromarray(to_pixels(mask, (mask.height, mask.width), 1)[0])
+    gray = gray.resize(_open("image", over).size, Image.Resampling.BILINEAR)
+    white = torch.tensor(to_pixels(gray, (height, width), 1) >= WHITE)
+    if not bool(white.any()):
+        raise UserError(f"{key}={path}: nothing of it is white, so nothing would be drawn anew")
+    return white
+
+
+def _open(key: str, path: Path) -> Image.Image:
+    """A picture in memory, upright."""
+    if not path.is_file():
+        raise UserError(f"{key}={path}: there is no such file")
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture)
+    except Exception as error:  # Pillow's plugins raise a dozen unrelated types on damaged files
+        raise UserError(f"{key}={path}: cannot be read as a picture: {one_line(error)}") from error

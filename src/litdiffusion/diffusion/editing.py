@@ -1,0 +1,265 @@
+"""Editing: given images steer what is drawn. Each edit is a thin wrapper around the samplers' loop.
+
+An edit chooses where ``Sampler.steps`` begins and what it meets on the way, and nothing else; so each goes with
+every sampler, target, schedule and guidance. To add one, subclass ``Edit``, write ``steps``, and name the class in a
+YAML file.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from litdiffusion.diffusion.denoiser import Denoiser
+from litdiffusion.diffusion.process import diffuse
+from litdiffusion.diffusion.samplers import DDIM, Generators, Sampler, Step, normal_like
+from litdiffusion.diffusion.schedules import Schedule
+
+Images = Float[Tensor, "batch channels h w"]
+Given = Float[Tensor, "_images _channels _h _w"] | Float[Tensor, "_channels _h _w"]
+"""Images in [-1, 1], or a single one. Of the shape that is drawn, which ``steps`` checks."""
+Masks = Shaped[Tensor, "_masks _any _h _w"] | Shaped[Tensor, "_masks _h _w"] | Shaped[Tensor, "_h _w"]
+"""True or 1 where pixels are drawn anew: one mask or more, for all channels or for each."""
+
+
+class Edit(ABC):
+    """A way to draw images from given ones."""
+
+    same_noise: ClassVar[bool] = False
+    """Whether all images of a run are drawn from one and the same noise, and differ by the edit alone."""
+
+    def start(self, sampler: Sampler, schedule: Schedule) -> int:
+        """Return the time of the sampler's grid at which the walk begins."""
+        return schedule.num_steps
+
+    @abstractmethod
+    def steps(
+        self, sampler: Sampler, denoiser: Denoiser, x_T: Images, generators: Generators = None, first: int = 0
+    ) -> Iterator[Step]:
+        """Walk to the edited images, yielding every moment as ``Sampler.steps`` does.
+
+        Args:
+            sampler: any.
+            denoiser: estimates x_0; guided or not.
+            x_T: standard normal noise.
+            generators: as in ``Sampler.steps``.
+            first: the number of ``x_T[0]`` among all images of the run.
+
+        Raises:
+            ValueError: the given images are not of the shape that is drawn.
+        """
+
+
+class Inpaint(Edit):
+    """Draw a part of an image anew, to fit the rest (RePaint: Lugmayr et al., 2201.09865, algorithm 1).
+
+    With m = 1 where pixels are known, each step's x_s is joined with the known image at the same noise level:
+
+        x_s <- m x_s^known + (1 - m) x_s,        x_s^known ~ q(x_s | x_0 = image)
+
+    The step has not seen what it is joined with. So q(x_t | x_s) goes back up and the step is taken again, until
+    both halves fit. The known pixels come out exactly as they were given, since x_0^known is the image.
+
+    Args:
+        image: one or more; drawn image i belongs to image i modulo their number.
+        mask: where to draw anew (1 - m), for each image or for all.
+        repeats: how often each step is taken: 1 is the fastest, the paper's 10 joins the halves best.
+
+    Raises:
+        ValueError: fewer than 1 repeat.
+    """
+
+    def __init__(self, image: Given, mask: Masks, repeats: int = 10) -> None:
+        if repeats < 1:
+            raise ValueError(f"repeats={repeats}: each step is taken at least once")
+        self.image = image
+        self.mask = mask
+        self.repeats = repeats
+
+    def steps(
+        self, sampler: Sampler, denoiser: Denoiser, x_T: Images, generators: Generators = None, first: int = 0
+    ) -> Iterator[Step]:
+        """Walk from pure noise, putting the known pixels back after every step."""
+        image = _rows(self.image, x_T, first)
+        unknown = _mask_rows(self.mask, x_T, first)
+
+        def keep_known(x_s: Images, s: int) -> Images:
+            known = image if s == 0 else _noised(denoiser.schedule, image, s, normal_like(x_s, generators))
+            return torch.where(unknown, x_s, known)
+
+        return sampler.steps(denoiser, x_T, generators, edit=keep_known, repeats=self.repeats)
+
+
+class Variation(Edit):
+    """Draw an image again from part of the way (SDEdit: Meng et al., 2108.01073).
+
+        x_t ~ q(x_t | x_0 = image)        at t = strength T, from where the sampler walks on as ever
+
+    What the noise has drowned at t is invented, the rest stays.
+
+    Args:
+        image: one or more; drawn image i belongs to image i modulo their number.
+        strength: t / T, in (0, 1]; the grid's nearest time above 0 is taken. At T samplers begin with pure noise:
+            strength 1 keeps nothing of the image.
+
+    Raises:
+        ValueError: strength is out of range.
+    """
+
+    def __init__(self, image: Given, strength: float = 0.5) -> None:
+        self.image = image
+        self.strength = _checked_strength(strength)
+
+    def start(self, sampler: Sampler, schedule: Schedule) -> int:
+        """Return the grid's time nearest to strength T."""
+        return _nearest_time(sampler, schedule, self.strength)
+
+    def steps(
+        self, sampler: Sampler, denoiser: Denoiser, x_T: Images, generators: Generators = None, first: int = 0
+    ) -> Iterator[Step]:
+        """Noise the image, and walk from there."""
+        start = self.start(sampler, denoiser.schedule)
+        x_t = _noised(denoiser.schedule, _rows(self.image, x_T, first), start, x_T)
+        return sampler.steps(denoiser, x_t, generators, start=start)
+
+
+class Interpolate(Edit):
+    """Draw what lies between two images (Ho et al., 2006.11239, section 4.3 and figure 8).
+
+        x_t = (1 - lambda) q(x_t | image) + lambda q(x_t | image2)        at t = strength T
+
+    and the sampler walks on from there. Drawn image i of n has lambda = i / (n - 1). Both ends meet the same eps:
+    a mean of two independent ones would hold less noise than belongs to t.
+
+    Args:
+        image, image2: the ends of the path.
+        num_images: images on the path, its ends among them.
+        strength: t / T, in (0, 1], as for ``Variation``; the larger, the freer the path and the less like the two
+            images its ends.
+
+    Raises:
+        ValueError: fewer than 2 images, more than one at an end, or strength is out of range.
+    """
+
+    same_noise = True
+
+    def __init__(self, image: Given, image2: Given, num_images: int, strength: float = 0.5) -> None:
+        self.ends = _checked_ends(image, image2, num_images)
+        self.num_images = num_images
+        self.strength = _checked_strength(strength)
+
+    def start(self, sampler: Sampler, schedule: Schedule) -> int:
+        """Return the grid's time nearest to strength T."""
+        return _nearest_time(sampler, schedule, self.strength)
+
+    def steps(
+        self, sampler: Sampler, denoiser: Denoiser, x_T: Images, generators: Generators = None, first: int = 0
+    ) -> Iterator[Step]:
+        """Mix the images, noise them, and walk from there."""
+        start = self.start(sampler, denoiser.schedule)
+        image, image2 = (_rows(end, x_T, first) for end in self.ends)
+        mixed = torch.lerp(image, image2, _fractions(x_T, first, self.num_images))
+        return sampler.steps(denoiser, _noised(denoiser.schedule, mixed, start, x_T), generators, start=start)
+
+
+class Slerp(Edit):
+    """Draw what lies between two images by way of their noise (Song et al., 2010.02502, section 5.3).
+
+    DDIM's inversion takes both to their x_T; what lies between is drawn from the great circle between those:
+
+        x_T = sin((1 - lambda) theta) / sin(theta) x_T(image) + sin(lambda theta) / sin(theta) x_T(image2)
+
+    with theta the angle between the two. Drawn image i of n has lambda = i / (n - 1). A deterministic sampler comes
+    back to the two images at the ends of the path, as nearly as its steps are fine.
+
+    Args:
+        image, image2: the ends of the path.
+        num_images: images on the path, its ends among them.
+        iterations: of each step of the inversion, as for ``DDIM.invert``.
+
+    Raises:
+        ValueError: fewer than 2 images, or more than one at an end.
+    """
+
+    same_noise = True
+
+    def __init__(self, image: Given, image2: Given, num_images: int, iterations: int = 3) -> None:
+        self.ends = _checked_ends(image, image2, num_images)
+        self.num_images = num_images
+        self.iterations = iterations
+
+    def steps(
+        self, sampler: Sampler, denoiser: Denoiser, x_T: Images, generators: Generators = None, first: int = 0
+    ) -> Iterator[Step]:
+        """Invert both ends over the sampler's own grid, row by row: each row's label guides both ways."""
+        inverse = DDIM(sampler.num_steps, grid=sampler.grid)
+        one, two = (inverse.invert(denoiser, _rows(end, x_T, first), self.iterations) for end in self.ends)
+        share = _fractions(x_T, first, self.num_images)
+        cosine = torch.cosine_similarity(one.flatten(1), two.flatten(1)).clamp(-1, 1)
+        theta = cosine.acos()[:, None, None, None] / torch.pi
+        # sinc(a) = sin(pi a) / (pi a) is 1 at 0: two equal images are no special case.
+        mixed = (1 - share) * torch.sinc((1 - share) * theta) * one + share * torch.sinc(share * theta) * two
+        return sampler.steps(denoiser, mixed / torch.sinc(theta), generators)
+
+
+def how_many(given: Given) -> int:
+    """Return the number of given images."""
+    return len(given) if given.ndim == 4 else 1
+
+
+def _noised(schedule: Schedule, image: Images, t: int, eps: Images) -> Images:
+    """The x_t of q(x_t | image), for t > 0; at T what samplers begin with, which is noise alone."""
+    return eps if t == schedule.num_steps else diffuse(schedule, image, 0, t, eps)
+
+
+def _nearest_time(sampler: Sampler, schedule: Schedule, strength: float) -> int:
+    return min(sampler.times(schedule)[:-1], key=lambda t: abs(t - strength * schedule.num_steps))
+
+
+def _rows(given: Given, x_T: Images, first: int) -> Images:
+    """For each row of ``x_T`` the given image that belongs to it."""
+    given = given[None] if given.ndim == 3 else given
+    if given.shape[1:] != x_T.shape[1:]:
+        raise ValueError(
+            f"image: {list(given.shape[1:])} (channels, height, width), but {list(x_T.shape[1:])} is drawn"
+        )
+    return given[_numbers(x_T, first) % len(given)].to(x_T)
+
+
+def _mask_rows(mask: Masks, x_T: Images, first: int) -> Bool[Tensor, "batch _ h w"]:
+    mask = mask[None] if mask.ndim == 2 else mask
+    mask = mask[:, None] if mask.ndim == 3 else mask
+    if mask.shape[2:] != x_T.shape[2:] or mask.shape[1] not in (1, x_T.shape[1]):
+        raise ValueError(f"mask: {list(mask.shape[1:])}, but {list(x_T.shape[1:])} is drawn")
+    return mask[_numbers(x_T, first) % len(mask)].to(x_T.device) > 0
+
+
+def _numbers(x_T: Images, first: int) -> Tensor:
+    return torch.arange(first, first + len(x_T))
+
+
+def _fractions(x_T: Images, first: int, num_images: int) -> Float[Tensor, "batch 1 1 1"]:
+    """Where on the path each row lies: 0 at the first image of the run, 1 at the last."""
+    return (_numbers(x_T, first) / (num_images - 1)).to(x_T)[:, None, None, None]
+
+
+def _checked_strength(strength: float) -> float:
+    if not 0 < strength <= 1:
+        raise ValueError(
+            f"strength={strength}: must lie in (0, 1], as a fraction of the way from image to noise"
+        )
+    return strength
+
+
+def _checked_ends(image: Given, image2: Given, num_images: int) -> tuple[Given, Given]:
+    if num_images < 2:
+        raise ValueError(f"num_images={num_images}: a path has at least its two ends")
+    for name, end in (("image", image), ("image2", image2)):
+        if how_many(end) != 1:
+            raise ValueError(
+                f"{name}: a path leads from one image to another, but this holds {how_many(end)}"
+            )
+    return image, image2

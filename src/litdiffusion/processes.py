@@ -1,0 +1,33 @@
+"""The processes that share a run, as torch knows them: who this one is, and what each of them has.
+
+A process that is alone is all there are: nothing here needs a process group.
+"""
+
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def rank_and_number() -> tuple[int, int]:
+    """Return this process's rank and the number of processes; (0, 1) for one alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def share_of(count: int) -> range:
+    """Return this process's part of ``range(count)``: one after the other, in order of rank."""
+    rank, number = rank_and_number()
+    return range(count * rank // number, count * (rank + 1) // number)
+
+
+def gathered(value: T) -> list[T]:
+    """Return what every process has, in order of rank; all of them must call this. Tensors travel on the CPU."""
+    _, number = rank_and_number()
+    if number == 1:
+        return [value]
+    values: list[T | None] = [None] * number
+    dist.all_gather_object(values, value)
+    return [each for each in values if each is not None]

@@ -1,0 +1,103 @@
+"""Secrets stay out of whatever is written or sent.
+
+They are known by the key they lie under, by the environment variable they came from, or by their form.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MASK = "***"
+
+ANY_KEY = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+"""Names under which a run folder or a dashboard is told no text."""
+
+SECRET_KEY = re.compile(
+    r"secret|passw|credential|(^|[_-])(api|access|private|auth|ssh)[_-]?key|token$|^key$", re.IGNORECASE
+)
+"""The same, where a name like ``key_norm`` or ``token_mixer`` is more likely an argument of a network."""
+
+SHORTEST = 8
+"""A shorter value of an environment variable would be found by chance in what is no secret."""
+
+_FORMS = (
+    (re.compile(r"(?<=://)[^/\s:@]+(:[^/\s@]*)?(?=@)"), MASK),  # the user and password of an address
+    (
+        re.compile(
+            r"\b(?:gh[opsur]_|github_pat_|glpat-|hf_|sk-|xox[abprs]-|AKIA|local-|wandb_v1_)[A-Za-z0-9_-]{16,}"
+        ),
+        MASK,
+    ),
+    (
+        re.compile(
+            r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL
+        ),
+        MASK,
+    ),
+)
+_ASSIGNED = re.compile(
+    r"""((?:[\w.-]*(?:api_?key|access_?key|private_?key|secret|token|passw(?:or)?d|credential)s?)["']?\s*[:=]\s*)"""
+    r"""(?:"[^"\n]+"|'[^'\n]+'|(?<=:\s)[^\s"'(){}\[\],$]{8,}[ \t]*$)""",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""``api_key = "..."`` in code, ``token: ...`` at the end of a line of YAML; no call, and no annotation."""
+
+
+def redacted(text: str) -> str:
+    """Return ``text`` without the secrets that this machine's environment holds, or that are known by their form."""
+    for secret in _of_environment():
+        text = text.replace(secret, MASK)
+    for form, mask in _FORMS:
+        text = form.sub(mask, text)
+    return text
+
+
+def redacted_code(text: str) -> str:
+    """Return source code, or a change to it, without what it assigns to names of secrets either."""
+    return _ASSIGNED.sub(rf"\1{MASK}", redacted(text))
+
+
+def without_secrets(value: Any, names: re.Pattern[str] = ANY_KEY, hidden: bool = False) -> Any:
+    """Return plain values (of mappings, lists, texts and numbers) with every secret text masked.
+
+    Args:
+        value: what is to be written.
+        names: keys below which every text is a secret.
+        hidden: this value lies below such a key.
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: without_secrets(child, names, hidden or names.search(str(key)) is not None)
+            for key, child in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [without_secrets(child, names, hidden) for child in value]
+    if not isinstance(value, str):
+        return value
+    return MASK if hidden and value else redacted(value)
+
+
+class RedactedLog(logging.Filter):
+    """Takes secrets out of what a handler is about to say."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record through, in its final words."""
+        record.msg, record.args = redacted(record.getMessage()), None
+        return True
+
+
+REDACTED_LOG = RedactedLog()
+
+
+def redacted_override(text: str) -> str:
+    """Return ``key=value`` as it was typed, the value masked where the key names a secret."""
+    key, equals, _ = text.partition("=")
+    return redacted(f"{key}={MASK}" if equals and ANY_KEY.search(key) else text)
+
+
+def _of_environment() -> list[str]:
+    """Longest first, or a secret that holds another one would leave its rest behind."""
+    found = {value for name, value in os.environ.items() if ANY_KEY.search(name) and len(value) >= SHORTEST}
+    return sorted(found, key=len, reverse=True)

@@ -1,0 +1,45 @@
+"""Releases of others that must not, or cannot, be used. Looked up by name, before any of them is imported."""
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+from litdiffusion.errors import UserError
+
+KNOWN_BAD = {
+    "lightning": {"2.6.2": "a malicious upload", "2.6.3": "a malicious upload"},
+}
+"""Releases, by package, and what is wrong with them."""
+
+REPLACEMENT = {"lightning": "lightning>=2.6.6"}
+
+
+def check_releases() -> None:
+    """Check what is installed.
+
+    Raises:
+        UserError: a release that is known to be bad, or two that do not work together.
+    """
+    for package, releases in KNOWN_BAD.items():
+        installed = _installed(package)
+        if installed in releases:
+            raise UserError(
+                f"{package} {installed} is {releases[installed]}: replace it by"
+                f" `pip install '{REPLACEMENT[package]}'`, and change the passwords and keys that this machine holds"
+            )
+    hydra, omegaconf = _installed("hydra-core"), _installed("omegaconf")
+    if hydra and omegaconf and _numbers(hydra) < (1, 4) and _numbers(omegaconf) >= (2, 4):
+        raise UserError(
+            f"hydra-core {hydra} does not work with omegaconf {omegaconf}: `pip install 'omegaconf>=2.3,<2.4'`"
+        )
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """The numbers that a release begins with: (2, 4, 0) of 2.4.0.dev1."""
+    return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", release)[0].split("."))  # type: ignore[index]

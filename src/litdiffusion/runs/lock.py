@@ -1,0 +1,201 @@
+"""One job at a time in a run folder.
+
+The kernel keeps the lock (``flock``), and drops it when the job dies, however it dies. The locked file says whose it
+is. Some network file systems have no locks, or have them on each machine for itself: there the file is all there is
+to go by. Its holder touches it every few seconds, and a newcomer from elsewhere watches whether that happens.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from threading import Event, Thread
+from types import TracebackType
+
+from litdiffusion.errors import UserError
+from litdiffusion.files import WriteError
+
+log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 5.0
+WATCH_SECONDS = 3 * BEAT_SECONDS
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+Holder = dict[str, str | int]
+"""``host``, ``pid`` and ``started`` of a job."""
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """A forked worker that outlives a killed job must not go on holding its lock."""
+    for descriptor in _held:
+        with suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+class RunLock:
+    """The right to write into a run folder.
+
+    As a context it takes the lock where the folder exists already, and releases it in any case.
+
+    Args:
+        folder: the run folder.
+        first: this is the first process of its job, which takes the lock; the others share it and do nothing here.
+    """
+
+    def __init__(self, folder: Path, first: bool = True) -> None:
+        self.path = folder / ".lock"
+        self._first = first
+        self._descriptor: int | None = None
+        self._released = Event()
+        self._heart: Thread | None = None
+
+    def __enter__(self) -> "RunLock":
+        if self.path.parent.is_dir():
+            self.take()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def take(self) -> bool:
+        """Take the lock, unless it is ours already; return whether it was free and is ours from now on.
+
+        A folder that cannot be written is left to fail by itself.
+
+        Raises:
+            UserError: another job has it; the line names its host, process and start.
+        """
+        descriptor = self._open() if self._first and self._descriptor is None else None
+        if descriptor is None:
+            return False
+        try:
+            self._lock(descriptor)
+            _write(descriptor, self.path)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        _held.add(descriptor)
+        self._descriptor = descriptor
+        self._released.clear()
+        self._heart = Thread(target=self._beat, args=(descriptor,), daemon=True)
+        self._heart.start()
+        return True
+
+    def release(self) -> None:
+        """Let the next job in. The file stays, empty: removing it could remove that job's."""
+        if self._descriptor is None or self._heart is None:
+            return
+        self._released.set()
+        self._heart.join()
+        with suppress(OSError):  # the folder may have become read-only meanwhile
+            os.ftruncate(self._descriptor, 0)
+        _held.discard(self._descriptor)
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def _open(self) -> int | None:
+        try:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise UserError(f"{self.path} is a link, which no run makes: remove it") from error
+            if self.path.exists() and os.access(self.path.parent, os.W_OK):
+                raise UserError(
+                    f"{self.path} belongs to somebody else, who may be using this run_dir: choose another"
+                ) from error
+            return None
+
+    def _lock(self, descriptor: int) -> None:
+        """Take the kernel's lock, or find out in some other way that nobody has it."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks = True
+        except BlockingIOError:
+            raise self._in_use(_read_patiently(descriptor)) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise WriteError.at(self.path, error) from error
+            locks = False
+            log.warning("%s: this file system has no locks; start no two jobs on it at once", self.path)
+        before = _read(descriptor)
+        if before is None or (locks and before.get("host") == socket.gethostname()):
+            return  # released, or dead: on this machine the kernel would know
+        log.info("%s was left by %s: watching whether it lives", self.path, _named(before))
+        if _is_touched(descriptor):
+            raise self._in_use(before)
+
+    def _in_use(self, holder: Holder | None) -> UserError:
+        return UserError(
+            f"run_dir {self.path.parent} is in use by {_named(holder)}: wait for that job, stop it, or choose"
+            " another run_dir"
+        )
+
+    def _beat(self, descriptor: int) -> None:
+        while not self._released.wait(BEAT_SECONDS):
+            with suppress(OSError):
+                os.utime(descriptor)
+
+
+def _write(descriptor: int, path: Path) -> None:
+    """Write this job's name into the file.
+
+    Raises:
+        WriteError: the disk is full.
+    """
+    started = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    holder: Holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+    except OSError as error:
+        raise WriteError.at(path, error) from error
+
+
+def _read(descriptor: int) -> Holder | None:
+    """Return what the file says; None where it says nothing."""
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+    except (ValueError, RecursionError):
+        return None
+    return holder if isinstance(holder, dict) else None
+
+
+def _read_patiently(descriptor: int) -> Holder | None:
+    """Read what a job that has the lock may be about to write."""
+    for _ in range(20):
+        holder = _read(descriptor)
+        if holder is not None:
+            return holder
+        time.sleep(0.05)
+    return None
+
+
+def _is_touched(descriptor: int) -> bool:
+    before, deadline = os.fstat(descriptor).st_mtime_ns, time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(WATCH_SECONDS / 60)
+        os.pread(descriptor, 1, 0)  # network file systems look again when a file is read
+        if os.fstat(descriptor).st_mtime_ns != before:
+            return True
+    return False
+
+
+def _named(holder: Holder | None) -> str:
+    if holder is None:
+        return "another job"
+    host, pid, started = (str(holder.get(name, "unknown"))[:100] for name in ("host", "pid", "started"))
+    return f"process {pid} on {host}, started {started}"

@@ -1,0 +1,103 @@
+"""What each of several jobs gets of one machine: its share of the cores, or of the GPUs."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from litdiffusion.configuration.sweeps import PARENT
+from litdiffusion.errors import UserError
+
+T = TypeVar("T")
+
+SWEEP = "LITDIFFUSION_SWEEP"
+"""Tells a job the name of its sweep: the group of its run on a dashboard."""
+
+OF_ANOTHER_GROUP = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "ROLE_RANK", "ROLE_NAME"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "LITDIFFUSION_RUN_DIR", "HYDRA_FULL_ERROR"),
+)
+"""Variables, with all that begin with TORCHELASTIC_, that tell of a group of processes which a job is not in."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Cores and GPUs, by their names; None for all that there are."""
+
+    cores: tuple[int, ...] | None = None
+    gpus: tuple[str, ...] | None = None
+
+
+def shares(jobs: int, on_gpu: bool) -> list[Share]:
+    """Divide this machine among ``jobs`` jobs that run at once, all alike; what does not divide stays idle.
+
+    Raises:
+        UserError: more jobs than GPUs, or than cores.
+    """
+    if jobs < 1:
+        raise UserError(f"hydra.launcher.jobs={jobs}: must be at least 1")
+    if jobs == 1:
+        return [Share()]
+    if on_gpu:
+        return [Share(gpus=part) for part in _divided(visible_gpus(), jobs, "GPU")]
+    return [Share(cores=part) for part in _divided(usable_cores(), jobs, "core")]
+
+
+def environment(share: Share, num_processes: int, sweep: str, wants_traceback: bool) -> dict[str, str]:
+    """Return the environment of a job: this process's own, but for what belongs to another group of processes.
+
+    Args:
+        share: what the job may use.
+        num_processes: how many processes share its cores.
+        sweep: the name of the sweep.
+        wants_traceback: whether the user has set HYDRA_FULL_ERROR.
+    """
+    variables = {name: value for name, value in os.environ.items() if not _is_of_another_group(name)}
+    variables |= {SWEEP: sweep, PARENT: str(os.getpid())}
+    if wants_traceback:
+        variables["HYDRA_FULL_ERROR"] = "1"
+    if share.gpus is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
+    if share.cores is not None:
+        threads = max(1, len(share.cores) // num_processes)
+        chosen = os.environ.get("OMP_NUM_THREADS", "")
+        variables["OMP_NUM_THREADS"] = str(min(threads, int(chosen)) if chosen.isdecimal() else threads)
+    return variables
+
+
+def usable_cores() -> list[int]:
+    """Return the cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def visible_gpus(variables: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    chosen = variables.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return [str(index) for index in range(torch.cuda.device_count())]
+    return [name.strip() for name in chosen.split(",") if name.strip()]
+
+
+def bind(pid: int, share: Share) -> None:
+    """Keep a process that has just begun, and all that it will start, on the share's cores, where the system can."""
+    if share.cores is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(pid, share.cores)
+
+
+def _divided(parts: Sequence[T], jobs: int, name: str) -> list[tuple[T, ...]]:
+    if jobs > len(parts):
+        raise UserError(
+            f"hydra.launcher.jobs={jobs}: this machine has {len(parts)} {name}{'s' * (len(parts) != 1)} for them;"
+            f" use hydra.launcher.jobs={max(1, len(parts))}"
+        )
+    size = len(parts) // jobs
+    return [tuple(parts[size * job : size * (job + 1)]) for job in range(jobs)]
+
+
+def _is_of_another_group(name: str) -> bool:
+    return name in OF_ANOTHER_GROUP or name.startswith("TORCHELASTIC_")

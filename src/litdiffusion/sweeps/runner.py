@@ -1,0 +1,101 @@
+"""Jobs one after the other, or several at once; a signal to the sweep is a signal to them."""
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from litdiffusion.sweeps.jobs import Job
+from litdiffusion.sweeps.machine import Share, environment
+from litdiffusion.sweeps.process import FAILED, Outcome, RunningJob
+
+log = logging.getLogger(__name__)
+
+SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+LOOK_SECONDS = 0.1
+PATIENCE = 3
+"""So many signals, and the jobs are killed."""
+
+
+class Runner:
+    """Run jobs, each in its share of the machine.
+
+    Args:
+        places: one for each job that runs at a time. The jobs of a single place have the terminal to themselves.
+        sweep: the name of the sweep.
+        wants_traceback: whether the user has set HYDRA_FULL_ERROR.
+    """
+
+    def __init__(self, places: Sequence[Share], sweep: str, wants_traceback: bool = False) -> None:
+        self._places, self._sweep, self._wants_traceback = places, sweep, wants_traceback
+        self._running: dict[Share, RunningJob] = {}
+        self._signals: list[int] = []
+
+    def run(
+        self, jobs: Sequence[Job], begun: Callable[[Job], None], ended: Callable[[Job, Outcome], None]
+    ) -> int | None:
+        """Run the jobs; return the signal that stopped them before the last was started or had ended, if one did.
+
+        Args:
+            jobs: in the order in which they shall start.
+            begun: called when a job starts.
+            ended: called when a job has ended.
+        """
+        waiting = list(jobs)
+        with self._forwarding():
+            while self._running or (waiting and not self._signals):
+                for place in self._places:
+                    if waiting and not self._signals and place not in self._running:
+                        job = waiting.pop(0)
+                        begun(job)
+                        self._start(job, place, ended)
+                self._look(ended)
+        return self._signals[0] if self._signals else None
+
+    def _start(self, job: Job, place: Share, ended: Callable[[Job, Outcome], None]) -> None:
+        variables = environment(place, job.num_processes, self._sweep, self._wants_traceback)
+        terminal = (sys.stdout, sys.stderr) if len(self._places) == 1 else None
+        try:
+            job.note_start()
+            started = self._running[place] = RunningJob(job, variables, place, terminal)
+        except OSError as error:
+            ended(job, Outcome(FAILED, f"{job.folder} cannot be written ({error.strerror})"))
+            return
+        if self._signals and started.asked_to_stop is None:  # it came while the job was being started
+            started.ask_to_stop(self._signals[-1])
+
+    def _look(self, ended: Callable[[Job, Outcome], None]) -> None:
+        """See which jobs have ended; where none has, wait a little."""
+        for place, job in list(self._running.items()):
+            outcome = job.outcome()
+            if outcome is not None:
+                del self._running[place]
+                ended(job.job, outcome)
+                return
+        time.sleep(LOOK_SECONDS)
+
+    @contextmanager
+    def _forwarding(self) -> Iterator[None]:
+        before: dict[int, Any] = {}
+        try:
+            for signum in SIGNALS:
+                before[signum] = signal.signal(signum, self._forward)
+        except ValueError:  # not in the main thread, which alone hears signals
+            pass
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _forward(self, signum: int, frame: FrameType | None) -> None:
+        self._signals.append(signum)
+        for job in list(self._running.values()):
+            if len(self._signals) < PATIENCE:
+                job.ask_to_stop(signum)
+            else:
+                job.kill()

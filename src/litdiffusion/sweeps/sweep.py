@@ -1,0 +1,145 @@
+"""A sweep: its jobs, which of them are left to do, and what their sweeper is told."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
+from omegaconf import DictConfig, OmegaConf
+
+from litdiffusion.configuration.slurm import num_tasks
+from litdiffusion.configuration.sweeps import SweepCommand, current_sweep
+from litdiffusion.errors import UserError
+from litdiffusion.files import write_text
+from litdiffusion.redaction import without_secrets
+from litdiffusion.reporting.report import duration
+from litdiffusion.runs.folder import absolute
+from litdiffusion.sweeps.jobs import Job, make_job, program_of
+from litdiffusion.sweeps.process import FAILED, FINISHED, SKIPPED, WAITING, Outcome
+from litdiffusion.sweeps.table import Results
+
+log = logging.getLogger(__name__)
+
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+
+
+Perform = Callable[[Sequence[Job], Callable[[Job], None], Callable[[Job, Outcome], None]], int | None]
+"""Runs jobs. It calls the one function when a job begins and the other when it has ended, and returns the signal that
+has stopped it, if one has."""
+
+
+class Sweep:
+    """The jobs of one command.
+
+    Args:
+        config: of the sweep.
+        loader: Hydra's.
+        module: where the entry point was defined.
+    """
+
+    def __init__(self, config: DictConfig, loader: ConfigLoader, module: str) -> None:
+        self._config, self._loader = config, loader
+        self._command: SweepCommand = current_sweep()
+        self._program = [*program_of(module), *self._command.options]
+        self.folder = Path(absolute(config.hydra.sweep.dir))
+        self.wants_traceback = self._command.wants_traceback
+        self.results = Results(self.folder / "sweep.csv")
+        self._outcomes: dict[int, Outcome] = {}
+
+    def jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
+        """Return the jobs that the sweeper asks for, numbered from ``first``.
+
+        Raises:
+            UserError: this is one of several processes.
+        """
+        setup_globals()
+        configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 or num_tasks() > 1:
+            raise UserError(
+                "a sweep is started once, without torchrun or srun: its jobs start their own processes, as many as"
+                " trainer.devices says"
+            )
+        return [
+            make_job(first + index, overrides, self._config, self._loader, self._program)
+            for index, overrides in enumerate(job_overrides)
+        ]
+
+    def run(self, jobs: Sequence[Job], perform: Perform) -> list[JobReturn]:
+        """Have those of the jobs run that are not finished.
+
+        Raises:
+            SystemExit: a signal has stopped the sweep; the code is 128 + the signal.
+        """
+        self._begin()
+        signum = perform(self._left_of(jobs), self._say_begun, self._note_end)
+        if signum:
+            sys.exit(128 + signum)
+        return [self._returned(job) for job in jobs]
+
+    def _begin(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._command.report = self._report
+        written = self.folder / "multirun.yaml"  # by Hydra's sweeper
+        if written.exists():
+            cfg = OmegaConf.to_container(self._config)
+            write_text(written, OmegaConf.to_yaml(OmegaConf.create(without_secrets(cfg))))
+
+    def _left_of(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return the jobs that are not finished, and say how many are."""
+        left = [job for job in jobs if not job.is_finished()]
+        finished = [job for job in jobs if job not in left]
+        for job in jobs:
+            self._note(job, Outcome(WAITING if job in left else SKIPPED))
+        if finished:
+            numbers = ", ".join(str(job.number) for job in finished)
+            print(f"{len(finished)} of {len(jobs)} jobs are finished already: {numbers}", flush=True)
+        self.results.write()
+        return left
+
+    def _note(self, job: Job, outcome: Outcome) -> None:
+        self._outcomes[job.number] = outcome
+        self.results.plan(job, outcome)
+
+    def _say_begun(self, job: Job) -> None:
+        print(f"{self._title(job)} starts in {job.folder}", flush=True)
+
+    def _note_end(self, job: Job, outcome: Outcome) -> None:
+        self._note(job, outcome)
+        self.results.write()
+        seconds = job.results().get("wall_seconds") if outcome.status == FINISHED else None
+        spent = f" in {duration(seconds)}" if isinstance(seconds, int | float) else ""
+        why = f": {outcome.reason}" if outcome.reason else ""
+        print(f"{self._title(job)} {outcome.status}{spent}{why}", flush=True)
+
+    def _title(self, job: Job) -> str:
+        special = self.results.title(job)
+        return f"Job {job.number} ({special})" if special else f"Job {job.number}"
+
+    def _returned(self, job: Job) -> JobReturn:
+        """Return what a sweeper knows of a job. Hydra's own would end at the first that it knew to have failed."""
+        returned = JobReturn(
+            overrides=list(job.overrides), working_dir=str(Path.cwd()), status=JobStatus.COMPLETED
+        )
+        outcome = self._outcomes[job.number]
+        searching = self._config.hydra.sweeper._target_ != BASIC_SWEEPER
+        try:
+            if outcome.status == FAILED:
+                raise UserError(f"job {job.number}: {outcome.reason}")
+            if job.wanted and (searching or job.results()):
+                returned.return_value = job.value()
+        except UserError as error:
+            if searching:
+                returned.status, returned.return_value = JobStatus.FAILED, error
+        return returned
+
+    def _report(self) -> None:
+        """Print the table, and what to look at."""
+        self._command.failed |= self.results.failed()
+        print(f"\n{self.results.table(self._metric())}\n{self.results.path} holds this table.", flush=True)
+
+    def _metric(self) -> str:
+        metric = self._config.get("optimized_metric")
+        return metric if isinstance(metric, str) else "val_loss"

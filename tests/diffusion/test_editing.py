@@ -1,0 +1,349 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from litdiffusion.diffusion import (
+    DDIM,
+    DDPM,
+    Denoiser,
+    DPMSolverPP2M,
+    Guidance,
+    Heun,
+    Sampler,
+    Schedule,
+    V,
+    editing,
+    samplers,
+    schedules,
+)
+from litdiffusion.diffusion.editing import Edit, Inpaint, Interpolate, Slerp, Variation
+from small_worlds import (
+    SAMPLERS,
+    Affine,
+    Exact,
+    GaussianData,
+    MixtureData,
+    affine_denoiser,
+    images,
+    normal,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SCHEDULE = schedules.cosine(1000)
+RIGHT = torch.tensor([[False, True]])
+every_sampler = pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
+
+
+@dataclass
+class PairData:
+    """Images of two pixels: each N(mean, std^2), and correlated."""
+
+    schedule: Schedule
+    mean: float = 0.2
+    std: float = 0.4
+    correlation: float = 0.9
+
+    def denoise(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """E[x_0 | x_t]: the two pixels' mean and half their difference are independent."""
+        alpha, sigma = self.schedule.at(t, x_t.dtype)
+        x0 = torch.full_like(x_t, self.mean)
+        for part, share in (
+            (x_t + x_t.flip(-1), 1 + self.correlation),
+            (x_t - x_t.flip(-1), 1 - self.correlation),
+        ):
+            variance = self.std**2 * share
+            expected = 2 * alpha * self.mean if share > 1 else 0
+            x0 = x0 + alpha * variance / (alpha**2 * variance + sigma**2) * (part - expected) / 2
+        return x0
+
+    def mean_of_one_given(self, other: float) -> float:
+        return self.mean + self.correlation * (other - self.mean)
+
+    @property
+    def std_of_one_given_the_other(self) -> float:
+        return self.std * (1 - self.correlation**2) ** 0.5
+
+
+def exact(
+    data: PairData | GaussianData | MixtureData, size: tuple[int, int] = (1, 2), **options: int
+) -> Denoiser:
+    return Denoiser(Exact(data, V(), **options), data.schedule, V(), 1, size, clip="none")
+
+
+def drawn(
+    edit: Edit, sampler: Sampler, denoiser: Denoiser, x_T: Tensor, seed: int = 0, first: int = 0
+) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return list(edit.steps(sampler, denoiser, x_T, generator, first))[-1].x
+
+
+def pair(left: float, right: float) -> Tensor:
+    return torch.tensor([[[[left, right]]]], dtype=torch.float64)
+
+
+# Inpainting
+
+
+@every_sampler
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_known_pixels_come_out_exactly_and_the_others_are_drawn(make, repeats):
+    image, mask = images(3, channels=1), torch.zeros(4, 4, dtype=torch.bool)
+    mask[1:3, :2] = True
+    out = drawn(
+        Inpaint(image, mask, repeats), make(8), affine_denoiser(schedules.linear(30)), normal(3, 1, 4, 4)
+    )
+    assert torch.equal(out[..., ~mask], image[..., ~mask])
+    assert bool((out[..., mask] != image[..., mask]).all())
+
+
+@every_sampler
+def test_where_pixels_are_independent_the_known_ones_change_nothing(make):
+    data = GaussianData(SCHEDULE)
+    x_T = normal(4000, 1, 1, 2, dtype=torch.float64)
+    out = drawn(Inpaint(pair(0.9, 0.0), RIGHT, repeats=2), make(15), exact(data), x_T)[..., 1]
+    plain = make(15).sample(exact(data), x_T, torch.Generator().manual_seed(1))[..., 1]
+    # Against the data for all, and against plain sampling, whose own error on this grid is shared.
+    assert float(out.mean()) == pytest.approx(data.mean, abs=0.05)
+    assert float(out.mean()) == pytest.approx(float(plain.mean()), abs=0.03)
+    assert float(out.std()) == pytest.approx(float(plain.std()), rel=0.05)
+
+
+def test_known_pixels_are_at_the_noise_level_of_each_moment():
+    x_T = normal(4000, 1, 1, 2, dtype=torch.float64)
+    moments = Inpaint(pair(0.9, 0.0), RIGHT, 2).steps(DDPM(10), exact(GaussianData(SCHEDULE)), x_T)
+    seen = 0
+    for moment in moments:
+        if 0 < moment.t < SCHEDULE.num_steps:
+            known = moment.x[..., 0]
+            assert float(known.mean()) == pytest.approx(float(SCHEDULE.alpha[moment.t]) * 0.9, abs=0.05)
+            assert float(known.std()) == pytest.approx(float(SCHEDULE.sigma[moment.t]), rel=0.05)
+            seen += 1
+    assert seen == 9
+
+
+@pytest.mark.parametrize("make", [DDPM, DDIM, DPMSolverPP2M, Heun])
+def test_the_more_repeats_the_better_the_halves_fit(make, monkeypatch):
+    # Everything here is linear: a walk in which each random number is 0, its mean, is the mean of all walks.
+    for module in (editing, samplers):
+        monkeypatch.setattr(module, "normal_like", lambda x, generators: torch.zeros_like(x))
+    data = PairData(SCHEDULE)
+    wanted = data.mean_of_one_given(0.8)
+    errors = []
+    for repeats in (1, 2, 4):
+        out = drawn(
+            Inpaint(pair(0.8, 0.0), RIGHT, repeats), make(20), exact(data), torch.zeros_like(pair(0, 0))
+        )
+        errors.append(abs(float(out[..., 1]) - wanted))
+    plain = data.mean - wanted
+    assert errors[0] < 0.6 * abs(plain)
+    assert errors[1] < 0.75 * errors[0]
+    assert errors[2] < 0.75 * errors[1]
+
+
+def test_many_repeats_draw_from_the_conditional_distribution():
+    data, x_T = PairData(SCHEDULE), normal(2000, 1, 1, 2, dtype=torch.float64)
+    once, often = (
+        drawn(Inpaint(pair(0.8, 0.0), RIGHT, repeats), DDIM(40), exact(data), x_T)[..., 1]
+        for repeats in (1, 12)
+    )
+    wanted, spread = data.mean_of_one_given(0.8), data.std_of_one_given_the_other
+    assert float(often.mean()) == pytest.approx(wanted, abs=0.05)
+    assert float(often.std()) == pytest.approx(spread, rel=0.1)
+    assert abs(float(once.mean()) - wanted) > 0.2
+    assert float(once.std()) > 1.3 * spread
+
+
+# Variation
+
+
+@every_sampler
+def test_full_strength_is_plain_sampling(make):
+    denoiser, x_T = affine_denoiser(schedules.linear(30)), normal(3, 1, 4, 4)
+    out = drawn(Variation(images(3), 1.0), make(8), denoiser, x_T, seed=4)
+    assert torch.equal(out, make(8).sample(denoiser, x_T, torch.Generator().manual_seed(4)))
+
+
+@pytest.mark.parametrize(
+    ("strength", "start"), [(0.34, 300), (0.36, 400), (0.001, 100), (0.97, 1000), (0.5, 500)]
+)
+def test_a_variation_begins_with_the_image_noised_to_the_nearest_time_of_the_grid(strength, start):
+    image, x_T = images(3), normal(3, 1, 4, 4)
+    edit = Variation(image, strength)
+    moments = list(edit.steps(DDIM(10), affine_denoiser(SCHEDULE), x_T))
+    assert edit.start(DDIM(10), SCHEDULE) == start
+    assert [moment.t for moment in moments] == list(range(start, -1, -100))
+    alpha, sigma = (float(table[start]) for table in (SCHEDULE.alpha, SCHEDULE.sigma))
+    noised = x_T if start == 1000 else alpha * image + sigma * x_T
+    assert torch.allclose(moments[0].x, noised, atol=1e-6)
+
+
+@pytest.mark.parametrize("strength", [0.2, 0.5, 0.8])
+def test_a_variation_lies_where_the_flow_leads(strength):
+    data = GaussianData(SCHEDULE)
+    image, x_T = normal(50, 1, 1, 2, seed=1, dtype=torch.float64), normal(50, 1, 1, 2, dtype=torch.float64)
+    out = drawn(Variation(image, strength), DPMSolverPP2M(100), exact(data), x_T)
+    t = round(strength * 1000)
+    alpha, sigma = data.tables(t)
+    x_t = alpha * image + sigma * x_T
+    flow = data.mean + data.std * (x_t - data.mean_at(t)) / data.variance_at(t) ** 0.5
+    assert torch.allclose(out, flow, atol=2e-3)
+
+
+@every_sampler
+def test_the_weaker_a_variation_the_closer_to_its_image(make):
+    data = GaussianData(SCHEDULE)
+    image, x_T = data.mean + data.std * normal(500, 1, 1, 2, seed=1), normal(500, 1, 1, 2)
+    distances = [
+        float((drawn(Variation(image, strength), make(20), exact(data), x_T) - image).square().mean())
+        for strength in (0.05, 0.2, 0.5, 1.0)
+    ]
+    assert distances == sorted(distances)
+    assert distances[0] < 0.1 * distances[-1]
+    # Two independent images are this far apart.
+    assert distances[-1] == pytest.approx(2 * data.std**2, rel=0.15)
+
+
+def test_one_step_back_costs_what_the_noise_hides():
+    data = GaussianData(SCHEDULE)
+    image, x_T = data.mean + data.std * normal(5000, 1, 1, 2, seed=1), normal(5000, 1, 1, 2)
+    out = drawn(Variation(image, 0.1), DDPM(10), exact(data), x_T)
+    assert float((out - image).square().mean()) == pytest.approx(data.posterior_variance(100), rel=0.05)
+
+
+# Interpolation
+
+
+def test_a_path_begins_with_the_mean_of_both_images_at_one_noise():
+    one, two, eps = images(1, seed=1), images(1, seed=2), normal(1, 1, 4, 4)
+    moments = list(
+        Interpolate(one, two, 5, 0.3).steps(DDIM(10), affine_denoiser(SCHEDULE), eps.expand(5, 1, 4, 4))
+    )
+    alpha, sigma = (float(table[300]) for table in (SCHEDULE.alpha, SCHEDULE.sigma))
+    assert moments[0].t == 300
+    for share, x in zip((0, 0.25, 0.5, 0.75, 1), moments[0].x, strict=True):
+        mean_of_both = (1 - share) * (alpha * one + sigma * eps) + share * (alpha * two + sigma * eps)
+        assert torch.allclose(x, mean_of_both[0], atol=1e-6)
+
+
+@every_sampler
+def test_the_ends_of_a_path_are_nearly_the_images(make):
+    data = GaussianData(SCHEDULE)
+    ends = [data.mean + data.std * normal(1, 1, 4, 4, seed=seed) for seed in (1, 2)]
+    out = drawn(Interpolate(*ends, 7, strength=0.02), make(50), exact(data, (4, 4)), normal(7, 1, 4, 4))
+    apart = float((ends[0] - ends[1]).abs().mean())
+    for row, end in ((0, ends[0]), (6, ends[1])):
+        assert float((out[row] - end).abs().mean()) < 0.2 * apart
+    middle = (ends[0] + ends[1]) / 2
+    assert float((out[3] - middle).abs().mean()) < 0.2 * apart
+
+
+def test_a_path_through_noise_comes_back_to_its_images_and_keeps_the_noise_level():
+    data = GaussianData(SCHEDULE)
+    ends = [data.mean + data.std * normal(1, 1, 4, 4, seed=seed, dtype=torch.float64) for seed in (1, 2)]
+    denoiser, sampler = exact(data, (4, 4)), DDIM(50)
+    moments = list(Slerp(*ends, 5).steps(sampler, denoiser, torch.zeros(5, 1, 4, 4, dtype=torch.float64)))
+    assert torch.allclose(moments[-1].x[0], ends[0][0], atol=0.02)
+    assert torch.allclose(moments[-1].x[4], ends[1][0], atol=0.02)
+
+    one, two = (sampler.invert(denoiser, end, 3).flatten() for end in ends)
+    theta = torch.acos(one @ two / (one.norm() * two.norm()))
+    for i, x_T in enumerate(moments[0].x.flatten(1)):
+        weights = torch.sin((1 - i / 4) * theta), torch.sin(i / 4 * theta)
+        assert torch.allclose(x_T, (weights[0] * one + weights[1] * two) / torch.sin(theta), atol=1e-9)
+
+
+def test_a_path_from_an_image_to_itself_stands_still():
+    image = normal(1, 1, 4, 4)
+    moments = list(
+        Slerp(image, image, 3).steps(DDIM(50), exact(GaussianData(SCHEDULE), (4, 4)), normal(3, 1, 4, 4))
+    )
+    assert torch.allclose(moments[0].x[1], moments[0].x[0], atol=1e-4)
+    assert torch.allclose(moments[-1].x, image.expand(3, 1, 4, 4), atol=0.03)
+
+
+# All of them
+
+
+def edits(size: int = 4) -> dict[str, Edit]:
+    mask = torch.arange(size * size).reshape(size, size) % 3 == 0
+    one, two = images(1, size=size, seed=8), images(1, size=size, seed=9)
+    return {
+        "inpaint": Inpaint(images(2, size=size), mask, repeats=2),
+        "variation": Variation(images(3, size=size), 0.7),
+        "interpolate": Interpolate(one, two, 5, 0.7),
+        "slerp": Slerp(one, two, 5),
+    }
+
+
+@pytest.mark.parametrize("make", [DDPM, DDIM, Heun], ids=["ddpm", "ddim", "heun"])
+@pytest.mark.parametrize("name", edits())
+def test_an_edited_image_does_not_depend_on_its_batch(name, make):
+    edit, x_T = edits()[name], normal(5, 1, 4, 4)
+    denoiser = affine_denoiser(schedules.linear(30), net=Affine(self_condition=True))
+
+    def rows(first: int, last: int) -> Tensor:
+        generators = [torch.Generator().manual_seed(i) for i in range(first, last)]
+        return list(edit.steps(make(4), denoiser, x_T[first:last], generators, first))[-1].x
+
+    whole = rows(0, 5)
+    assert torch.equal(whole, torch.cat([rows(0, 1), rows(1, 3), rows(3, 5)]))
+    assert len(whole.unique(dim=0)) == 5
+
+
+def test_drawn_image_i_belongs_to_given_image_i_modulo_their_number():
+    denoiser, x_T, given = affine_denoiser(SCHEDULE), normal(1, 1, 4, 4).expand(5, 1, 4, 4), images(2)
+    masks = torch.rand(2, 1, 4, 4) < 0.5
+    filled = drawn(Inpaint(given, masks, 1), DDIM(5), denoiser, x_T, first=3)
+    varied = drawn(Variation(given, 0.3), DDIM(5), denoiser, x_T, first=3)
+    for i in range(5):
+        owner = (3 + i) % 2
+        assert torch.equal(filled[i][~masks[owner]], given[owner][~masks[owner]])
+        assert bool((filled[i][masks[owner]] != given[owner][masks[owner]]).all())
+        assert torch.equal(varied[i], drawn(Variation(given[owner], 0.3), DDIM(5), denoiser, x_T[:1])[0])
+
+
+@every_sampler
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_labels_and_guidance_steer_every_edit(make, scale):
+    data, count = MixtureData(SCHEDULE), 30
+    first, last = (torch.full((1, 1, 1, 2), data.means[k], dtype=torch.float64) for k in (0, 2))
+    x_T = normal(count, 1, 1, 2, dtype=torch.float64)
+    denoiser = exact(data, num_classes=3).guided(Guidance(torch.full((count,), 2), scale))
+    for edit in (Inpaint(first, RIGHT, 1), Variation(first, 1.0), Interpolate(first, last, count, 1.0)):
+        right = drawn(edit, make(10), denoiser, x_T)[..., 1]
+        assert float(right.mean()) == pytest.approx(data.means[2], abs=0.1)
+    assert set(denoiser.net.calls) == {count if scale == 1 else 2 * count}
+
+
+def test_inversion_is_guided_as_the_way_back_is():
+    data = MixtureData(SCHEDULE)
+    ends = [torch.full((1, 1, 1, 2), value, dtype=torch.float64) for value in (0.65, 0.75)]
+    denoiser = exact(data, num_classes=3).guided(Guidance(torch.tensor([2, 2, 2])))
+    out = drawn(Slerp(*ends, 3), DDIM(50), denoiser, torch.zeros(3, 1, 1, 2, dtype=torch.float64))
+    assert torch.allclose(out[[0, 2]], torch.cat(ends), atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("make_edit", "words"),
+    [
+        (lambda x: Inpaint(x, torch.ones(4, 4), 0), "repeats=0"),
+        (lambda x: Variation(x, 0.0), "strength=0.0"),
+        (lambda x: Variation(x, 1.5), "strength=1.5"),
+        (lambda x: Variation(x, float("nan")), "strength=nan"),
+        (lambda x: Interpolate(x, x, 1), "num_images=1"),
+        (lambda x: Interpolate(x, x, 3, -0.1), "strength=-0.1"),
+        (lambda x: Interpolate(x, images(2), 3), "image2: .* this holds 2"),
+        (lambda x: Slerp(images(2), x, 3), "image: .* this holds 2"),
+        (lambda x: Slerp(x, x, 3, iterations=0), "iterations=0"),
+        (lambda x: Inpaint(images(1, channels=3), torch.ones(4, 4)), r"image: \[3, 4, 4\].*\[1, 4, 4\] is drawn"),
+        (lambda x: Variation(images(1, size=8)), r"image: \[1, 8, 8\]"),
+        (lambda x: Inpaint(x, torch.ones(8, 8)), r"mask: \[1, 8, 8\]"),
+        (lambda x: Inpaint(x, torch.ones(1, 3, 4, 4)), r"mask: \[3, 4, 4\]"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_named(make_edit, words):
+    with pytest.raises(ValueError, match=words):
+        drawn(make_edit(images(1)), DDIM(5), affine_denoiser(schedules.linear(30)), normal(1, 1, 4, 4))

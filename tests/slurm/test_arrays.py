@@ -1,0 +1,49 @@
+"""``hydra/launcher=slurm`` on a real Slurm: a sweep is one array, and a job told to stop is requeued and goes on."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from interrupted_runs import COMMAND, differences, finish, rows
+from slurm_world import PATIENCE_SECONDS, TESTS, Slurm, wait_until
+
+pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+HELD, NEVER = 25, 1000
+
+
+def test_a_sweep_of_which_one_job_is_preempted(slurm: Slurm, tmp_path: Path) -> None:
+    peaceful, sweep, output = tmp_path / "peaceful", tmp_path / "sweep", tmp_path / "output"
+    finish(peaceful)
+    command = [
+        *(sys.executable, "-m", "litdiffusion.train", "-m", *COMMAND),
+        *("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", f"hydra.sweep.dir={sweep}"),
+        *("+callbacks.hold._target_=hold.Hold", f"+callbacks.hold.step={HELD},{NEVER}"),
+    ]
+    with output.open("w") as file:
+        started = subprocess.Popen(
+            command, env=slurm.environment, cwd=TESTS.parent, stdout=file, stderr=file, text=True
+        )
+    table = sweep / "0" / "metrics.csv"
+    wait_until(
+        lambda: (table.exists() and int(rows(table.parent)[-1]["step"]) >= HELD) or started.poll() is not None,
+        f"step {HELD} of the first job",
+    )
+    assert started.poll() is None, output.read_text()
+    [array] = {line.partition("_")[0] for line in slurm.run("squeue", "--noheader", "--format=%i").split()}
+    slurm.run("scancel", "--signal=USR2", f"{array}_0")  # what submitit asks for before the time limit
+    assert started.wait(PATIENCE_SECONDS) == 0, output.read_text()
+
+    said = "".join(path.read_text() for path in (sweep / ".submitit").rglob("*_0_0_log.*"))
+    assert f"stopped by SIGUSR2 after step {HELD + 1}" in said
+    assert f"Continuing from step {HELD + 1}" in said
+    assert slurm.describe(f"{array}_0")["Restarts"] == "1"
+    for number in ("0", "1"):
+        assert differences(peaceful, sweep / number) == []
+    with (sweep / "sweep.csv").open() as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["finished", "finished"]

@@ -1,0 +1,198 @@
+"""Sweeps of a command that needs no time, through Hydra and back."""
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+
+def statuses(sweeps) -> list[str]:
+    return [row["status"] for row in sweeps.table()]
+
+
+def meanwhile(condition: Callable[[], bool], *signals: int) -> threading.Thread:
+    """Send this process signals once something is the case, as a shell or a cluster would."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for signum in signals:
+            os.kill(os.getpid(), signum)
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_every_job_is_a_process_with_its_folder(sweeps) -> None:
+    code, out, err = sweeps("-m", "seed=1,0", "experiment=small", "hydra.verbose=false")
+    assert (code, err) == (0, "")
+    starts = sweeps.starts()
+    assert list(starts) == ["0", "1"]
+    for job, seed in (("0", 1), ("1", 0)):
+        (folder,) = Path("logs/sweeps").glob(f"small-????????/{job}")
+        (start,) = starts[job]
+        expected = [f"seed={seed}", "experiment=small", f"run_dir={folder.absolute()}"]
+        assert start["given"] == [
+            "hydra.verbose=false",
+            *expected,
+            f"hydra.job.num={job}",
+            "hydra.mode=RUN",
+        ]
+        assert start["environment"]["LITDIFFUSION_SWEEP"] == folder.parent.name
+    assert "job of seed 1\n" in out
+    assert [(row["seed"], row["val_loss"]) for row in sweeps.table()] == [("1", "0.5"), ("0", "1.0")]
+
+
+def test_a_failed_job_does_not_end_the_sweep_and_is_all_that_is_repeated(sweeps) -> None:
+    command = ("-m", "behaviour=refused,bug,killed,good")
+    code, out, _ = sweeps(*command)
+    assert code == 2
+    expected = {
+        "refused": ("failed", "behaviour=refused: choose another"),
+        "bug": ("failed", "ValueError: a bug"),
+        "killed": ("failed", "killed by SIGKILL, as the system does when memory runs out"),
+    }
+    reasons = {row["behaviour"]: (row["status"], row["reason"]) for row in sweeps.table()}
+    assert reasons == {**expected, "good": ("finished", "")}
+    table = out.split("\n\n")[-1].splitlines()
+    assert [line.split()[0] for line in table[:5]] == ["job", "3", "0", "1", "2"], "the best first"
+    assert table[2].endswith("  behaviour=refused: choose another")
+
+    code, out, _ = sweeps(*command, "hydra.launcher.jobs=2")
+    assert code == 2
+    assert out.startswith("1 of 4 jobs are finished already: 3\n")
+    reasons = {row["behaviour"]: (row["status"], row["reason"]) for row in sweeps.table()}
+    assert reasons == {**expected, "good": ("skipped-finished", "")}
+    assert [len(starts) for starts in sweeps.starts().values()] == [2, 2, 2, 1]
+    assert sweeps.table()[3]["val_loss"] == "1.0"
+
+
+def test_the_folder_is_a_function_of_the_sweep(sweeps) -> None:
+    def name(*overrides: str) -> str:
+        with initialize_config_dir(str(sweeps.folder / "configs"), version_base="1.3"):
+            return compose("train", list(overrides), return_hydra_config=True).hydra.sweep.dir
+
+    same = [name("seed=1"), name("seed=1"), name("seed=1", "hydra.sweeper.max_batch_size=2")]
+    assert len(set(same)) == 1
+    assert re.fullmatch(r"logs/sweeps/default-[0-9a-f]{8}", same[0])
+    assert name("seed=1", "experiment=small").startswith("logs/sweeps/small-")
+    others = [name("seed=2"), name("seed=1", "sweep=seeds"), name("seed=1", "sweep=more_seeds")]
+    assert len({*same, *others}) == 4
+
+
+def test_a_job_may_be_given_its_folder(sweeps) -> None:
+    assert sweeps("-m", "seed=3,4", "run_dir='a b, c/${hydra:job.num}'").code == 0
+    assert {path.name for path in Path("a b, c").iterdir()} == {"0", "1"}
+    given = sweeps.starts()["1"][0]["given"]
+    assert [text for text in given if text.startswith("run_dir")] == [f"run_dir='{Path.cwd()}/a b, c/1'"]
+
+
+def test_several_at_once_share_the_cores(sweeps) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("one core")
+    code, out, _ = sweeps("-m", "seed=0,1,2", "hydra.launcher.jobs=2")
+    assert code == 0
+    assert "job of seed" not in out
+    half = len(cores) // 2
+    for start in sweeps.starts().values():
+        assert start[0]["cores"] in (cores[:half], cores[half : 2 * half])
+        assert start[0]["environment"]["OMP_NUM_THREADS"] == str(half)
+    assert [path.read_text() for path in sorted(sweeps.folder.rglob("output.log"))] == [
+        f"job of seed {seed}\n" for seed in range(3)
+    ]
+
+
+def test_more_jobs_than_cores_are_refused(sweeps) -> None:
+    cores = len(os.sched_getaffinity(0))
+    code, out, err = sweeps("-m", "seed=0,1", f"hydra.launcher.jobs={cores + 1}")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: hydra.launcher.jobs={cores + 1}: this machine has {cores} core")
+    assert sweeps.starts() == {}
+
+
+def test_torchrun_does_not_start_sweeps(sweeps, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = sweeps("-m", "seed=0,1")
+    assert code == 2
+    assert "without torchrun" in err
+    assert sweeps.starts() == {}
+
+
+@pytest.mark.parametrize(("signum", "at_once"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_stops_the_jobs_and_starts_no_others(sweeps, signum: int, at_once: int) -> None:
+    command = ("-m", "behaviour=patient", "seed=0,1,2", f"hydra.launcher.jobs={at_once}")
+    handler = signal.getsignal(signum)
+    thread = meanwhile(lambda: len(list(sweeps.folder.rglob("met"))) == at_once, signum)
+    code = sweeps(*command).code
+    thread.join()
+    assert code == 128 + signum
+    assert signal.getsignal(signum) == handler
+    assert statuses(sweeps) == ["stopped"] * at_once + ["waiting"] * (3 - at_once)
+    assert sweeps.table()[0]["reason"] == f"by {signal.Signals(signum).name}; the same command continues it"
+    if at_once == 2:
+        Path(sweeps.table()[2]["run_dir"]).mkdir()
+        Path(sweeps.table()[2]["run_dir"], "met").touch()
+        assert sweeps(*command).code == 0
+        assert statuses(sweeps) == ["finished"] * 3
+
+
+def test_sweeps_of_other_commands(sweeps) -> None:
+    assert sweeps("-m", "seed=0,1", "ckpt=a.ckpt", config_name="sample").code == 0
+    assert [row["steps"] for row in sweeps.table()] == ["2", "2"]
+    code, _, err = sweeps("-m", "seed=0,1", "ckpt=a.ckpt", "out=here", config_name="sample")
+    assert code == 2
+    assert "out=here: jobs that vary seed cannot share a folder" in err
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its own, at import
+def test_optuna_learns_the_results_and_asks_again_for_the_same(sweeps) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    command = (
+        "sweep=optuna",
+        "+hydra.sweeper.params.behaviour='choice(good,fine,bug)'",
+        "hydra.sweeper.n_trials=4",
+    )
+    code, _, _ = sweeps(*command)
+    rows = sweeps.table()
+    assert len(rows) == 4
+    assert {row["status"] for row in rows} == {"finished", "failed"}
+    assert code == 2
+    (results,) = sweeps.folder.rglob("optimization_results.yaml")
+    best = min(float(row["val_loss"]) for row in rows if row["val_loss"])
+    assert f"best_value: {best}" in results.read_text()
+    sweeps(*command)
+    assert [row["optimizer.lr"] for row in sweeps.table()] == [row["optimizer.lr"] for row in rows]
+    assert {row["status"] for row in sweeps.table()} == {"skipped-finished", "failed"}
+
+
+def test_optuna_is_told_of_a_metric_that_is_not_there(sweeps) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    code, out, err = sweeps("sweep=optuna", "hydra.sweeper.n_trials=1", "optimized_metric=fid")
+    assert code == 2
+    assert "optimized_metric=fid" in out + err
+    assert "it has: steps, val_loss, wall_seconds" in out + err
+
+
+def test_a_sweeper_that_is_not_installed_is_named(sweeps, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = sweeps.folder / "configs/sweep/optuna.yaml"
+    preset.write_text(preset.read_text().replace("sweeper: optuna", "sweeper: absent"))
+    monkeypatch.setattr(
+        "litdiffusion.configuration.messages._EXTRAS",
+        {"hydra/sweeper/absent": ("optuna", "hydra-optuna-sweeper")},
+    )
+    code, _, err = sweeps("sweep=optuna")
+    assert code == 2
+    assert err == (
+        "error: hydra-optuna-sweeper is not installed, which this needs: pip install 'litdiffusion[optuna]'\n"
+    )

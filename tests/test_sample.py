@@ -1,0 +1,198 @@
+"""What ``sample`` offers beyond ckpt images: classes, guidance and edits, typed as a user types them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from commands import run, train_tiny, type_command
+from litdiffusion import load_model
+from litdiffusion.data.pictures import read_image, read_mask
+from litdiffusion.reporting.images import to_uint8
+from litdiffusion.runs.model import TrainedModel
+
+SHAPE = (1, 8, 8)
+FEW = ["num_images=3", "sampler=ddim", "sampler.num_steps=5", "batch_size=2", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a class-conditional network, hardly trained."""
+    brief = ["trainer.max_steps=1", "callbacks.sample_images=null", "module.bits_per_dim_images=0"]
+    run_dir = train_tiny(tmp_path_factory.mktemp("runs") / "run", "net.num_classes=10", *brief)
+    return run_dir / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed, name in enumerate(("cat", "dog")):
+        noise = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"{name}.png")
+    Image.fromarray((np.arange(64).reshape(8, 8) % 8 >= 4).astype(np.uint8) * 255).save(folder / "mask.png")
+    (folder / "text.png").write_text("no picture")
+    return folder
+
+
+def sampled(ckpt: Path, out: Path, *overrides: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """The images in uint8 [N, H, W, C], and sample.json."""
+    run("sample", f"ckpt={ckpt}", f"out={out}", *FEW, *overrides)
+    with np.load(out / "samples.npz") as file:
+        images = file["images"]
+    with Image.open(out / "denoising.gif") as gif, Image.open(out / "grid.png") as grid:
+        assert gif.size
+        assert grid.size
+    return images, json.loads((out / "sample.json").read_text())
+
+
+def shown(images: torch.Tensor) -> np.ndarray:
+    return to_uint8(images).permute(0, 2, 3, 1).numpy()
+
+
+def test_a_part_of_an_image_is_drawn_anew(ckpt, pictures, tmp_path):
+    image, mask = pictures / "cat.png", pictures / "mask.png"
+    drawn, report = sampled(ckpt, tmp_path, "edit=inpaint", f"image={image}", f"mask={mask}", "repeats=2")
+    given = shown(read_image("image", image, SHAPE)[None])[0]
+    assert drawn.shape == (3, 8, 8, 1)
+    assert np.array_equal(drawn[:, :, :4], np.stack([given[:, :4]] * 3))
+    assert len(np.unique(drawn[:, :, 4:], axis=0)) == 3
+    expected = {"edit": "inpaint", "image": str(image), "mask": str(mask), "repeats": 2, "num_steps": 5}
+    assert report.items() >= expected.items()
+    assert "strength" not in report
+
+
+def test_an_image_is_varied(ckpt, pictures, tmp_path):
+    image = pictures / "cat.png"
+    drawn, report = sampled(ckpt, tmp_path, "edit=variation", f"image={image}", "strength=0.4")
+    assert len(np.unique(drawn, axis=0)) == 3
+    assert report.items() >= {"edit": "variation", "strength": 0.4, "num_steps": 2}.items()
+    with Image.open(tmp_path / "denoising.gif") as gif:
+        assert gif.n_frames == 3
+    model = load_model(ckpt, device="cpu")
+    given = read_image("image", image, SHAPE)
+    expected = model.vary(given, 0.4, num_images=3, sampler="ddim", num_steps=5)
+    assert np.abs(drawn.astype(int) - shown(expected).astype(int)).max() <= 1
+    # An edit is of no class in particular, unless one is named.
+    assert report["labels"] is None
+    firmly = model.vary(given, 0.4, 3, labels=7, guidance_scale=40, sampler="ddim", num_steps=5)
+    assert not torch.allclose(firmly, expected, atol=0.01)
+    weaker = model.vary(given, 0.2, num_images=3, sampler="ddim", num_steps=5)
+    assert (weaker - given).abs().mean() < (expected - given).abs().mean()
+
+
+def test_several_images_are_varied_in_turn(ckpt, pictures, tmp_path):
+    images = f"image=[{pictures}/cat.png,{pictures}/dog.png]"
+    drawn, report = sampled(
+        ckpt, tmp_path, "edit=variation", images, "strength=0.2", "num_images=4", "labels=7"
+    )
+    given = [shown(read_image("image", pictures / f"{name}.png", SHAPE)[None])[0] for name in ("cat", "dog")]
+    distances = np.abs(drawn[:, None].astype(int) - np.stack(given).astype(int)).mean((2, 3, 4))
+    assert distances.argmin(1).tolist() == [0, 1, 0, 1]
+    assert report["labels"] == [7]
+    assert report["image"] == [f"{pictures}/cat.png", f"{pictures}/dog.png"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "options"),
+    [
+        ("interpolate", ["strength=0.01", "sampler.num_steps=100"]),
+        ("slerp", ["edit.iterations=1", "sampler.num_steps=4"]),
+    ],
+    ids=["interpolate", "slerp"],
+)
+def test_a_path_leads_from_one_image_to_another(edit, options, ckpt, pictures, tmp_path):
+    ends = [pictures / "cat.png", pictures / "dog.png"]
+    named = [f"edit={edit}", f"image={ends[0]}", f"image2={ends[1]}"]
+    drawn, report = sampled(ckpt, tmp_path, *named, *options)
+    given = [shown(read_image("image", end, SHAPE)[None])[0].astype(int) for end in ends]
+    apart = np.abs(given[0] - given[1]).mean()
+    assert np.abs(drawn[0] - given[0]).mean() < apart / 3
+    assert np.abs(drawn[2] - given[1]).mean() < apart / 3
+    assert report.items() >= {"edit": edit, "image2": str(ends[1])}.items()
+
+
+def test_classes_are_drawn_in_turn_or_as_named(ckpt, tmp_path):
+    model = load_model(ckpt, device="cpu")
+
+    def differ(drawn: np.ndarray, **asked: Any) -> int:
+        again = shown(model.sample(3, sampler="ddim", num_steps=2, **asked))
+        return int(np.abs(drawn.astype(int) - again.astype(int)).max())
+
+    drawn, report = sampled(ckpt, tmp_path, "sampler.num_steps=2")
+    assert report["labels"] == list(range(10))
+    assert differ(drawn, labels=[0, 1, 2]) <= 1
+    firmly = {"labels": 1, "guidance_scale": 40, "guidance_interval": [0.2, 1]}
+    typed = ["labels=1", "guidance_scale=40", "guidance_interval=[0.2,1]", "sampler.num_steps=2"]
+    drawn, report = sampled(ckpt, tmp_path, *typed)
+    assert report.items() >= {**firmly, "labels": [1]}.items()
+    assert differ(drawn, **firmly) <= 1
+    assert differ(drawn, labels=1) > 1
+
+
+@pytest.mark.parametrize(("sampler", "grid"), [("dpmpp_2m", "quadratic"), ("heun", "log_snr")])
+def test_further_samplers_and_grids_go_by_their_names(sampler, grid, ckpt, tmp_path):
+    overrides = [f"sampler={sampler}", "sampler.num_steps=3", f"sampler.grid={grid}", "num_images=1"]
+    run("sample", f"ckpt={ckpt}", f"out={tmp_path}", "device=cpu", *overrides)
+    assert json.loads((tmp_path / "sample.json").read_text())["num_steps"] == 3
+
+
+class TestTrainedModel:
+    """Editing in Python."""
+
+    @pytest.fixture
+    def model(self, ckpt: Path) -> TrainedModel:
+        return load_model(ckpt, device="cpu")
+
+    def test_inpaint_draws_one_for_each_image(self, model, pictures):
+        given = torch.stack([read_image("image", pictures / f"{name}.png", SHAPE) for name in ("cat", "dog")])
+        mask = read_mask("mask", pictures / "mask.png", pictures / "cat.png", SHAPE)
+        drawn = model.inpaint(given, mask, repeats=2, sampler="ddpm", num_steps=4, seed=3)
+        assert drawn.shape == given.shape
+        assert torch.equal(drawn[..., :4], given[..., :4])
+        assert not torch.equal(drawn[..., 4:], given[..., 4:])
+        more = model.inpaint(given, mask, 4, repeats=2, sampler="ddpm", num_steps=4, seed=3, batch_size=3)
+        assert torch.allclose(more[:2], drawn, atol=1e-4)
+
+    def test_interpolate_by_noise_or_by_inversion(self, model, pictures):
+        cat, dog = (read_image("image", pictures / f"{name}.png", SHAPE) for name in ("cat", "dog"))
+        paths = [
+            model.interpolate(cat, dog, 3, strength, sampler="ddim", num_steps=3) for strength in (0.3, None)
+        ]
+        assert paths[0].shape == (3, 1, 8, 8)
+        assert not torch.allclose(*paths)
+        assert (paths[1][0] - cat).abs().mean() < (paths[1][0] - dog).abs().mean()
+
+
+REFUSED = {
+    "no image": (["edit=inpaint", "image=null", "mask=MASK"], ["image: needs a value"]),
+    "an image that is not there": (["edit=variation", "image=/nonexistent.png"], ["image=/nonexistent.png"]),
+    "an unreadable mask": (["edit=inpaint", "image=CAT", "mask=TEXT"], ["mask=", "text.png"]),
+    "too long a way back": (
+        ["edit=interpolate", "image=CAT", "image2=CAT", "strength=1.5"],
+        ["strength=1.5"],
+    ),
+    "an image without an edit": (["image=CAT"], ["image=", "edit=inpaint"]),
+    "a mask for a variation": (["edit=variation", "image=CAT", "mask=MASK"], ["mask="]),
+    "a word for a scale": (["guidance_scale=big"], ["guidance_scale=big"]),
+    "a number for an interval": (["guidance_interval=0.5"], ["guidance_interval=0.5"]),
+    "a label out of range": (["labels=10"], ["labels=10", "0..9"]),
+    "guidance towards nothing": (["labels=null", "guidance_scale=2"], ["guidance_scale=2", "labels"]),
+}
+
+
+@pytest.mark.parametrize(("overrides", "words"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_one_line_before_anything_is_drawn(overrides, words, ckpt, pictures, tmp_path):
+    names = {"CAT": "cat.png", "MASK": "mask.png", "TEXT": "text.png"}
+    for short, name in names.items():
+        overrides = [override.replace(f"={short}", f"={pictures / name}") for override in overrides]
+    typed = type_command("sample", f"ckpt={ckpt}", f"out={tmp_path / 'out'}", *overrides)
+    assert typed.code == 2, typed.err
+    assert typed.err.startswith("error: "), typed.err
+    assert len(typed.err.splitlines()) == 1, typed.err
+    for word in words:
+        assert word in typed.err
+    assert not (tmp_path / "out").exists()

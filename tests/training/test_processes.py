@@ -1,0 +1,116 @@
+"""Several processes are one run: the same data, noise, weights, numbers and pictures, whatever their number."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from interrupted_runs import COMMAND, differences, finish, rows, start, wait_for
+
+TWO = ["trainer=ddp_cpu"]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert isinstance(state, dict)
+    return state
+
+
+def assert_close(one: Path, other: Path, tolerance: float) -> None:
+    """The same run up to rounding: weights, averages, numbers, and pictures to a gray level or two."""
+    torch.testing.assert_close(weights(one), weights(other), rtol=tolerance, atol=tolerance)
+    first, second = rows(one), rows(other)
+    assert [row.keys() for row in first] == [row.keys() for row in second]
+    for mine, theirs in zip(first, second, strict=True):
+        for name, cell in mine.items():
+            assert (cell == "") == (theirs[name] == "")
+            if cell:
+                assert float(cell) == pytest.approx(float(theirs[name]), rel=50 * tolerance), name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Dropout is drawn by each process for itself: it alone is not the same on two.
+    run_dir = tmp_path_factory.mktemp("runs") / "alone"
+    finish(run_dir, "net.dropout=0", "trainer.max_steps=30")
+    return run_dir
+
+
+def test_two_processes_of_8_follow_one_of_16(alone: Path, tmp_path: Path) -> None:
+    output = finish(tmp_path, "net.dropout=0", "trainer.max_steps=30", *TWO)
+    assert output.count("Training 30 steps") == 1  # and one of them speaks
+    assert_close(alone, tmp_path, 1e-4)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["images_seen"] == 30 * 16
+
+
+def test_a_run_moves_to_another_number_of_processes(alone: Path, tmp_path: Path) -> None:
+    """The first 14 steps on one, the rest on two."""
+    free = ["net.dropout=0", "lr_scheduler.total_steps=30"]
+    finish(tmp_path, *free, "trainer.max_steps=14")
+    output = finish(tmp_path, *free, "trainer.max_steps=30", *TWO)
+    assert "Continuing from step 14" in output
+    assert_close(alone, tmp_path, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_two_processes_interrupted_and_repeated_end_as_if_nothing_had_happened(
+    signum: signal.Signals, tmp_path: Path
+) -> None:
+    finish(tmp_path / "peace", *TWO)
+    process = start(tmp_path / "run", *TWO)
+    table = tmp_path / "run" / "metrics.csv"
+    wait_for(lambda: table.exists() and len(rows(tmp_path / "run")) >= 4, process)
+    os.killpg(process.pid, signum)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == (128 + signum if signum != signal.SIGKILL else -9), output
+    assert "Continuing from step" in finish(tmp_path / "run", *TWO)
+    assert differences(tmp_path / "peace", tmp_path / "run") == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_torchrun_trains_and_samples(alone: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def call(module: str, *overrides: str) -> str:
+        done = subprocess.run(
+            [*torchrun, module, *overrides], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run_dir = tmp_path / "run"
+    call(
+        "litdiffusion.train",
+        *COMMAND,
+        "net.dropout=0",
+        "trainer.max_steps=30",
+        f"run_dir={run_dir}",
+        *TWO,
+    )
+    assert_close(alone, run_dir, 1e-4)
+
+    checkpoint = f"ckpt={run_dir}/checkpoints/last.ckpt"
+    arguments = [checkpoint, "num_images=7", "device=cpu", "seed=3", "sampler=ddim", "sampler.num_steps=5"]
+    assert call("litdiffusion.sample", *arguments, f"out={tmp_path / 'two'}").count("Drew 7 images") == 1
+    subprocess.run(
+        [sys.executable, "-m", "litdiffusion.sample", *arguments, f"out={tmp_path / 'one'}"],
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    assert (tmp_path / "two" / "grid.png").exists()
+    import numpy as np
+
+    images = [np.load(tmp_path / name / "samples.npz")["images"].astype(int) for name in ("one", "two")]
+    assert images[0].shape == images[1].shape
+    assert abs(images[0] - images[1]).max() <= 1
