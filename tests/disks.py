@@ -52,7 +52,10 @@ def unwritable(folder: Path) -> Iterator[None]:
     """Make a folder one that nobody can write into, not even root; skip the test where that cannot be done."""
     mode = folder.stat().st_mode
     if os.geteuid() == 0:
-        if shutil.which("chattr") is None or subprocess.run(["chattr", "+i", folder], capture_output=True).returncode:
+        if (
+            shutil.which("chattr") is None
+            or subprocess.run(["chattr", "+i", folder], capture_output=True).returncode
+        ):
             pytest.skip("this file system cannot make a folder that root may not write")
     else:
         folder.chmod(0o555)
