@@ -12,6 +12,8 @@ from PIL import Image
 from commands import run, train_tiny, type_command
 from litdiffusion import load_model
 from litdiffusion.data.pictures import read_image, read_mask
+from litdiffusion.diffusion import DDIM, DDPM, DPMSolverPP2M, Heun
+from litdiffusion.errors import UserError
 from litdiffusion.reporting.images import to_uint8
 from litdiffusion.runs.model import TrainedModel
 
@@ -165,6 +167,30 @@ class TestTrainedModel:
         assert paths[0].shape == (3, 1, 8, 8)
         assert not torch.allclose(*paths)
         assert (paths[1][0] - cat).abs().mean() < (paths[1][0] - dog).abs().mean()
+
+    @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "heun"])
+    def test_samplers_go_by_the_names_of_their_files(self, model, sampler):
+        drawn = model.sample(2, sampler, num_steps=2, grid="quadratic", labels=3, seed=1)
+        kind = {"ddpm": DDPM, "ddim": DDIM, "dpmpp_2m": DPMSolverPP2M, "heun": Heun}[sampler]
+        assert torch.equal(drawn, model.sample(2, kind(2, grid="quadratic"), labels=3, seed=1))
+
+    @pytest.mark.parametrize(
+        ("asked", "words"),
+        [
+            ({"sampler": "heum"}, "there is no sampler 'heum'; nearest: heun"),
+            ({"sampler": "../sampler/ddim"}, "there is no sampler"),
+            ({"sampler": "ddim", "eta": 2}, "eta=2"),
+            ({"sampler": "ddim", "etaa": 1}, "etaa"),
+            ({"sampler": "ddim", "num_steps": 1001}, "num_steps=1001"),
+            ({"num_steps": 5}, "num_steps: give a sampler by name"),
+            ({"sampler": DDIM(2), "eta": 1.0}, "eta: give a sampler by name"),
+            ({"labels": [10]}, r"labels=\[10\]"),
+            ({"labels": None, "guidance_scale": 2.0}, "guidance_scale=2.0"),
+        ],
+    )
+    def test_what_cannot_be_drawn_is_the_users_to_mend(self, model, asked, words):
+        with pytest.raises(UserError, match=words):
+            model.sample(2, **asked)
 
 
 REFUSED = {

@@ -7,11 +7,15 @@ from typing import Any, Literal
 import torch
 from hydra.utils import instantiate
 from jaxtyping import Float
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from litdiffusion.configuration.entry import config_folder
 from litdiffusion.configuration.messages import one_line
+from litdiffusion.configuration.nearest import suggestion
+from litdiffusion.configuration.nodes import build
 from litdiffusion.configuration.targets import check_targets
-from litdiffusion.diffusion import DDIM, DDPM, Denoiser, Objective, Sampler
+from litdiffusion.diffusion import Denoiser, Objective, Sampler
 from litdiffusion.diffusion.editing import (
     Edit,
     Given,
@@ -29,8 +33,6 @@ from litdiffusion.sampling import Labels, Watch, check_request, sample_images
 
 MODEL_PARTS: dict[str, type] = {"denoiser": Denoiser, "sampler": Sampler, "objective": Objective}
 """The configuration nodes that a checkpoint carries as ``model_config``, and what they build."""
-
-SAMPLERS: dict[str, type[Sampler]] = {"ddpm": DDPM, "ddim": DDIM}
 
 
 class TrainedModel:
@@ -82,7 +84,7 @@ class TrainedModel:
 
         Args:
             num_images: how many.
-            sampler: a name (``ddpm``, ``ddim``), a ``Sampler``, or None for the one used in training.
+            sampler: a name in ``configs/sampler``, a ``Sampler``, or None for the one used in training.
             num_steps: steps of a sampler given by name; None for its default.
             seed: of the noise.
             batch_size: images at a time.
@@ -97,16 +99,15 @@ class TrainedModel:
         Raises:
             UserError: an unknown sampler, or what ``check`` refuses.
         """
+        if num_steps is not None:
+            options["num_steps"] = num_steps
         if isinstance(sampler, str):
-            if sampler not in SAMPLERS:
-                raise UserError(f"there is no sampler {sampler!r}: choose from {', '.join(SAMPLERS)}")
-            if num_steps is not None:
-                options["num_steps"] = num_steps
-            sampler = SAMPLERS[sampler](**options)
-        elif sampler is None:
-            sampler = self.default_sampler
-            if num_steps is not None:
-                raise UserError("num_steps needs a sampler: say sampler='ddim', num_steps=50")
+            sampler = named_sampler(sampler, **options)
+        elif options:
+            raise UserError(
+                f"{', '.join(options)}: give a sampler by name, as in sampler='ddim', num_steps=50"
+            )
+        sampler = sampler or self.default_sampler
         self.check(sampler, labels, guidance_scale, guidance_interval)
         return sample_images(
             self.denoiser,
@@ -188,6 +189,22 @@ class TrainedModel:
         if strength is not None:
             edit = Interpolate(image, image2, num_images, strength)
         return self.sample(num_images, labels=labels, edit=edit, **how)
+
+
+def named_sampler(name: str, **options: Any) -> Sampler:
+    """Build the sampler of ``configs/sampler/NAME.yaml``; ``options`` replace values there.
+
+    Raises:
+        UserError: there is none of that name, or it refuses an option.
+    """
+    folder = config_folder() / "sampler"
+    names = [path.stem for path in folder.glob("*.yaml")]
+    if name not in names:
+        raise UserError(f"there is no sampler {name!r}{suggestion(name, names)}")
+    node = OmegaConf.load(folder / f"{name}.yaml")
+    assert isinstance(node, DictConfig)
+    sampler: Sampler = build(node, f"sampler={name}", **options)
+    return sampler
 
 
 def load_model(
