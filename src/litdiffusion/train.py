@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import entry_point, process_rank
 from litdiffusion.configuration.nodes import build
+from litdiffusion.configuration.resolvers import chosen_experiment
 from litdiffusion.errors import UserError
 from litdiffusion.redaction import SECRET_KEY, without_secrets
 from litdiffusion.reporting.curves import curves
@@ -60,20 +61,30 @@ def train(
     cfg: DictConfig, config: dict[str, Any], run: RunFolder, lock: RunLock, started: float
 ) -> int | None:
     """Do it; return the signal that stopped it before its end, if one did."""
+    model_config = without_secrets({name: config[name] for name in MODEL_PARTS}, SECRET_KEY)
     resumption = find_resumption(run, config, cfg.resume)
+    if resumption:
+        resumption.check_model(model_config)
     if resumption and resumption.step >= cfg.trainer.max_steps and run.summary.exists():
         say(f"This run is finished, at step {resumption.step:,}; a larger trainer.max_steps continues it.")
         say(paragraph(read_json(run.summary, dict), run.path))
         return None
 
+    # Whatever can be refused is refused here, before data is fetched or read.
     keep_freed_memory()
-    torch.manual_seed(cfg.seed)  # every process starts from the same weights
     datamodule = build(cfg.datamodule, "datamodule")
+    torch.manual_seed(cfg.seed)  # every process starts from the same weights
+    module: LitDiffusion = build(cfg.module, "module")
+    module.configure_optimizers()
+    if resumption:
+        resumption.check_weights(module.state_dict())
+    run.check()
+    trainer = build_trainer(cfg)
+
     datamodule.prepare_data()
     datamodule.setup("fit")
     if resumption:
         check_same_data(run, datamodule.fingerprint())
-    module: LitDiffusion = build(cfg.module, "module")
     run.prepare()
     if lock.take() and find_resumption(run, config, cfg.resume) != resumption:
         raise UserError(
@@ -85,12 +96,12 @@ def train(
         run.remember_data(datamodule.fingerprint())
         if resumption:
             set_damaged_aside(resumption)
-    carried = {
-        "model_config": without_secrets({name: config[name] for name in MODEL_PARTS}, SECRET_KEY),
-        "data_config": without_secrets(config["data"], SECRET_KEY),
-        "held_out": datamodule.held_out_fingerprint(),
-    }
-    trainer = build_trainer(cfg, carried)
+    if saving := find(trainer, SaveCheckpoints):
+        saving.embed(
+            model_config=model_config,
+            data_config=without_secrets(config["data"], SECRET_KEY),
+            held_out=datamodule.held_out_fingerprint(),
+        )
     announce(trainer, module, run, resumption)
 
     stopped_by = None
@@ -109,8 +120,8 @@ def train(
     return stopped_by
 
 
-def build_trainer(cfg: DictConfig, carried: dict[str, Any]) -> Trainer:
-    """Build loggers, callbacks and the trainer that runs them; its checkpoints hold what is ``carried``."""
+def build_trainer(cfg: DictConfig) -> Trainer:
+    """Build loggers, callbacks and the trainer that runs them."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings(
@@ -124,9 +135,6 @@ def build_trainer(cfg: DictConfig, carried: dict[str, Any]) -> Trainer:
     if not cfg.datamodule.num_val:
         supplied["limit_val_batches"] = 0  # or Lightning warns that there is nothing to validate on
     trainer: Trainer = build(cfg.trainer, "trainer", **supplied)
-    saving = find(trainer, SaveCheckpoints)
-    if saving:
-        saving.embed(**carried)
     return trainer
 
 
@@ -170,7 +178,7 @@ def finish(
         "curves": run.curves,
     }
     summary = {
-        "experiment": experiment(),
+        "experiment": chosen_experiment(),
         "seed": config["seed"],
         "steps": trainer.global_step,
         "images_seen": images_seen(trainer),
@@ -202,11 +210,6 @@ def num_parameters(module: LitDiffusion) -> int:
 def overrides() -> list[str]:
     """What was typed."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-
-
-def experiment() -> str | None:
-    """The name of the experiment preset, if one was chosen."""
-    return HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None
 
 
 if __name__ == "__main__":

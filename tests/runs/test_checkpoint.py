@@ -10,6 +10,8 @@ import torch
 
 from commands import train_tiny, type_command
 from litdiffusion import load_model
+from litdiffusion.configuration import config_folder
+from litdiffusion.diffusion import DDIM
 from litdiffusion.errors import UserError
 from litdiffusion.files import WriteError
 from litdiffusion.runs.checkpoint import read_checkpoint, write_checkpoint
@@ -135,3 +137,82 @@ def test_a_truncated_last_checkpoint_stops_a_resume_in_one_line(trained: Path, t
     )
     assert typed.code == 2
     assert "cut short or damaged" in typed.err
+
+
+def drop(*path: str) -> Any:
+    def change(checkpoint: dict[str, Any]) -> None:
+        node = checkpoint
+        for name in path[:-1]:
+            node = node[name]
+        del node[path[-1]]
+
+    return change
+
+
+def put(value: Any, *path: str) -> Any:
+    def change(checkpoint: dict[str, Any]) -> None:
+        node = checkpoint
+        for name in path[:-1]:
+            node = node[name]
+        node[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (put({}, "model_config"), "denoiser"),
+        (drop("model_config", "denoiser"), "denoiser"),
+        (drop("model_config", "sampler"), "sampler"),
+        (drop("model_config", "denoiser", "schedule"), "denoiser.schedule"),
+        (drop("model_config", "denoiser", "net", "_target_"), "denoiser.net"),
+        (put(3, "model_config", "denoiser", "net", "of_the_future"), "denoiser.net.of_the_future"),
+        (put("wide", "model_config", "denoiser", "net", "dim"), "denoiser.net.dim"),
+        (put(-1, "model_config", "denoiser", "schedule", "num_steps"), "denoiser.schedule"),
+        (put({"_target_": "torch.nn.Identity"}, "model_config", "denoiser"), "denoiser"),
+        (put(None, "model_config"), "model_config"),
+        (put("three", "global_step"), "global_step"),
+        (put([], "state_dict"), "state_dict"),
+    ],
+)
+def test_what_no_version_can_build_is_one_line(ckpt: Path, change: Any, told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_model(with_config(ckpt, change), device="cpu")
+    assert str(ckpt) in str(caught.value)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_samplers_are_those_of_the_configuration(trained: Path) -> None:
+    model = load_model(trained / "checkpoints" / "last.ckpt", device="cpu")
+    for path in sorted((config_folder() / "sampler").glob("*.yaml")):
+        assert model.sample(1, sampler=path.stem, num_steps=2).shape == (1, *model.denoiser.image_shape)
+    stochastic, same = (model.sample(1, sampler="ddim", num_steps=3, eta=eta) for eta in (1.0, 0.0))
+    assert not torch.equal(stochastic, same)
+    by_class = model.sample(1, sampler=DDIM(3))
+    assert torch.equal(same, by_class)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"sampler": "ddmi"}, "nearest: ddim"),
+        ({"sampler": "ddim", "etta": 1.0}, "etta"),
+        ({"sampler": "ddim", "num_steps": 0}, "num_steps=0"),
+        ({"sampler": "../data/digits"}, "there is no sampler"),
+        ({"num_steps": 3}, "num_steps: give a sampler by name"),
+    ],
+    ids=str,
+)
+def test_a_sampler_that_cannot_be_is_one_line(trained: Path, arguments: dict[str, Any], told: str) -> None:
+    model = load_model(trained / "checkpoints" / "last.ckpt", device="cpu")
+    with pytest.raises(UserError, match=told):
+        model.sample(1, **arguments)
+
+
+@pytest.mark.parametrize("name", ["num_images", "batch_size"])
+def test_no_images_are_no_sample(trained: Path, name: str) -> None:
+    model = load_model(trained / "checkpoints" / "last.ckpt", device="cpu")
+    with pytest.raises(ValueError, match=f"{name}=0: must be at least 1"):
+        model.sample(**{"num_images": 1, name: 0})

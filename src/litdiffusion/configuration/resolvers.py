@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -42,8 +43,7 @@ def new_run_dir() -> str:
     torchrun = "TORCHELASTIC_RUN_ID" in environment and int(environment.get("WORLD_SIZE", 1)) > 1
     if torchrun or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise UserError("run_dir: processes started by torchrun or srun need to be told; give run_dir=DIR")
-    experiment = _experiment(HydraConfig.get()) if HydraConfig.initialized() else "default"
-    environment[_INHERITED] = f"logs/{experiment}/{new_run_name()}"
+    environment[_INHERITED] = f"logs/{chosen_experiment() or 'default'}/{new_run_name()}"
     return environment[_INHERITED]
 
 
@@ -55,7 +55,7 @@ def sweep_name(*, _root_: DictConfig) -> str:
     """
     hydra = _root_.hydra
     decisive = [hydra.job.config_name, _plain(hydra.overrides.task), _plain(hydra.sweeper.get("params"))]
-    return f"{_experiment(hydra)}-{digest(decisive)}"
+    return f"{chosen_experiment(hydra) or 'default'}-{digest(decisive)}"
 
 
 def digest(value: object) -> str:
@@ -67,14 +67,25 @@ def _plain(value: object) -> object:
     return OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
 
 
+def chosen_experiment(hydra: Any = None) -> str | None:
+    """Return the name of the experiment preset, several joined by "+"; None where none is chosen.
+
+    ``hydra`` is Hydra's own part of the configuration; by default that of this job.
+    """
+    if hydra is None and not HydraConfig.initialized():
+        return None
+    hydra = hydra or HydraConfig.get()
+    chosen = hydra.runtime.choices.get("experiment")
+    # A list of choices is written down nowhere but in the override itself.
+    typed = [text for text in hydra.overrides.task if text.startswith("experiment=[")]
+    if typed:
+        chosen = OverridesParser.create().parse_override(typed[-1]).value()
+    return "+".join(map(str, chosen)) if isinstance(chosen, ListConfig | list) else chosen
+
+
 def is_sweep() -> bool:
     """Whether this is a job of a Hydra multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
-def _experiment(hydra: Any) -> str:
-    chosen = hydra.runtime.choices.get("experiment")
-    return "+".join(chosen) if isinstance(chosen, ListConfig | list) else chosen or "default"
 
 
 OmegaConf.register_new_resolver("new_run_name", new_run_name, use_cache=True, replace=True)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from hydra.utils import instantiate
 from jaxtyping import Float
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from litdiffusion.configuration.entry import config_folder
 from litdiffusion.configuration.messages import one_line
 from litdiffusion.configuration.nearest import suggestion
-from litdiffusion.configuration.nodes import build
+from litdiffusion.configuration.nodes import build, check_nodes
 from litdiffusion.configuration.targets import check_targets
 from litdiffusion.diffusion import Denoiser, Objective, Sampler
 from litdiffusion.diffusion.editing import (
@@ -97,8 +96,12 @@ class TrainedModel:
             **options: further arguments of a sampler given by name, such as ``eta``.
 
         Raises:
+            ValueError: ``num_images`` or ``batch_size`` is less than 1.
             UserError: an unknown sampler, or what ``check`` refuses.
         """
+        for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
         if num_steps is not None:
             options["num_steps"] = num_steps
         if isinstance(sampler, str):
@@ -257,9 +260,11 @@ def _build(config: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """
     check_targets(config)
     try:
-        parts = {name: instantiate(config[name], _convert_="all") for name in MODEL_PARTS}
+        nodes = OmegaConf.create(config)
+        check_nodes(nodes)
+        parts = {name: build(nodes[name], name) for name in MODEL_PARTS}
     except Exception as error:  # values from elsewhere can trip a constructor in any way
-        reason = one_line(error.__cause__ or error)
+        reason = one_line(error if isinstance(error, UserError) else error.__cause__ or error)
         raise UserError(f"{path} describes no model that this version can build ({reason})") from error
     for name, kind in MODEL_PARTS.items():
         if not isinstance(parts[name], kind):

@@ -15,7 +15,7 @@ import torch
 
 from litdiffusion.redaction import redacted_code
 
-PACKAGES = ("litdiffusion", "torch", "torchvision", "lightning", "hydra-core", "datasets", "wandb", "numpy")
+PACKAGES = ("litdiffusion", "torch", "lightning", "hydra-core", "datasets", "wandb", "numpy")
 MAX_DIFF = 200_000  # characters
 
 

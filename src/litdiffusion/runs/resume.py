@@ -1,12 +1,14 @@
 """Whether a command starts a run, continues one, or is about to spoil somebody else's."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from litdiffusion.data.fingerprint import Fingerprint, changes
 from litdiffusion.errors import UserError
@@ -24,6 +26,7 @@ FREE_TO_CHANGE = (
     "paths",
     "logger",
     "callbacks",
+    "sampler",
     "data.path",
     "datamodule.num_workers",
     "datamodule.memory_limit_mb",
@@ -47,7 +50,38 @@ class Resumption:
 
     checkpoint: Path
     step: int
+    model_config: dict[str, Any]
+    weights: dict[str, tuple[int, ...]]  # the shape of each, the averaged ones included
     damaged: Path | None = None
+
+    def check_model(self, config: dict[str, Any]) -> None:
+        """Check that the checkpoint is one of the model that the present configuration describes.
+
+        Raises:
+            UserError: it is not.
+        """
+        changed = differences(self.model_config, {name: config.get(name) for name in self.model_config})
+        if changed:
+            raise UserError(
+                f"checkpoint {self.checkpoint} is of another model: {_told(changed)}; repeat the checkpoint's own"
+                " choices, or start in a new run_dir"
+            )
+
+    def check_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Check that what is built from the present configuration can take the checkpoint's weights.
+
+        Raises:
+            UserError: it cannot.
+        """
+        present = _shapes(state_dict)
+        for name in {**present, **self.weights}:
+            before, now = self.weights.get(name), present.get(name)
+            if before != now:
+                raise UserError(
+                    f"checkpoint {self.checkpoint} does not fit this configuration: {name} was {_spelled(before)} and"
+                    f" is {_spelled(now)}; repeat the checkpoint's own choices (net, ema, timesteps), or start in a"
+                    " new run_dir"
+                )
 
 
 def find_resumption(run: RunFolder, config: dict[str, Any], resume: str) -> Resumption | None:
@@ -153,7 +187,9 @@ def _newest(run: RunFolder) -> Resumption:
 
 
 def _from(path: Path, damaged: Path | None = None) -> Resumption:
-    return Resumption(path, int(read_checkpoint(path)["global_step"]), damaged)
+    checkpoint = read_checkpoint(path)
+    weights = _shapes(checkpoint["state_dict"])
+    return Resumption(path, int(checkpoint["global_step"]), checkpoint["model_config"], weights, damaged)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -171,12 +207,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 def _check_same_run(run: RunFolder, config: dict[str, Any]) -> None:
     changed = differences(_read_config(run.config), without_secrets(config))
     if changed:
-        shown = ", ".join(
-            f"{key} was {before!r} and is {now!r}" for key, (before, now) in list(changed.items())[:3]
-        )
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
-            f"run_dir {run.path} belongs to another configuration: {shown}{more};"
+            f"run_dir {run.path} belongs to another configuration: {_told(changed)};"
             " choose a new run_dir, or repeat the command as it was"
         )
 
@@ -210,3 +242,22 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     parts = [_flat(child, f"{prefix}.{key}" if prefix else str(key)) for key, child in value.items()]
     return {key: leaf for part in parts for key, leaf in part.items()}
+
+
+def _told(changed: dict[str, tuple[Any, Any]]) -> str:
+    """Name the first few; what other nodes repeat by interpolation is told once, under its shortest name."""
+    told: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(changed, key=lambda key: key.count(".")):
+        name = key.removeprefix("denoiser.").removeprefix("objective.") if key.count(".") > 1 else key
+        if not any(f".{name}".endswith(f".{other}") for other in told):
+            told[name] = changed[key]
+    shown = ", ".join(f"{key} was {before!r} and is {now!r}" for key, (before, now) in list(told.items())[:3])
+    return f"{shown} and {len(told) - 3} more" if len(told) > 3 else shown
+
+
+def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {str(name): tuple(value.shape) for name, value in state_dict.items()}
+
+
+def _spelled(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else f"of shape {list(shape)}"
