@@ -11,7 +11,7 @@ OTHER_DATA := $(filter-out data=fashion_mnist,$(filter data=% data.path=% debug=
 DATA := $(if $(OTHER_DATA),,data)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint format types data bench notebook sweep clean
+.PHONY: help train test test-slow test-slurm lint format types data bench faults notebook sweep clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ test: $(INSTALLED) data  ## Run the tests (some minutes on two cores); ARGS="tes
 
 test-slow: $(INSTALLED) data  ## Run the tests that take long
 	$(PY) -m pytest -m slow $(ARGS)
+
+test-slurm: $(INSTALLED)  ## Run the tests on a real Slurm, which Debian packages: apt install slurm-wlm munge
+	$(PY) -m pytest -m slurm $(ARGS)
 
 lint: $(INSTALLED)  ## Check style and formatting
 	$(VENV)/bin/ruff check
@@ -42,6 +45,9 @@ data: $(INSTALLED)  ## Fetch Fashion-MNIST, without root, into LITDIFFUSION_DATA
 
 bench: $(INSTALLED)  ## Measure the training step beside the blog's code and others
 	$(PY) benchmarks/train_step.py --markdown docs/benchmarks.md $(ARGS)
+
+faults: $(INSTALLED)  ## Interrupt real runs 25 times and compare them with runs left in peace; ARGS="--times 4"
+	$(PY) tests/faults.py $(ARGS)
 
 notebook: $(INSTALLED) data  ## Execute the notebooks in place
 	cd notebooks && ../$(VENV)/bin/jupyter execute --inplace *.ipynb

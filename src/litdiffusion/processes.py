@@ -3,8 +3,12 @@
 A process that is alone is all there are: nothing here needs a process group.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -31,3 +35,19 @@ def gathered(value: T) -> list[T]:
     values: list[T | None] = [None] * number
     dist.all_gather_object(values, value)
     return [each for each in values if each is not None]
+
+
+@contextmanager
+def together(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun has started, for as long as they work together; alone, do nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+        dist.barrier()  # or the first to finish would leave the others with a broken connection
+    finally:
+        dist.destroy_process_group()

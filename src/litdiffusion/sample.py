@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from litdiffusion.configuration.annotations import accepts
 from litdiffusion.configuration.checks import validate
-from litdiffusion.configuration.entry import entry_point
+from litdiffusion.configuration.entry import entry_point, process_rank
 from litdiffusion.configuration.hardware import native_autocast, torch_device
 from litdiffusion.configuration.messages import needs_value
 from litdiffusion.configuration.nodes import build, takes
@@ -24,6 +24,7 @@ from litdiffusion.diffusion import Sampler, Step
 from litdiffusion.diffusion.editing import Edit
 from litdiffusion.errors import UserError
 from litdiffusion.files import whole_file, write_text
+from litdiffusion.processes import share_of, together
 from litdiffusion.reporting.edits import edit_strip
 from litdiffusion.reporting.gif import pick_frames, save_gif
 from litdiffusion.reporting.images import grid, save, to_uint8
@@ -56,9 +57,11 @@ def main(cfg: DictConfig) -> None:
     out = writable_folder("out", absolute(cfg.out))
 
     started = time.perf_counter()
-    with native_autocast(device) as precision:
+    with together(device), native_autocast(device) as precision:
         images, frames = draw(model, sampler, cfg, times, edit=edit, **guidance)
     seconds = time.perf_counter() - started
+    if process_rank() > 0:
+        return
 
     save(edit_strip(given, images) if edit else grid(images[:GRID_IMAGES]), out / "grid.png")
     save_gif(frames, out / "denoising.gif")
@@ -94,8 +97,9 @@ def draw(
     """Return the images, and some moments of the first batch on its way through ``times`` to them."""
     shown = {times[index] for index in pick_frames(len(times) - 1, cfg.frames)}
     frames: list[Tensor] = []
-    batches = -(-cfg.num_images // cfg.batch_size)
-    with tqdm(total=batches * (len(times) - 1), unit="step", desc="sampling") as bar:
+    batches = -(-len(share_of(cfg.num_images)) // cfg.batch_size)
+    total = batches * (len(times) - 1)
+    with tqdm(total=total, unit="step", desc="sampling", disable=process_rank() > 0) as bar:
 
         def watch(start: int, moment: Step) -> None:
             bar.update(moment.t < times[0])

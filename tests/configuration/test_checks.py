@@ -83,6 +83,17 @@ def test_keys_may_be_absent() -> None:
         ),
         ({"net__dim": 27, "net__groups": 1}, ["net.dim=27", "even"]),
         ({"schedule__zero_terminal_snr": True}, ["target=epsilon", "schedule.zero_terminal_snr", "target=v"]),
+        (
+            {
+                "sampler": {
+                    "_target_": "litdiffusion.diffusion.DDPM",
+                    "num_steps": 50,
+                    "variance": "learned",
+                }
+            },
+            ["sampler.variance=learned", "net.learned_variance=true"],
+        ),
+        ({"trainer__strategy": "fsdp"}, ["trainer.strategy=fsdp", "trainer=ddp_cpu"]),
         ({"sampler__num_steps": 301}, ["sampler.num_steps=301", "schedule.num_steps=300"]),
         ({"sampler__num_steps": 0}, ["sampler.num_steps=0"]),
         ({"schedule__num_steps": 0}, ["schedule.num_steps=0"]),
@@ -123,6 +134,19 @@ def test_impossible_combinations(changes: dict[str, Any], words: list[str]) -> N
     line = str(caught.value)
     assert "\n" not in line
     assert [word for word in words if word not in line] == [], line
+
+
+@pytest.mark.parametrize(
+    ("changes", "way_out"),
+    [
+        ({"ema___target_": "litdiffusion.training.ema.EMA"}, "ema=none"),
+        ({"trainer__gradient_clip_val": 1.0}, "trainer.gradient_clip_val=null"),
+    ],
+)
+def test_fsdp_refuses_what_needs_all_the_weights(changes: dict[str, Any], way_out: str) -> None:
+    cfg = config(trainer__strategy="fsdp", trainer__accelerator="gpu", **changes)
+    with pytest.raises(UserError, match=way_out):
+        check_config(cfg)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

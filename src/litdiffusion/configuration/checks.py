@@ -75,7 +75,9 @@ def check_config(cfg: DictConfig) -> None:
     _check_image_shape(cfg)
     _check_target(cfg)
     _check_sampler(cfg)
+    _check_variance(cfg)
     _check_length(cfg)
+    _check_fsdp(cfg)
     _check_batch(cfg)
 
 
@@ -169,6 +171,31 @@ def _check_sampler(cfg: DictConfig) -> None:
     if _is_whole(steps) and (steps < 1 or (_is_whole(most) and steps > most)):
         limit = f"from 1 to schedule.num_steps={most}" if _is_whole(most) else "at least 1"
         raise UserError(f"sampler.num_steps={steps}: must be {limit}")
+
+
+def _check_variance(cfg: DictConfig) -> None:
+    wanted = arguments_of(cfg, "sampler").get("variance") == "learned"
+    if wanted and "net" in cfg and not arguments_of(cfg, "net").get("learned_variance", False):
+        raise UserError(
+            "sampler.variance=learned: the network would learn none; add net.learned_variance=true, or use"
+            " sampler.variance=beta_tilde"
+        )
+
+
+def _check_fsdp(cfg: DictConfig) -> None:
+    """Where each process holds a part of the weights, what looks at all of them cannot be had."""
+    if "fsdp" not in str(OmegaConf.select(cfg, "trainer.strategy")):
+        return
+    if OmegaConf.select(cfg, "trainer.accelerator") not in ("gpu", "cuda"):
+        raise UserError("trainer.strategy=fsdp: needs GPUs; use trainer=ddp_cpu on a processor")
+    average = OmegaConf.select(cfg, "ema._target_")
+    if average is not None and not str(average).endswith("no_average"):
+        raise UserError("trainer=fsdp: weights that lie in parts cannot be averaged here; use ema=none")
+    if OmegaConf.select(cfg, "trainer.gradient_clip_val") is not None:
+        raise UserError(
+            "trainer.gradient_clip_val: fsdp cannot clip by the norm of all gradients; use"
+            " trainer.gradient_clip_val=null"
+        )
 
 
 def _check_length(cfg: DictConfig) -> None:

@@ -1,5 +1,6 @@
 """What the machine can do: accelerators, their number, and bfloat16."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -111,11 +112,14 @@ def _replace(node: DictConfig, name: str, value: str) -> None:
 def torch_device(name: str | int | None) -> torch.device:
     """Return the device that ``device=NAME`` means; ``auto`` is the best there is, a number one of the GPUs.
 
+    Each of the processes that torchrun has started on a machine gets a GPU of its own for ``auto``.
+
     Raises:
         UserError: there is no such device, or none that computes.
     """
     if name == "auto":
-        name = {"gpu": "cuda"}.get(native_accelerator(), native_accelerator())
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = {"gpu": own}.get(native_accelerator(), native_accelerator())
     try:
         device = torch.device("null" if name is None else name)
         torch.ones(1, device=device).item()
