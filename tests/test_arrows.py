@@ -14,7 +14,7 @@ import litdiffusion
 PACKAGE = Path(litdiffusion.__file__).parent
 ENTRY_POINTS = {"train", "sample", "evaluate"}
 CORE = {"diffusion": {"torch", "jaxtyping"}, "nn": {"torch", "jaxtyping", "einops"}}
-LEAVES = {"errors", "files", "randomness", "redaction"}
+LEAVES = {"errors", "files", "orphans", "randomness", "redaction"}
 MAY_SUBCLASS_LIGHTNING = ("training.", "data.datamodule")
 
 

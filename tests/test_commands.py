@@ -318,16 +318,6 @@ def test_sample_refuses_in_one_line(override: str, word: str, trained: Path, tmp
     assert (tmp_path / "probe").read_text() == "mine"
 
 
-def test_a_sweep_over_schedules_and_losses(tmp_path: Path) -> None:
-    typed = type_command(
-        *("train", "-m", "debug=tiny", "trainer.max_steps=2", "callbacks.sample_images=null"),
-        *("schedule=linear,cosine", "loss=l1,l2", f"hydra.sweep.dir={tmp_path}"),
-    )
-    assert typed.code == 0, typed.err
-    summaries = [json.loads((tmp_path / str(job) / "summary.json").read_text()) for job in range(4)]
-    assert len({summary["val_loss"] for summary in summaries}) == 4
-
-
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     overrides = ["optimizer.lr=1e30", "trainer.gradient_clip_val=null", "lr_scheduler.warmup_steps=0"]
     every_step = "callbacks.save_checkpoints.every_n_steps=1"

@@ -186,6 +186,7 @@ def finish(
         "images_per_second": round(monitor.images_per_second, 1) if monitor else None,
         "train_loss": monitor.loss if monitor else None,
         "val_loss": monitor.val_loss if monitor else None,
+        "val_bits_per_dim": monitor.val_bits_per_dim if monitor else None,
         "parameters": num_parameters(module),
         "device": str(trainer.strategy.root_device),
         "precision": trainer.precision,

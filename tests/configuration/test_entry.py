@@ -15,6 +15,9 @@ from litdiffusion.configuration import config_folder
 
 Command = Callable[..., tuple[int, str, str]]
 
+IN_THIS_PROCESS = "hydra/launcher=basic"
+"""The jobs of a sweep; tests/sweeps has those of the default launcher."""
+
 
 def test_runs_and_leaves_no_files(command: Command) -> None:
     code, out, err = command("experiment=small", "run_dir=here")

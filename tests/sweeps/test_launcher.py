@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from litdiffusion.runs.lock import RunLock
+
 
 def statuses(sweeps) -> list[str]:
     return [row["status"] for row in sweeps.table()]
@@ -121,6 +123,17 @@ def test_more_jobs_than_cores_are_refused(sweeps) -> None:
     assert sweeps.starts() == {}
 
 
+def test_two_sweeps_do_not_share_a_folder(sweeps) -> None:
+    Path("there").mkdir()
+    with RunLock(Path("there")):
+        code, out, err = sweeps("-m", "seed=0,1", "hydra.sweep.dir=there")
+    assert (code, out) == (2, "")
+    assert err.startswith(
+        f"error: hydra.sweep.dir {Path('there').absolute()} is in use by process {os.getpid()}"
+    )
+    assert sweeps.starts() == {}
+
+
 def test_torchrun_does_not_start_sweeps(sweeps, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = sweeps("-m", "seed=0,1")
@@ -161,11 +174,11 @@ def test_optuna_learns_the_results_and_asks_again_for_the_same(sweeps) -> None:
     command = (
         "sweep=optuna",
         "+hydra.sweeper.params.behaviour='choice(good,fine,bug)'",
-        "hydra.sweeper.n_trials=4",
+        "hydra.sweeper.n_trials=3",
     )
     code, _, _ = sweeps(*command)
     rows = sweeps.table()
-    assert len(rows) == 4
+    assert len(rows) == 3
     assert {row["status"] for row in rows} == {"finished", "failed"}
     assert code == 2
     (results,) = sweeps.folder.rglob("optimization_results.yaml")

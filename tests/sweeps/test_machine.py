@@ -68,7 +68,7 @@ def test_a_job_hears_nothing_of_other_process_groups(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("MINE", "yes")
     variables = environment(Share(), 1, "seeds-1", wants_traceback=False)
-    ours = {"MINE": "yes", "LITDIFFUSION_SWEEP": "seeds-1", "LITDIFFUSION_SWEEP_PID": str(os.getpid())}
+    ours = {"MINE": "yes", "LITDIFFUSION_SWEEP": "seeds-1", "LITDIFFUSION_PARENT_PID": str(os.getpid())}
     assert ours.items() <= variables.items()
     assert variables.keys() - ours.keys() == os.environ.keys() - {
         *leaks,

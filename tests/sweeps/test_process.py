@@ -1,8 +1,6 @@
 import io
 import os
 import pty
-import signal
-import subprocess
 import sys
 import termios
 import textwrap
@@ -11,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from litdiffusion.configuration.sweeps import PARENT
 from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.machine import Share
 from litdiffusion.sweeps.process import Outcome, RunningJob, reason
@@ -118,28 +115,3 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="by a system call of Linux")
-def test_a_job_is_asked_to_stop_when_its_sweep_is_killed(tmp_path: Path) -> None:
-    job = f"""
-        import signal, sys, time
-        from litdiffusion.configuration.sweeps import end_with_parent
-        signal.signal(signal.SIGTERM, lambda *_: (open({str(tmp_path / "asked")!r}, "w"), sys.exit()))
-        end_with_parent()
-        print("ready", flush=True)
-        time.sleep(60)
-    """
-    sweep = f"""
-        import os, subprocess, sys
-        variables = {{**os.environ, {PARENT!r}: str(os.getpid())}}
-        subprocess.run([sys.executable, "-c", {textwrap.dedent(job)!r}], env=variables)
-    """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(sweep)], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"ready\n"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "asked").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

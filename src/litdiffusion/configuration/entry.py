@@ -28,8 +28,9 @@ from litdiffusion.configuration.messages import one_line, user_error
 from litdiffusion.configuration.overrides import CommandLine, find_fault
 from litdiffusion.configuration.resolvers import is_sweep
 from litdiffusion.configuration.slurm import task_rank
-from litdiffusion.configuration.sweeps import check_sweep, end_with_parent, sweep_command
+from litdiffusion.configuration.sweeps import check_sweep, sweep_command
 from litdiffusion.errors import UserError
+from litdiffusion.orphans import end_with_parent
 from litdiffusion.redaction import REDACTED_LOG, redacted
 from litdiffusion.releases import check_releases
 

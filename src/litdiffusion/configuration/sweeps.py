@@ -1,10 +1,6 @@
 """Sweeps as the command line sees them: a folder for every job, and what a launcher tells of how its jobs went."""
 
-import ctypes
-import os
 import re
-import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,9 +15,6 @@ from litdiffusion.errors import UserError
 
 FOLDERS = ("run_dir", "out")
 """Keys that say where a command writes, of which each configuration has one."""
-
-PARENT = "LITDIFFUSION_SWEEP_PID"
-"""Tells a job which process it belongs to."""
 
 
 @dataclass
@@ -87,20 +80,6 @@ def quoted(value: str) -> str:
         return value
     escaped = value.replace("'", "\\'")
     return f"'{escaped}'"
-
-
-def end_with_parent() -> None:
-    """Have a job of a sweep asked to stop when the sweep dies without a word (``kill -9``), where Linux runs it.
-
-    Otherwise it would go on alone, and the repeated sweep would find its folder in use.
-    """
-    parent = os.environ.pop(PARENT, None)
-    if parent is None or sys.platform != "linux":
-        return
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(parent):  # it was faster
-        sys.exit(128 + signal.SIGTERM)
 
 
 def check_sweep(overrides: Iterable[str], params: Iterable[str] = ()) -> None:

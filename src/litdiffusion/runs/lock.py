@@ -52,11 +52,12 @@ class RunLock:
     Args:
         folder: the run folder.
         first: this is the first process of its job, which takes the lock; the others share it and do nothing here.
+        key: of the configuration that names the folder.
     """
 
-    def __init__(self, folder: Path, first: bool = True) -> None:
+    def __init__(self, folder: Path, first: bool = True, key: str = "run_dir") -> None:
         self.path = folder / ".lock"
-        self._first = first
+        self._first, self._key = first, key
         self._descriptor: int | None = None
         self._released = Event()
         self._heart: Thread | None = None
@@ -140,8 +141,8 @@ class RunLock:
 
     def _in_use(self, holder: Holder | None) -> UserError:
         return UserError(
-            f"run_dir {self.path.parent} is in use by {_named(holder)}: wait for that job, stop it, or choose"
-            " another run_dir"
+            f"{self._key} {self.path.parent} is in use by {_named(holder)}: wait for that job, stop it, or choose"
+            f" another {self._key}"
         )
 
     def _beat(self, descriptor: int) -> None:

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import torch
 
-from litdiffusion.configuration.sweeps import PARENT
 from litdiffusion.errors import UserError
+from litdiffusion.orphans import PARENT
 
 T = TypeVar("T")
 

@@ -16,7 +16,8 @@ from litdiffusion.errors import UserError
 from litdiffusion.files import write_text
 from litdiffusion.redaction import without_secrets
 from litdiffusion.reporting.report import duration
-from litdiffusion.runs.folder import absolute
+from litdiffusion.runs.folder import absolute, writable_folder
+from litdiffusion.runs.lock import RunLock
 from litdiffusion.sweeps.jobs import Job, make_job, program_of
 from litdiffusion.sweeps.process import FAILED, FINISHED, SKIPPED, WAITING, Outcome
 from litdiffusion.sweeps.table import Results
@@ -47,6 +48,7 @@ class Sweep:
         self.folder = Path(absolute(config.hydra.sweep.dir))
         self.wants_traceback = self._command.wants_traceback
         self.results = Results(self.folder / "sweep.csv")
+        self._lock = RunLock(self.folder, key="hydra.sweep.dir")
         self._outcomes: dict[int, Outcome] = {}
 
     def jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
@@ -72,6 +74,7 @@ class Sweep:
 
         Raises:
             SystemExit: a signal has stopped the sweep; the code is 128 + the signal.
+            UserError: the folder cannot be written, or another sweep is at work there.
         """
         self._begin()
         signum = perform(self._left_of(jobs), self._say_begun, self._note_end)
@@ -80,7 +83,8 @@ class Sweep:
         return [self._returned(job) for job in jobs]
 
     def _begin(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        writable_folder("hydra.sweep.dir", str(self.folder))
+        self._lock.take()
         self._command.report = self._report
         written = self.folder / "multirun.yaml"  # by Hydra's sweeper
         if written.exists():
@@ -136,7 +140,8 @@ class Sweep:
         return returned
 
     def _report(self) -> None:
-        """Print the table, and what to look at."""
+        """Print the table; let the next sweep in."""
+        self._lock.release()
         self._command.failed |= self.results.failed()
         print(f"\n{self.results.table(self._metric())}\n{self.results.path} holds this table.", flush=True)
 

@@ -69,6 +69,8 @@ def wandb_logger(
 ) -> WandbLogger:
     """Return a W&B logger whose run belongs to the run folder for life.
 
+    The jobs of a sweep are a group of their own, unless ``group`` names another.
+
     ``auto`` is what the environment's ``WANDB_MODE`` says; else online where this machine has a W&B account, and
     offline otherwise, in so many words: nobody is ever asked a question. The run's id is kept in the folder, so a
     resumed run continues the same W&B run.
@@ -85,7 +87,7 @@ def wandb_logger(
         project=project,
         name=name or folder.name,
         id=None if settled == "disabled" else _run_id(folder / "wandb"),
-        group=group,
+        group=group or os.environ.get("LITDIFFUSION_SWEEP"),
         tags=tags,
         offline=settled == "offline",
         resume="allow",

@@ -16,7 +16,7 @@ from litdiffusion.training.callbacks.attached import find, images_seen
 from litdiffusion.training.callbacks.guard import check_weights, diverged
 from litdiffusion.training.module import LitDiffusion, StepOutput
 
-STATE = ("loss", "val_loss", "validated_step", "images_per_second")
+STATE = ("loss", "val_loss", "val_bits_per_dim", "validated_step", "images_per_second")
 """What of a ``Monitor`` a checkpoint keeps beside its unfinished line."""
 
 
@@ -42,6 +42,7 @@ class Monitor(Callback):
         self.images_per_second = 0.0
         self.loss: float | None = None
         self.val_loss: float | None = None
+        self.val_bits_per_dim: float | None = None
         self.validated_step = -1
         self.clock = Clock()
         self._images = 0
@@ -109,6 +110,7 @@ class Monitor(Callback):
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if not trainer.sanity_checking:
             self.val_loss, self.validated_step = metrics.get("val/loss"), trainer.global_step
+            self.val_bits_per_dim = metrics.get("val/bits_per_dim")
             log_metrics(trainer, metrics)
         self.clock.start(trainer)
 
