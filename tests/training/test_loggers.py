@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto import wandb_internal_pb2
 
 from commands import train_tiny
+from litdiffusion.configuration import resolvers
 from litdiffusion.errors import UserError
 from litdiffusion.runs.metrics import MetricsTable, read_rows
 
@@ -76,7 +77,8 @@ def test_wandb_falls_to_offline_and_keeps_its_run(tmp_path: Path, caplog: pytest
         time.sleep(0.2)
     assert all("images_seen" in row for row in rows)
     by_key = {key: [row for row in rows if key in row] for row in rows for key in row}
-    for key in ("train/loss", "train/grad_norm", "train/lr", "train/images_per_second", "val/loss"):
+    kinds = ("train/loss", "train/grad_norm", "train/lr", "train/images_per_second")
+    for key in (*kinds, "val/loss", "val/loss_raw", "val/bits_per_dim"):
         assert by_key[key], key
     assert any(key.startswith("train/loss_t") for key in by_key)
     assert [row["images_seen"] for row in by_key["train/loss"]] == [32, 64, 96]
@@ -90,6 +92,24 @@ def test_wandb_falls_to_offline_and_keeps_its_run(tmp_path: Path, caplog: pytest
         for item in config.update
     }
     assert {"schedule", "net", "seed"} <= updates
+
+
+@pytest.mark.usefixtures("no_account")
+def test_a_wandb_run_is_grouped_by_its_sweep_and_tagged_by_its_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LITDIFFUSION_SWEEP", "a-sweep")
+    monkeypatch.setattr(resolvers, "chosen_experiment", lambda: "quickstart+mine")
+    quick = ["trainer.max_steps=2", "callbacks.sample_images=null", "datamodule.num_val=0"]
+    train_tiny(tmp_path, "logger=wandb", *quick)
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    deadline = time.monotonic() + 20
+    while not (runs := [record.run for record in offline_records(file) if record.run.run_id]):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert runs[0].run_group == "a-sweep"
+    assert list(runs[0].tags) == ["quickstart", "mine"]
+    assert runs[0].display_name == tmp_path.name
 
 
 @pytest.mark.usefixtures("no_account")

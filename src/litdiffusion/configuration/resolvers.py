@@ -83,6 +83,12 @@ def chosen_experiment(hydra: Any = None) -> str | None:
     return "+".join(map(str, chosen)) if isinstance(chosen, ListConfig | list) else chosen
 
 
+def experiment_tags() -> ListConfig:
+    """Return the names of the chosen experiment presets, as tags for a dashboard."""
+    chosen = chosen_experiment()
+    return ListConfig(chosen.split("+") if chosen else [])
+
+
 def is_sweep() -> bool:
     """Whether this is a job of a Hydra multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
@@ -92,3 +98,4 @@ OmegaConf.register_new_resolver("new_run_name", new_run_name, use_cache=True, re
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
 OmegaConf.register_new_resolver("digest", digest, replace=True)
+OmegaConf.register_new_resolver("experiment_tags", experiment_tags, replace=True)
