@@ -43,8 +43,8 @@ def test_the_error_falls_with_the_order_of_the_method(fine, name, grid, make, or
 @pytest.mark.parametrize("name", ["cosine", "flow", "linear"])
 @pytest.mark.parametrize("grid", ["uniform", "quadratic"])
 def test_ddim_is_of_first_order_on_every_grid(fine, name, grid):
-    found = orders(DDIM, GaussianData(fine[name]), grid, (25, 50, 100))
-    torch.testing.assert_close(found, torch.ones(2), rtol=0, atol=0.05)
+    found = orders(DDIM, GaussianData(fine[name]), grid, (25, 50))
+    assert float(found) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["cosine", "flow", "linear"])

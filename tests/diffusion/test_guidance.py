@@ -84,12 +84,12 @@ def expected(sampler: Sampler, scale: float, target: Target) -> Tensor:
     return drawn(sampler, Denoiser(net, SCHEDULE, target, 1, 1, clip="none"))
 
 
-@pytest.mark.parametrize("scale", [-1.0, 0.0, 0.5, 1.0, 4.0])
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 1.0, 4.0])
 @pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
 def test_every_sampler_draws_the_shifted_distribution(make, scale):
     denoiser = exact_denoiser(ShiftedData(SCHEDULE), num_classes=3)
     guided = denoiser.guided(Guidance(LABELS, scale))
-    torch.testing.assert_close(drawn(make(10), guided), expected(make(10), scale, V()), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(drawn(make(6), guided), expected(make(6), scale, V()), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -135,8 +135,8 @@ def test_the_guided_score_of_a_mixture(target, scale):
 def test_both_branches_share_one_network_call(make, scale, branches):
     denoiser = exact_denoiser(ShiftedData(SCHEDULE), num_classes=3)
     unguided = exact_denoiser(ShiftedData(SCHEDULE), num_classes=3)
-    drawn(make(10), denoiser.guided(Guidance(LABELS, scale)))
-    drawn(make(10), unguided.guided(Guidance(LABELS)))
+    drawn(make(6), denoiser.guided(Guidance(LABELS, scale)))
+    drawn(make(6), unguided.guided(Guidance(LABELS)))
     assert denoiser.net.calls == [branches * size for size in unguided.net.calls]
     assert set(unguided.net.calls) == {5}
 

@@ -29,8 +29,8 @@ SAMPLERS = {
     "ddpm_learned": DDPM(variance="learned"),
     "ddim": DDIM(None),
     "ddim_eta": DDIM(None, eta=0.7),
-    "dpmpp_2m": DPMSolverPP2M(40, "log_snr"),
-    "heun": Heun(40, grid="log_snr"),
+    "dpmpp_2m": DPMSolverPP2M(30, "log_snr"),
+    "heun": Heun(30, grid="log_snr"),
     "heun_churn": Heun(40, churn=10.0, grid="log_snr"),
 }
 
@@ -81,7 +81,7 @@ def test_guidance_without_effect_is_no_guidance(scale):
     data = DATA["flow"]
     denoiser = exact_denoiser(data, num_classes=3)
     guided = denoiser.guided(Guidance(torch.zeros(COUNT, dtype=torch.int64), scale))
-    pixels = drawn(DPMSolverPP2M(40, "log_snr"), guided)
+    pixels = drawn(DPMSolverPP2M(30, "log_snr"), guided)
     assert_drawn_from(pixels, data, data.weights if scale == 0 else (1.0, 0.0, 0.0))
 
 

@@ -86,6 +86,18 @@ def test_sigmoid_is_jabris(start, end, tau):
     assert float(alphas_cumprod[-1]) == pytest.approx(1e-9)  # the paper's floor
 
 
+@pytest.mark.parametrize("num_steps", [1, 4, 1000])
+def test_flow_is_the_straight_path_to_pure_noise(num_steps):
+    schedule = schedules.flow(num_steps)
+    wanted = table(*(t / num_steps for t in range(num_steps + 1)))
+    torch.testing.assert_close(schedule.sigma, wanted, rtol=1e-15, atol=0)
+    torch.testing.assert_close(schedule.alpha, 1 - wanted, rtol=1e-12, atol=0)
+    assert schedule.has_zero_terminal_snr
+    # Its views are those of the variance-preserving schedule with the same signal-to-noise ratios.
+    snr = ((1 - wanted[1:]) / wanted[1:]).square()
+    torch.testing.assert_close(schedule.alphas_cumprod, snr / (1 + snr))
+
+
 def test_sigmoid_is_symmetric():
     alphas_cumprod = schedules.sigmoid(10).alphas_cumprod
     assert float(alphas_cumprod[4]) == pytest.approx(0.5, abs=1e-15)
