@@ -52,7 +52,7 @@ faults: $(INSTALLED)  ## Interrupt real runs 25 times and compare them with runs
 notebook: $(INSTALLED) data  ## Execute the notebooks in place
 	cd notebooks && ../$(VENV)/bin/jupyter execute --inplace *.ipynb
 
-sweep: $(INSTALLED) $(DATA)  ## Train every schedule with every loss; ARGS="trainer.max_steps=200" shortens it
+sweep: $(INSTALLED) $(DATA)  ## Train every schedule with every loss, and compare; repeated, what is not finished
 	$(PY) -m litdiffusion.train experiment=$(EXPERIMENT) sweep=schedules_and_losses $(ARGS)
 
 clean:  ## Remove caches and the virtual environment; runs and data stay
