@@ -38,7 +38,9 @@ class Trial:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--times", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write every trial there")
@@ -52,7 +54,10 @@ def main() -> None:
             began = time.monotonic()
             finish(folder / f"peace-{number}", *PROCESSES[number])
             peaceful[number] = time.monotonic() - began
-        print(f"left in peace: {', '.join(f'{n} process(es) {s:.0f} s' for n, s in peaceful.items())}", flush=True)
+        print(
+            f"left in peace: {', '.join(f'{n} process(es) {s:.0f} s' for n, s in peaceful.items())}",
+            flush=True,
+        )
         for index in range(arguments.times):
             number = 1 + index % 2
             trial = try_once(folder / f"run-{index}", number, peaceful[number], moments)
@@ -112,7 +117,9 @@ def strike(process: subprocess.Popen[str], blow: str) -> None:
 
 def members(group: int) -> list[int]:
     """The living processes of a process group."""
-    listed = subprocess.run(["pgrep", "--pgroup", str(group), "python"], capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        ["pgrep", "--pgroup", str(group), "python"], capture_output=True, text=True
+    ).stdout
     return [int(word) for word in listed.split()]
 
 

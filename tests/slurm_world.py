@@ -4,6 +4,7 @@ It needs Debian's ``slurm-wlm`` and ``munge``, nothing of their configuration, a
 (in a container) or as anybody else, who then is the cluster's only user. Nothing of it outlives ``close``.
 """
 
+import ctypes
 import getpass
 import os
 import shutil
@@ -80,7 +81,8 @@ class Slurm:
             "PATH": _search_path(),
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PYTHON": sys.executable,
-            "PYTHONPATH": os.pathsep.join([str(TESTS / "slurm"), os.environ.get("PYTHONPATH", "")]),  # for hold.py
+            # For hold.py.
+            "PYTHONPATH": os.pathsep.join([str(TESTS / "slurm"), os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": "1",
             "MASTER_ADDR": "127.0.0.1",  # the nodes' names are none that could be looked up
         }
@@ -203,9 +205,20 @@ class Slurm:
         with (self.folder / f"{'-'.join(command)[:24].replace('/', '')}.out").open("wb") as output:
             self._daemons.append(
                 subprocess.Popen(
-                    command, env=self.environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL
+                    command,
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    preexec_fn=_end_with_parent,
                 )
             )
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end a daemon when the tests are killed."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _search_path() -> str:

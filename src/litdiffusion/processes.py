@@ -1,9 +1,10 @@
-"""The processes that share a run, as torch knows them: who this one is, and what each of them has.
+"""The processes that share a run, as torch knows them: who this one is, what each has, and what asks all to stop.
 
 A process that is alone is all there are: nothing here needs a process group.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -12,6 +13,12 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""What asks a run to stop: ``scripts/slurm`` have SIGUSR1 sent before the time limit, submitit SIGUSR2.
+
+Slurm sends them to every process of a job, helpers included; those that train decide what follows.
+"""
 
 
 def rank_and_number() -> tuple[int, int]:

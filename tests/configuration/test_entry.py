@@ -152,8 +152,8 @@ def test_sweep_of_a_config_file_gives_each_job_its_folder(command: Command) -> N
 
 
 def test_sweep_may_name_its_folders(command: Command) -> None:
-    code, out, _ = command("-m", "seed=1,2", "run_dir=here/${hydra:job.num}", IN_THIS_PROCESS)
-    assert code == 0
+    code, out, err = command("-m", "seed=1,2", "run_dir=here/${hydra:job.num}", IN_THIS_PROCESS)
+    assert code == 0, err
     assert re.findall(r"here/\d \d", out) == ["here/0 1", "here/1 2"]
 
 

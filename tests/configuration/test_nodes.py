@@ -85,7 +85,7 @@ def test_sound_nodes_pass(node: dict[str, Any]) -> None:
         ),
         (
             DENOISER | {"clip": "statik"},
-            "node.clip: 'statik' is not one of 'none', 'static'; nearest: static (Denoiser.clip)",
+            "node.clip: 'statik' is not one of 'none', 'static', 'dynamic'; nearest: static (Denoiser.clip)",
         ),
         (DENOISER | {"net": NET | {"dim": "x"}}, "node.net.dim: 'x' is not an int (UNet.dim)"),
         ({"a": [{"b": NET | {"dim": "x"}}]}, "node.a.0.b.dim: 'x' is not an int (UNet.dim)"),

@@ -31,7 +31,9 @@ def test_a_sweep_of_which_one_job_is_preempted(slurm: Slurm, tmp_path: Path) -> 
         )
     table = sweep / "0" / "metrics.csv"
     wait_until(
-        lambda: (table.exists() and int(rows(table.parent)[-1]["step"]) >= HELD) or started.poll() is not None,
+        lambda: (
+            (table.exists() and int(rows(table.parent)[-1]["step"]) >= HELD) or started.poll() is not None
+        ),
         f"step {HELD} of the first job",
     )
     assert started.poll() is None, output.read_text()

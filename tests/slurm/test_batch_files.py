@@ -1,10 +1,12 @@
 """The batch files as they are shipped, on a real Slurm: whatever stops a job, its run ends as if nothing had."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from interrupted_runs import COMMAND, differences, finish, rows
+from offline_wandb import offline_history
 from slurm_world import Slurm, wait_until
 
 pytestmark = pytest.mark.slurm
@@ -14,6 +16,7 @@ HELD = 25
 HOLD = ("+callbacks.hold._target_=hold.Hold", f"+callbacks.hold.step={HELD}")
 WORKERS = ("datamodule.memory_limit_mb=0", "datamodule.num_workers=1")
 """Slurm signals all processes of a job, so those that decode images as well."""
+STOPPED, CONTINUING = "stopped by SIGTERM after", "Continuing from"
 OFFLINE = ("logger=wandb", "logger.wandb.mode=offline")
 
 
@@ -31,10 +34,15 @@ def wait_until_held(slurm: Slurm, job: str, run_dir: Path) -> None:
     wait_until(lambda: held() or slurm.has_ended(job), f"step {HELD} of job {job}")
 
 
-def wandb_ids(run_dir: Path) -> list[str]:
-    return [path.name.rpartition("-")[2] for path in sorted((run_dir / "wandb").glob("offline-run-*"))]
+def assert_one_whole_wandb_run(run_dir: Path, starts: int) -> None:
+    files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    assert [file.stem for file in files] == [f"run-{(run_dir / 'wandb' / 'run_id').read_text()}"] * starts
+    for key in ("train/loss", "val/loss"):
+        logged = [row["images_seen"] for row in offline_history(run_dir) if key in row]
+        assert logged == [int(row["images_seen"]) for row in rows(run_dir) if row[key]]
 
 
+@pytest.mark.slow
 def test_requeued(slurm: Slurm, peaceful: Path, tmp_path: Path) -> None:
     run_dir, output = tmp_path / "run", tmp_path / "output"
     job = slurm.submit("one_node.sbatch", [*COMMAND, *WORKERS, *OFFLINE, *HOLD, f"run_dir={run_dir}"], output)
@@ -45,8 +53,7 @@ def test_requeued(slurm: Slurm, peaceful: Path, tmp_path: Path) -> None:
     assert f"stopped by SIGTERM after step {HELD + 1}" in said
     assert f"Continuing from step {HELD + 1}" in said
     assert differences(peaceful, run_dir) == []
-    ids = wandb_ids(run_dir)
-    assert ids == [(run_dir / "wandb" / "run_id").read_text()] * 2
+    assert_one_whole_wandb_run(run_dir, starts=2)
 
 
 @pytest.mark.slow  # Slurm looks at its clock twice a minute
@@ -76,7 +83,8 @@ def test_two_tasks_on_two_nodes_requeued(slurm: Slurm, tmp_path: Path) -> None:
     slurm.run("scontrol", "requeue", job)
     assert slurm.wait_for_end(job, output)["Restarts"] == "1"
     said = output.read_text()
-    assert said.count(f"Training {60} steps") == 1  # one of them speaks
-    assert said.count(f"Continuing from step {HELD + 1}") == 1
+    assert said.count("Training 60 steps") == 1  # one of them speaks
+    [stopped], [continued] = (re.findall(rf"{words} step (\d+)", said) for words in (STOPPED, CONTINUING))
+    assert HELD < int(stopped) == int(continued) < 60  # they agree upon a step now and then
     assert differences(peaceful, run_dir) == []
-    assert len(set(wandb_ids(run_dir))) == 1
+    assert_one_whole_wandb_run(run_dir, starts=2)

@@ -1,56 +1,24 @@
 """What reaches metrics.csv, W&B's offline file and TensorBoard."""
 
-import json
-import struct
+import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto import wandb_internal_pb2
 
 from commands import train_tiny
 from litdiffusion.configuration import resolvers
 from litdiffusion.errors import UserError
 from litdiffusion.runs.metrics import MetricsTable, read_rows
+from offline_wandb import offline_history, offline_records
 
-BLOCK, HEADER = 32 * 1024, 7
 ROWS = 11
 """Three lines of numbers, two validations, a strip, three grids and two GIFs reach W&B."""
-
-
-def offline_records(file: Path) -> Iterator[Any]:
-    """Read W&B's offline file: LevelDB's log format, one protobuf a record."""
-    data, place, record = file.read_bytes(), HEADER, b""
-    while place + HEADER <= len(data):
-        if BLOCK - place % BLOCK < HEADER:  # no header fits the rest of a block
-            place += BLOCK - place % BLOCK
-            continue
-        _, length, kind = struct.unpack("<IHB", data[place : place + HEADER])
-        record += data[place + HEADER : place + HEADER + length]
-        place += HEADER + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            message = wandb_internal_pb2.Record()
-            message.ParseFromString(record)
-            record = b""
-            yield message
-
-
-def offline_history(run_dir: Path) -> list[dict[str, Any]]:
-    rows = []
-    for file in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")):
-        for record in offline_records(file):
-            if record.HasField("history"):
-                rows.append(
-                    {
-                        (item.nested_key[0] if item.nested_key else item.key): json.loads(item.value_json)
-                        for item in record.history.item
-                    }
-                )
-    return rows
 
 
 @pytest.fixture
@@ -110,6 +78,34 @@ def test_a_wandb_run_is_grouped_by_its_sweep_and_tagged_by_its_experiment(
     assert runs[0].run_group == "a-sweep"
     assert list(runs[0].tags) == ["quickstart", "mine"]
     assert runs[0].display_name == tmp_path.name
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_wandb_outlives_a_signal_to_every_process_of_a_run(tmp_path: Path, signum: signal.Signals) -> None:
+    """As Slurm sends it: in a process of its own, for W&B serves all runs of a process by one helper."""
+    script = f"""
+from litdiffusion.training.loggers import close_loggers, wandb_logger
+logger = wandb_logger({str(tmp_path)!r}, mode="offline")
+for x in range(20):
+    logger.log_metrics({{"x": x}}, step=x)
+print("logged", flush=True)
+input()
+logger.log_metrics({{"x": 20}}, step=20)
+close_loggers([logger])
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "logged\n"
+        children = subprocess.run(
+            ["pgrep", "--parent", str(process.pid)], capture_output=True, text=True
+        ).stdout
+        assert children
+        for child in children.split():
+            os.kill(int(child), signum)
+        process.communicate("\n", timeout=60)
+    assert process.returncode == 0
+    assert [row["x"] for row in offline_history(tmp_path) if "x" in row] == list(range(21))
 
 
 @pytest.mark.usefixtures("no_account")

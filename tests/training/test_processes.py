@@ -49,6 +49,8 @@ def test_two_processes_of_8_follow_one_of_16(alone: Path, tmp_path: Path) -> Non
     assert summary["images_seen"] == 30 * 16
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_moves_to_another_number_of_processes(alone: Path, tmp_path: Path) -> None:
     """The first 14 steps on one, the rest on two."""
     free = ["net.dropout=0", "lr_scheduler.total_steps=30"]

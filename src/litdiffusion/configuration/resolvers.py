@@ -77,7 +77,8 @@ def chosen_experiment(hydra: Any = None) -> str | None:
     hydra = hydra or HydraConfig.get()
     chosen = hydra.runtime.choices.get("experiment")
     # A list of choices is written down nowhere but in the override itself.
-    typed = [text for text in hydra.overrides.task if text.startswith("experiment=[")]
+    task: Any = _plain(hydra.overrides.task)  # an override may hold an interpolation that is not for here
+    typed = [text for text in task if text.startswith("experiment=[")]
     if typed:
         chosen = OverridesParser.create().parse_override(typed[-1]).value()
     return "+".join(map(str, chosen)) if isinstance(chosen, ListConfig | list) else chosen

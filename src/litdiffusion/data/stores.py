@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from litdiffusion.data.decoding import decode_column
 from litdiffusion.errors import UserError
+from litdiffusion.processes import STOP_SIGNALS
 
 CHUNK = 256
 """Images decoded together by one thread."""
@@ -194,10 +195,8 @@ def _read(
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Slurm, and Ctrl-C at a terminal, signal every process of a run; the one that trains decides what follows."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _as_is(item: Any) -> Any:

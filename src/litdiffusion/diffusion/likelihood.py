@@ -109,7 +109,8 @@ def reverse_bits(
     nats = normal_kl(true_mean, true_log_variance, mean, log_variance)
     end = t == 1
     if bool(end.any()):
-        nats = nats.index_put((end,), -decoder_log_prob(x0[end], mean[end], log_variance[end] / 2))
+        decoder = -decoder_log_prob(x0[end], mean[end], log_variance[end] / 2)
+        nats = nats.index_put((end,), decoder.to(nats.dtype))
     return bits(nats)
 
 

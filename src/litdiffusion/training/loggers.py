@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import secrets
+import signal
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from PIL.Image import Image
 
 from litdiffusion.errors import UserError
 from litdiffusion.files import write_text
+from litdiffusion.processes import STOP_SIGNALS
 from litdiffusion.redaction import without_secrets
 from litdiffusion.runs.metrics import MetricsTable
 
@@ -82,6 +84,8 @@ def wandb_logger(
 
     folder = Path(run_dir)
     settled = _settled(mode, folder / "wandb")
+    if settled != "disabled":
+        _start_out_of_reach()
     return WandbLogger(
         save_dir=folder,
         project=project,
@@ -99,6 +103,18 @@ def wandb_logger(
             x_disable_meta=True,
         ),
     )
+
+
+@rank_zero_only
+def _start_out_of_reach() -> None:
+    """Start W&B's own process, which writes, deaf to what asks a run to stop: the run will tell it when it ends."""
+    import wandb
+
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        wandb.setup()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
 
 def _settled(mode: str, folder: Path) -> Literal["online", "offline", "disabled"]:

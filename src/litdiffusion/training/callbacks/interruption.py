@@ -10,11 +10,9 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from litdiffusion.processes import STOP_SIGNALS
 from litdiffusion.training.callbacks.attached import find
 from litdiffusion.training.callbacks.checkpoints import SaveCheckpoints
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""USR1 is what ``scripts/slurm`` asks for before the time limit, USR2 what submitit asks for."""
 
 AGREE_EVERY = 8
 """Steps between two looks at what has reached the other processes, where there are any: looking waits for them."""
@@ -41,7 +39,7 @@ class StopCleanly(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the handlers, in place of Lightning's, which leave without saving."""
-        for signum in SIGNALS:
+        for signum in STOP_SIGNALS:
             signal.signal(signum, self._note)
 
     def on_train_batch_start(
@@ -95,7 +93,7 @@ def stopping_at_once(trainer: Trainer) -> Iterator[None]:
     def stop(signum: int, frame: FrameType | None) -> Never:
         raise Interrupted(signum, trainer.global_step)
 
-    previous = {signum: signal.signal(signum, stop) for signum in SIGNALS}
+    previous = {signum: signal.signal(signum, stop) for signum in STOP_SIGNALS}
     try:
         yield
     finally:

@@ -1,0 +1,42 @@
+"""What W&B's real client has written, offline."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+BLOCK, HEADER = 32 * 1024, 7
+
+
+def offline_records(file: Path) -> Iterator[Any]:
+    """Read W&B's offline file: LevelDB's log format, one protobuf a record."""
+    data, place, record = file.read_bytes(), HEADER, b""
+    while place + HEADER <= len(data):
+        if BLOCK - place % BLOCK < HEADER:  # no header fits the rest of a block
+            place += BLOCK - place % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + HEADER])
+        record += data[place + HEADER : place + HEADER + length]
+        place += HEADER + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            message = wandb_internal_pb2.Record()
+            message.ParseFromString(record)
+            record = b""
+            yield message
+
+
+def offline_history(run_dir: Path) -> list[dict[str, Any]]:
+    rows = []
+    for file in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")):
+        for record in offline_records(file):
+            if record.HasField("history"):
+                rows.append(
+                    {
+                        (item.nested_key[0] if item.nested_key else item.key): json.loads(item.value_json)
+                        for item in record.history.item
+                    }
+                )
+    return rows
