@@ -107,7 +107,10 @@ def wandb_logger(
 
 @rank_zero_only
 def _start_out_of_reach() -> None:
-    """Start W&B's own process, which writes, deaf to what asks a run to stop: the run will tell it when it ends."""
+    """Start W&B's own process, which writes, deaf to SIGUSR1 and SIGUSR2, which would end it.
+
+    It listens to SIGINT and SIGTERM itself, whatever is blocked here.
+    """
     import wandb
 
     heard = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
