@@ -30,6 +30,7 @@ CHOICES = [
     ["trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=null", "datamodule.num_val=0"],
     ["data.channels=3", "data.image_size=[8,12]"],
     ["logger=none", "callbacks.sample_images=null", "callbacks.progress=null"],
+    ["trainer.precision=bf16-mixed"],
     ["trainer.precision=64-true", "callbacks.sample_images.every_n_steps=2"],
 ]
 

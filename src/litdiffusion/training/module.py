@@ -185,6 +185,10 @@ class LitDiffusion(LightningModule):
             scheduler = self.lr_scheduler_factory(optimizer)
         except ValueError as error:
             raise UserError(f"optimizer or lr_scheduler: {error}") from error
+        # Lightning takes every fused optimizer for one that unscales float16 gradients itself, and refuses to clip
+        # for it, under bfloat16 as well, where nothing is scaled.
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # torch sets it untyped
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
