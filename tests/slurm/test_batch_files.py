@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from interrupted_runs import COMMAND, differences, finish, rows
+from offline_wandb import offline_history
 from slurm_world import Slurm, wait_until
 
 pytestmark = pytest.mark.slurm
@@ -33,9 +34,13 @@ def wait_until_held(slurm: Slurm, job: str, run_dir: Path) -> None:
     wait_until(lambda: held() or slurm.has_ended(job), f"step {HELD} of job {job}")
 
 
-def assert_one_wandb_run(run_dir: Path, starts: int) -> None:
-    files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
-    assert [file.stem for file in files] == [f"run-{(run_dir / 'wandb' / 'run_id').read_text()}"] * starts
+def assert_one_whole_wandb_run(run_dir: Path) -> None:
+    """Every row of ``metrics.csv`` is in files of one run, once."""
+    names = {file.stem for file in (run_dir / "wandb").glob("offline-run-*/*.wandb")}
+    assert names == {f"run-{(run_dir / 'wandb' / 'run_id').read_text()}"}
+    for key in ("train/loss", "val/loss"):
+        logged = [row["images_seen"] for row in offline_history(run_dir) if key in row]
+        assert logged == [int(row["images_seen"]) for row in rows(run_dir) if row[key]]
 
 
 def test_requeued(slurm: Slurm, peaceful: Path, tmp_path: Path) -> None:
@@ -48,7 +53,7 @@ def test_requeued(slurm: Slurm, peaceful: Path, tmp_path: Path) -> None:
     assert f"stopped by SIGTERM after step {HELD + 1}" in said
     assert f"Continuing from step {HELD + 1}" in said
     assert differences(peaceful, run_dir) == []
-    assert_one_wandb_run(run_dir, starts=2)
+    assert_one_whole_wandb_run(run_dir)
 
 
 @pytest.mark.slow  # Slurm looks at its clock twice a minute
@@ -82,4 +87,4 @@ def test_two_tasks_on_two_nodes_requeued(slurm: Slurm, tmp_path: Path) -> None:
     [stopped], [continued] = (re.findall(rf"{words} step (\d+)", said) for words in (STOPPED, CONTINUING))
     assert HELD < int(stopped) == int(continued) < 60  # they agree upon a step now and then
     assert differences(peaceful, run_dir) == []
-    assert_one_wandb_run(run_dir, starts=2)
+    assert_one_whole_wandb_run(run_dir)

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from commands import train_tiny
 from litdiffusion.configuration import resolvers
 from litdiffusion.errors import UserError
+from litdiffusion.processes import STOP_SIGNALS
 from litdiffusion.runs.metrics import MetricsTable, read_rows
 from offline_wandb import offline_history, offline_records
 
@@ -80,16 +81,20 @@ def test_a_wandb_run_is_grouped_by_its_sweep_and_tagged_by_its_experiment(
     assert runs[0].display_name == tmp_path.name
 
 
-@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
 def test_wandb_outlives_a_signal_to_every_process_of_a_run(tmp_path: Path, signum: signal.Signals) -> None:
     """As Slurm sends it: in a process of its own, for W&B serves all runs of a process by one helper."""
     script = f"""
-from litdiffusion.training.loggers import close_loggers, wandb_logger
+from PIL import Image
+from litdiffusion.training.loggers import close_loggers, describe_run, log_image
+from litdiffusion.training.wandb_logger import wandb_logger
 logger = wandb_logger({str(tmp_path)!r}, mode="offline")
+describe_run([logger], {{"seed": 3}})
 for x in range(20):
     logger.log_metrics({{"x": x}}, step=x)
 print("logged", flush=True)
 input()
+log_image(logger, "picture", Image.new("L", (2, 2)), step=20, images_seen=20)
 logger.log_metrics({{"x": 20}}, step=20)
 close_loggers([logger])
 """
@@ -103,11 +108,16 @@ close_loggers([logger])
             ["pgrep", "--parent", str(process.pid)], capture_output=True, text=True
         ).stdout
         assert children
+        time.sleep(1)  # what was told it before is written by now
         for child in children.split():
             os.kill(int(child), signum)
         process.communicate("\n", timeout=60)
     assert process.returncode == 0
-    assert [row["x"] for row in offline_history(tmp_path) if "x" in row] == list(range(21))
+    logged = offline_history(tmp_path)
+    assert [row["x"] for row in logged if "x" in row] == list(range(21))
+    assert [row["images_seen"] for row in logged if "picture" in row] == [20]
+    for file in (tmp_path / "wandb").glob("offline-run-*/*.wandb"):
+        assert {item.key for record in offline_records(file) for item in record.config.update} >= {"seed"}
 
 
 @pytest.mark.usefixtures("no_account")
