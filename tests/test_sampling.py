@@ -1,13 +1,29 @@
+import math
+
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 
-from litdiffusion.diffusion import DDIM, DDPM, Denoiser, Guidance, V, schedules
-from litdiffusion.diffusion.editing import Inpaint, Interpolate, Variation
+from litdiffusion.diffusion import (
+    DDIM,
+    DDPM,
+    X0,
+    Denoiser,
+    DPMSolverPP2M,
+    Guidance,
+    Heun,
+    Sampler,
+    Schedule,
+    V,
+    schedules,
+)
+from litdiffusion.diffusion.editing import Edit, Inpaint, Interpolate, Variation
+from litdiffusion.diffusion.likelihood import prior_bits
 from litdiffusion.diffusion.samplers import normal_like
 from litdiffusion.randomness import image_generators
 from litdiffusion.sampling import sample_images
-from small_worlds import Affine, Spy, affine_denoiser, images, normal
+from small_worlds import Affine, GaussianData, Spy, affine_denoiser, exact_denoiser, images, normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -218,3 +234,29 @@ def test_a_path_between_equal_images_is_one_image_whatever_the_sampler():
     )
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2])
+
+
+def exploding(num_steps: int) -> Schedule:
+    """EDM's noise: alpha = 1, and sigma up to 20."""
+    sigma = 20 * torch.linspace(0, 1, num_steps + 1, dtype=torch.float64) ** 3
+    return Schedule(torch.ones_like(sigma), sigma)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [DDPM(), DDIM(100, eta=1), DDIM(200), DPMSolverPP2M(60, grid="log_snr"), Heun(40, grid="log_snr")],
+    ids=lambda sampler: type(sampler).__name__,
+)
+@pytest.mark.parametrize("edit", [None, Variation(torch.zeros(1, 1, 1), strength=1.0)], ids=["plain", "edit"])
+def test_a_schedule_may_end_in_larger_noise_than_1(sampler: Sampler, edit: Edit | None) -> None:
+    data = GaussianData(exploding(400), mean=0.1, std=0.2)
+    drawn = sample_images(exact_denoiser(data, X0()), sampler, 3000, seed=0, batch_size=3000, edit=edit)
+    assert float(drawn.mean()) == pytest.approx(0.1, abs=0.03)
+    assert float(drawn.std()) == pytest.approx(0.2, rel=0.1)
+
+
+def test_the_prior_of_such_a_schedule_is_as_wide() -> None:
+    """KL( N(x_0, 20^2) || N(0, 1 + 20^2) ), in bits."""
+    bits = prior_bits(exploding(50), torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64))
+    exact = kl_divergence(Normal(0.5, 20.0), Normal(0.0, 401**0.5)) / math.log(2)
+    assert float(bits) == pytest.approx(float(exact), rel=1e-3)

@@ -73,6 +73,7 @@ def main(cfg: DictConfig) -> None:
         "weights": model.weights,
         "sampler": type(sampler).__name__.lower(),
         "num_steps": len(times) - 1,
+        "start": times[0],
         "num_images": cfg.num_images,
         "seed": cfg.seed,
         **guidance,
@@ -116,14 +117,20 @@ def frame_times(model: TrainedModel, sampler: Sampler, edit: Edit | None = None)
     """Return the times of the sampler's grid that are walked, noisiest first.
 
     Raises:
-        UserError: more steps than the checkpoint's schedule has.
+        UserError: more steps than the checkpoint's schedule has, or too few for the edit.
     """
     schedule = model.denoiser.schedule
     try:
         times = sampler.times(schedule)
     except ValueError as error:
         raise UserError(f"sampler.{error}: choose fewer") from error
-    return times if edit is None else [t for t in times if t <= edit.start(sampler, schedule)]
+    if edit is None:
+        return times
+    try:
+        start = edit.start(sampler, schedule)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return [t for t in times if t <= start]
 
 
 def guidance_options(cfg: DictConfig) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def sample_images(
     check_request(denoiser, sampler, labels, guidance_scale, guidance_interval)
     classes = drawn_classes(denoiser.num_classes, labels)
     low, high = guidance_interval
-    device = next(denoiser.parameters()).device
+    device = denoiser.schedule.alpha.device
     was_training = denoiser.training
     denoiser.eval()
     mine = share_of(num_images)
@@ -80,7 +80,7 @@ def sample_images(
                 rows = torch.tensor([classes[i % len(classes)] for i in numbers], device=device)
                 guided = denoiser.guided(Guidance(rows, guidance_scale, (low, high)))
             if edit is None:
-                moments = sampler.steps(guided, noise, generators)
+                moments = sampler.steps(guided, denoiser.schedule.terminal_std * noise, generators)
             else:
                 moments = edit.steps(sampler, guided, noise, generators, start)
             for moment in moments:

@@ -167,7 +167,7 @@ def test_full_strength_is_plain_sampling(make):
 
 
 @pytest.mark.parametrize(
-    ("strength", "start"), [(0.34, 300), (0.36, 400), (0.001, 100), (0.97, 1000), (0.5, 500)]
+    ("strength", "start"), [(0.34, 300), (0.36, 400), (0.001, 100), (0.97, 900), (1, 1000)]
 )
 def test_a_variation_begins_with_the_image_noised_to_the_nearest_time_of_the_grid(strength, start):
     image, x_T = images(3), normal(3, 1, 4, 4)
@@ -347,3 +347,21 @@ def test_inversion_is_guided_as_the_way_back_is():
 def test_what_cannot_be_is_named(make_edit, words):
     with pytest.raises(ValueError, match=words):
         drawn(make_edit(images(1)), DDIM(5), affine_denoiser(schedules.linear(30)), normal(1, 1, 4, 4))
+
+
+@pytest.mark.parametrize("make", [lambda x: Variation(x, 0.1), lambda x: Interpolate(x, x, 3, 0.1)])
+def test_one_step_is_refused_rather_than_the_image_forgotten(make):
+    with pytest.raises(ValueError, match=r"strength=0\.1: a sampler of 1 step"):
+        make(images(1)).steps(DDIM(1), affine_denoiser(SCHEDULE), normal(3, 1, 4, 4))
+
+
+def test_a_path_through_noise_goes_up_by_the_times_it_comes_down():
+    class Uneven(DDIM):
+        def times(self, schedule: Schedule) -> list[int]:
+            return [1000, 700, 500, 350, 250, 180, 120, 80, 50, 30, 15, 5, 0]
+
+    data, ends = GaussianData(SCHEDULE), [normal(1, 1, 4, 4, seed=s, dtype=torch.float64) for s in (1, 2)]
+    zeros = torch.zeros(3, 1, 4, 4, dtype=torch.float64)
+    out = drawn(Slerp(*ends, 3, iterations=20), Uneven(), exact(data, (4, 4)), zeros)
+    assert torch.allclose(out[0], ends[0][0], atol=1e-3)
+    assert torch.allclose(out[2], ends[1][0], atol=1e-3)

@@ -126,7 +126,7 @@ def test_losses_are_finite_at_zero_terminal_snr(target):
     schedule = schedules.linear(60, zero_terminal_snr=True)
     losses = Objective(L2(), MinSNR())(affine_denoiser(schedule, target), images(4), T, normal(4, 1, 4, 4))
     assert bool(torch.isfinite(losses).all())
-    assert losses[3] == 0  # at SNR 0, min(SNR, gamma) is 0
+    assert losses[3] > 0  # SNR 0 would count for nothing
 
 
 def gradients(net: torch.nn.Module, losses: Tensor) -> list[Tensor]:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from litdiffusion.diffusion import DDIM, DDPM, schedules
+from litdiffusion.diffusion.samplers import Here
 from small_worlds import SAMPLERS, Affine, Spy, affine_denoiser, normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,3 +99,21 @@ def test_sampling_makes_no_graph_and_leaves_the_callers_gradient_mode_alone():
         assert not moment.x.requires_grad
         assert not moment.x0.requires_grad
         assert torch.is_grad_enabled()
+
+
+class LooksBack(DDIM):
+    """Notes the times it was at before each step."""
+
+    looks_back = 2
+
+    def step(self, here: Here) -> Tensor:
+        assert all(past.past == () for past in here.past)
+        self.seen.append([past.t for past in here.past])
+        return super().step(here)
+
+
+def test_a_multistep_sampler_sees_as_many_steps_back_as_it_wants():
+    sampler = LooksBack(5)
+    sampler.seen = []
+    sampler.sample(affine_denoiser(schedules.linear(50)), normal(2, 1, 4, 4))
+    assert sampler.seen == [[], [50], [40, 50], [30, 40], [20, 30]]

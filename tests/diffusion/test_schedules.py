@@ -10,7 +10,7 @@ from torch import Tensor
 
 from litdiffusion.diffusion import Schedule, schedules
 from peers import blog
-from small_worlds import SCHEDULES
+from small_worlds import ALL_SCHEDULES, SCHEDULES
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_from_betas_multiplies():
         (lambda: schedules.sigmoid(10, tau=0.0), "tau"),
         (lambda: schedules.sigmoid(10, start=3.0, end=-3.0), "start"),
         (lambda: schedules.sigmoid(10, start=1.0, end=1.0), "start"),
-        (lambda: schedules.linear(1, zero_terminal_snr=True), "must fall"),
+        (lambda: schedules.linear(1, zero_terminal_snr=True), "zero_terminal_snr.*at least 2"),
         (lambda: Schedule(table(1), table(0)), "at least 1"),
         (lambda: Schedule(table(0.9, 0.5), table(0, 0.5)), "clean image"),
         (lambda: Schedule(table(1, 0.5), table(0.1, 0.5)), "clean image"),
@@ -212,3 +212,9 @@ def test_impossible_schedules_are_refused_in_one_line(make, message):
     with pytest.raises(ValueError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", ALL_SCHEDULES.values(), ids=ALL_SCHEDULES)
+@pytest.mark.parametrize("num_steps", [1, 7, 300])
+def test_sampling_begins_with_standard_noise_on_every_schedule_of_ours(make, num_steps):
+    assert make(num_steps).terminal_std == pytest.approx(1, abs=1e-15)

@@ -150,3 +150,10 @@ def test_importance_survives_a_time_without_loss():
 def test_importance_names_a_wrong_argument(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         ImportanceTimesteps(4, **arguments)
+
+
+@pytest.mark.parametrize("num_steps", [3, 9])
+def test_importance_knows_one_schedule_only(num_steps):
+    """With another it would never draw some times, or pile up on the last."""
+    with pytest.raises(ValueError, match=f"num_steps=5: the schedule has {num_steps} steps"):
+        ImportanceTimesteps(5)(torch.tensor([0.5]), torch.tensor([0]), 1, num_steps)

@@ -1,6 +1,7 @@
 """The batch files as they are shipped, on a real Slurm: whatever stops a job, its run ends as if nothing had."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def wait_until_held(slurm: Slurm, job: str, run_dir: Path) -> None:
         return (run_dir / "metrics.csv").exists() and int(rows(run_dir)[-1]["step"]) >= HELD
 
     wait_until(lambda: held() or slurm.has_ended(job), f"step {HELD} of job {job}")
+    time.sleep(0.5)  # W&B's process has been told after metrics.csv, and writes now
 
 
 def assert_one_whole_wandb_run(run_dir: Path) -> None:

@@ -108,7 +108,7 @@ close_loggers([logger])
             ["pgrep", "--parent", str(process.pid)], capture_output=True, text=True
         ).stdout
         assert children
-        time.sleep(1)  # what was told it before is written by now
+        time.sleep(0.5)  # what it was told before is written by now
         for child in children.split():
             os.kill(int(child), signum)
         process.communicate("\n", timeout=60)

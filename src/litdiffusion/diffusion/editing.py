@@ -32,21 +32,25 @@ class Edit(ABC):
     """Whether all images of a run are drawn from one and the same noise, and differ by the edit alone."""
 
     def start(self, sampler: Sampler, schedule: Schedule) -> int:
-        """Return the time of the sampler's grid at which the walk begins."""
+        """Return the time of the sampler's grid at which the walk begins.
+
+        Raises:
+            ValueError: the grid has no time for what is asked.
+        """
         return schedule.num_steps
 
     @abstractmethod
     def steps(
-        self, sampler: Sampler, denoiser: Denoiser, x_T: Images, generators: Generators = None, first: int = 0
+        self, sampler: Sampler, denoiser: Denoiser, eps: Images, generators: Generators = None, first: int = 0
     ) -> Iterator[Step]:
         """Walk to the edited images, yielding every moment as ``Sampler.steps`` does.
 
         Args:
             sampler: any.
             denoiser: estimates x_0; guided or not.
-            x_T: standard normal noise.
+            eps: standard normal noise.
             generators: as in ``Sampler.steps``.
-            first: the number of ``x_T[0]`` among all images of the run.
+            first: the number of ``eps[0]`` among all images of the run.
 
         Raises:
             ValueError: the given images are not of the shape that is drawn.
@@ -80,16 +84,17 @@ class Inpaint(Edit):
         self.repeats = repeats
 
     def steps(
-        self, sampler: Sampler, denoiser: Denoiser, x_T: Images, generators: Generators = None, first: int = 0
+        self, sampler: Sampler, denoiser: Denoiser, eps: Images, generators: Generators = None, first: int = 0
     ) -> Iterator[Step]:
         """Walk from pure noise, putting the known pixels back after every step."""
-        image = _rows(self.image, x_T, first)
-        unknown = _mask_rows(self.mask, x_T, first)
+        image = _rows(self.image, eps, first)
+        unknown = _mask_rows(self.mask, eps, first)
 
         def keep_known(x_s: Images, s: int) -> Images:
             known = image if s == 0 else _noised(denoiser.schedule, image, s, normal_like(x_s, generators))
             return torch.where(unknown, x_s, known)
 
+        x_T = denoiser.schedule.terminal_std * eps
         return sampler.steps(denoiser, x_T, generators, edit=keep_known, repeats=self.repeats)
 
 
@@ -102,8 +107,8 @@ class Variation(Edit):
 
     Args:
         image: one or more; drawn image i belongs to image i modulo their number.
-        strength: t / T, in (0, 1]; the grid's nearest time above 0 is taken. At T samplers begin with pure noise:
-            strength 1 keeps nothing of the image.
+        strength: t / T, in (0, 1]; the nearest of the grid's times between 0 and T is taken. 1 stands for T, where
+            samplers begin with pure noise: it keeps nothing of the image.
 
     Raises:
         ValueError: strength is out of range.
@@ -114,15 +119,19 @@ class Variation(Edit):
         self.strength = _checked_strength(strength)
 
     def start(self, sampler: Sampler, schedule: Schedule) -> int:
-        """Return the grid's time nearest to strength T."""
+        """Return the grid's time nearest to strength T; only strength 1 stands for T itself.
+
+        Raises:
+            ValueError: the grid has no time between 0 and T.
+        """
         return _nearest_time(sampler, schedule, self.strength)
 
     def steps(
-        self, sampler: Sampler, denoiser: Denoiser, x_T: Images, generators: Generators = None, first: int = 0
+        self, sampler: Sampler, denoiser: Denoiser, eps: Images, generators: Generators = None, first: int = 0
     ) -> Iterator[Step]:
         """Noise the image, and walk from there."""
         start = self.start(sampler, denoiser.schedule)
-        x_t = _noised(denoiser.schedule, _rows(self.image, x_T, first), start, x_T)
+        x_t = _noised(denoiser.schedule, _rows(self.image, eps, first), start, eps)
         return sampler.steps(denoiser, x_t, generators, start=start)
 
 
@@ -152,17 +161,21 @@ class Interpolate(Edit):
         self.strength = _checked_strength(strength)
 
     def start(self, sampler: Sampler, schedule: Schedule) -> int:
-        """Return the grid's time nearest to strength T."""
+        """Return the grid's time nearest to strength T; only strength 1 stands for T itself.
+
+        Raises:
+            ValueError: the grid has no time between 0 and T.
+        """
         return _nearest_time(sampler, schedule, self.strength)
 
     def steps(
-        self, sampler: Sampler, denoiser: Denoiser, x_T: Images, generators: Generators = None, first: int = 0
+        self, sampler: Sampler, denoiser: Denoiser, eps: Images, generators: Generators = None, first: int = 0
     ) -> Iterator[Step]:
         """Mix the images, noise them, and walk from there."""
         start = self.start(sampler, denoiser.schedule)
-        image, image2 = (_rows(end, x_T, first) for end in self.ends)
-        mixed = torch.lerp(image, image2, _fractions(x_T, first, self.num_images))
-        return sampler.steps(denoiser, _noised(denoiser.schedule, mixed, start, x_T), generators, start=start)
+        image, image2 = (_rows(end, eps, first) for end in self.ends)
+        mixed = torch.lerp(image, image2, _fractions(eps, first, self.num_images))
+        return sampler.steps(denoiser, _noised(denoiser.schedule, mixed, start, eps), generators, start=start)
 
 
 class Slerp(Edit):
@@ -192,12 +205,14 @@ class Slerp(Edit):
         self.iterations = iterations
 
     def steps(
-        self, sampler: Sampler, denoiser: Denoiser, x_T: Images, generators: Generators = None, first: int = 0
+        self, sampler: Sampler, denoiser: Denoiser, eps: Images, generators: Generators = None, first: int = 0
     ) -> Iterator[Step]:
         """Invert both ends over the sampler's own grid, row by row: each row's label guides both ways."""
-        inverse = DDIM(sampler.num_steps, grid=sampler.grid)
-        one, two = (inverse.invert(denoiser, _rows(end, x_T, first), self.iterations) for end in self.ends)
-        share = _fractions(x_T, first, self.num_images)
+        times = sampler.times(denoiser.schedule)
+        one, two = (
+            DDIM().invert(denoiser, _rows(end, eps, first), self.iterations, times) for end in self.ends
+        )
+        share = _fractions(eps, first, self.num_images)
         cosine = torch.cosine_similarity(one.flatten(1), two.flatten(1)).clamp(-1, 1)
         theta = cosine.acos()[:, None, None, None] / torch.pi
         # sinc(a) = sin(pi a) / (pi a) is 1 at 0: two equal images are no special case.
@@ -212,38 +227,43 @@ def how_many(given: Given) -> int:
 
 def _noised(schedule: Schedule, image: Images, t: int, eps: Images) -> Images:
     """The x_t of q(x_t | image), for t > 0; at T what samplers begin with, which is noise alone."""
-    return eps if t == schedule.num_steps else diffuse(schedule, image, 0, t, eps)
+    return schedule.terminal_std * eps if t == schedule.num_steps else diffuse(schedule, image, 0, t, eps)
 
 
 def _nearest_time(sampler: Sampler, schedule: Schedule, strength: float) -> int:
-    return min(sampler.times(schedule)[:-1], key=lambda t: abs(t - strength * schedule.num_steps))
+    T, *between, _ = sampler.times(schedule)
+    if strength == 1:
+        return T
+    if not between:
+        raise ValueError(f"strength={strength}: a sampler of 1 step begins with pure noise; take more steps")
+    return min(between, key=lambda t: abs(t - strength * schedule.num_steps))
 
 
-def _rows(given: Given, x_T: Images, first: int) -> Images:
-    """For each row of ``x_T`` the given image that belongs to it."""
+def _rows(given: Given, eps: Images, first: int) -> Images:
+    """For each row of ``eps`` the given image that belongs to it."""
     given = given[None] if given.ndim == 3 else given
-    if given.shape[1:] != x_T.shape[1:]:
+    if given.shape[1:] != eps.shape[1:]:
         raise ValueError(
-            f"image: {list(given.shape[1:])} (channels, height, width), but {list(x_T.shape[1:])} is drawn"
+            f"image: {list(given.shape[1:])} (channels, height, width), but {list(eps.shape[1:])} is drawn"
         )
-    return given[_numbers(x_T, first) % len(given)].to(x_T)
+    return given[_numbers(eps, first) % len(given)].to(eps)
 
 
-def _mask_rows(mask: Masks, x_T: Images, first: int) -> Bool[Tensor, "batch _ h w"]:
+def _mask_rows(mask: Masks, eps: Images, first: int) -> Bool[Tensor, "batch _ h w"]:
     mask = mask[None] if mask.ndim == 2 else mask
     mask = mask[:, None] if mask.ndim == 3 else mask
-    if mask.shape[2:] != x_T.shape[2:] or mask.shape[1] not in (1, x_T.shape[1]):
-        raise ValueError(f"mask: {list(mask.shape[1:])}, but {list(x_T.shape[1:])} is drawn")
-    return mask[_numbers(x_T, first) % len(mask)].to(x_T.device) > 0
+    if mask.shape[2:] != eps.shape[2:] or mask.shape[1] not in (1, eps.shape[1]):
+        raise ValueError(f"mask: {list(mask.shape[1:])}, but {list(eps.shape[1:])} is drawn")
+    return mask[_numbers(eps, first) % len(mask)].to(eps.device) > 0
 
 
-def _numbers(x_T: Images, first: int) -> Tensor:
-    return torch.arange(first, first + len(x_T))
+def _numbers(eps: Images, first: int) -> Tensor:
+    return torch.arange(first, first + len(eps))
 
 
-def _fractions(x_T: Images, first: int, num_images: int) -> Float[Tensor, "batch 1 1 1"]:
+def _fractions(eps: Images, first: int, num_images: int) -> Float[Tensor, "batch 1 1 1"]:
     """Where on the path each row lies: 0 at the first image of the run, 1 at the last."""
-    return (_numbers(x_T, first) / (num_images - 1)).to(x_T)[:, None, None, None]
+    return (_numbers(eps, first) / (num_images - 1)).to(eps)[:, None, None, None]
 
 
 def _checked_strength(strength: float) -> float:

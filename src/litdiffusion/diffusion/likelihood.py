@@ -2,7 +2,7 @@
 
     -log2 p(x_0) / D  <=  L_T + sum_{t=2..T} L_{t-1} + L_0                            (DDPM, equation 5)
 
-    L_T     = KL( q(x_T | x_0) || N(0, I) )
+    L_T     = KL( q(x_T | x_0) || N(0, I) )        (I times terminal_std^2, where that is not 1)
     L_{t-1} = KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
     L_0     = -log p(x_0 | x_1),   a normal distribution integrated over the 256 gray levels    (equation 13)
 
@@ -140,7 +140,8 @@ def prior_bits(schedule: Schedule, x0: Images) -> PerImage:
     """Return L_T of each image, in bits per dimension: how far x_T is from pure noise."""
     mean = float(schedule.alpha[-1]) * x0
     log_variance = 2 * schedule.sigma[-1].log().to(mean)
-    return bits(normal_kl(mean, log_variance, torch.zeros_like(mean), torch.zeros_like(log_variance)))
+    prior_log_variance = torch.full_like(log_variance, 2 * math.log(schedule.terminal_std))
+    return bits(normal_kl(mean, log_variance, torch.zeros_like(mean), prior_log_variance))
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:

@@ -114,9 +114,11 @@ class P2(Weighting):
 
 
 class Sigmoid(Weighting):
-    """SNR sigmoid(bias - log SNR): the smooth form of min-SNR with gamma = e^bias (Kingma & Gao, 2303.00848).
+    """SNR sigmoid(bias - log SNR): the smooth form of min-SNR with gamma = e^bias.
 
-    On the error of eps it is sigmoid(bias - log SNR), as in that paper and in Hoogeboom et al. (2410.19324).
+    On the error of eps it is sigmoid(bias - log SNR), the function of Kingma & Gao (2303.00848) and Hoogeboom et al.
+    (2410.19324). They weigh an integral over log SNR by it; here, as with every weighting, t is uniform, which
+    gives each log SNR the density that the schedule has there.
     """
 
     def __init__(self, bias: float = 0.0) -> None:
@@ -144,6 +146,12 @@ class Variational(Weighting):
 
 
 def _snr(schedule: Schedule, t: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """Return alpha_t^2 / sigma_t^2. Pure noise, where it is 0, is given that of the time before.
+
+    A weight of 0 would leave the network untrained at T, where every sampler begins.
+    """
+    if schedule.has_zero_terminal_snr:
+        t = t.clamp(max=max(schedule.num_steps - 1, 1))
     return (schedule.alpha[t] / schedule.sigma[t]).square()
 
 
@@ -151,7 +159,8 @@ class Objective:
     """Distance and weighting together: the loss of each image of a batch.
 
     A network that learns its variance is given IDDPM's hybrid objective: the bound at t, with the mean held
-    fixed, is added (Nichol & Dhariwal, 2102.09672, section 3.1).
+    fixed, is added (Nichol & Dhariwal, 2102.09672, section 3.1). That mean is not clipped, as in their code: the
+    variance has to cover the errors that the network makes.
 
     Args:
         distance: between output and target.
@@ -191,5 +200,5 @@ class Objective:
         losses = (self.weighting(schedule, t, target).to(dtype) * errors).flatten(1).mean(1)
         if variance is None:
             return losses
-        fixed = denoiser.estimate(output.detach(), x_t, t, variance)
+        fixed = denoiser.estimate(output.detach(), x_t, t, variance, clipped=False)
         return losses + self.vlb_weight * schedule.num_steps * reverse_bits(schedule, fixed, x0, x_t, t)

@@ -8,7 +8,9 @@ DDPM (Ho et al., 2006.11239) speaks of beta_1..beta_T and alpha_bar_t = prod_{s 
 alpha_t = sqrt(alpha_bar_t) and sigma_t = sqrt(1 - alpha_bar_t). DDPM's own "alpha_t" (1 - beta_t) is called
 ``1 - betas`` here.
 
-To add a schedule, write a function that returns a ``Schedule`` and a YAML file that names it.
+To add a schedule, write a function that returns a ``Schedule`` and a YAML file that names it. Nothing else asks
+that alpha^2 + sigma^2 = 1; but the network is given x_t as it is, so one for a schedule whose sigma grows large
+(variance-exploding) has to scale its input itself.
 """
 
 import math
@@ -80,6 +82,14 @@ class Schedule(nn.Module):
         return 2 * (self.alpha[1:].log() - self.sigma[1:].log())
 
     @property
+    def terminal_std(self) -> float:
+        """The standard deviation of the noise that sampling begins with: of x_T, for images of unit variance.
+
+        It is 1 for every variance-preserving schedule and for the straight path of flow matching.
+        """
+        return float((self.alpha[-1].square() + self.sigma[-1].square()).sqrt())
+
+    @property
     def has_zero_terminal_snr(self) -> bool:
         """Whether x_T is pure noise: then the network cannot be asked for eps there."""
         return bool(self.alpha[-1] == 0)
@@ -98,6 +108,10 @@ def from_alphas_cumprod(alphas_cumprod: Float64[Tensor, " T"], zero_terminal_snr
     """
     alpha = alphas_cumprod.sqrt()
     if zero_terminal_snr:
+        if len(alpha) < 2:
+            raise ValueError(
+                "zero_terminal_snr=true keeps alpha_1 and sets alpha_T to 0: num_steps must be at least 2"
+            )
         alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
     alpha = torch.cat((torch.ones(1, dtype=torch.float64), alpha))
     return Schedule(alpha, (1 - alpha.square()).sqrt())

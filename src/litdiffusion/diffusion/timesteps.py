@@ -30,6 +30,9 @@ class TimestepRule(nn.Module, ABC):
         batch.
         """
 
+    def check(self, num_steps: int) -> None:
+        """Raise ValueError if the rule cannot draw from 1..num_steps; most can from any."""
+
     def weights(self, t: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Return 1 / (T p(t)): what makes the mean loss the same as for uniform times."""
         return torch.ones(t.shape, device=t.device)
@@ -87,6 +90,11 @@ class ImportanceTimesteps(TimestepRule):
         self.register_buffer("losses", torch.zeros(num_steps, history))
         self.register_buffer("counts", torch.zeros(num_steps, dtype=torch.int64))
 
+    def check(self, num_steps: int) -> None:
+        """Raise ValueError for another T than that of the losses it remembers."""
+        if num_steps != len(self.losses):
+            raise ValueError(f"timesteps.num_steps={len(self.losses)}: the schedule has {num_steps} steps")
+
     def probabilities(self) -> Float[Tensor, " T"]:
         """Return p(1)..p(T), in float64 on the CPU."""
         losses, counts = self.losses.cpu().double(), self.counts.cpu()
@@ -100,7 +108,12 @@ class ImportanceTimesteps(TimestepRule):
     def forward(
         self, u: Float[Tensor, " batch"], position: Int[Tensor, " batch"], batch_size: int, num_steps: int
     ) -> Int[Tensor, " batch"]:
-        """Invert the distribution function at (position + u) / batch_size."""
+        """Invert the distribution function at (position + u) / batch_size.
+
+        Raises:
+            ValueError: times are wanted of another T than the one this rule has been made for.
+        """
+        self.check(num_steps)
         distribution = self.probabilities().cumsum(0)
         wanted = (position + u.double()) / batch_size
         return (torch.searchsorted(distribution, wanted.cpu(), right=True) + 1).clamp(max=num_steps)

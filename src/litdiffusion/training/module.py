@@ -72,6 +72,7 @@ class LitDiffusion(LightningModule):
                 f"bits_per_dim_images={bits_per_dim_images}, bits_per_dim_times={bits_per_dim_times}: must be at"
                 " least 0 and at least 2, or null for all times"
             )
+        timesteps.check(denoiser.schedule.num_steps)
         self.denoiser = denoiser
         self.averaged: nn.Module | None = ema.copy_of(denoiser.net) if ema else None
         self.objective = objective

@@ -19,8 +19,8 @@ from litdiffusion.processes import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
 
-FLUSH_EVERY = 0.1
-"""Seconds after which W&B's own process has written what it was told, so that its end takes nothing with it."""
+FLUSH_EVERY = 0.01
+"""Seconds after which W&B's own process writes what it was told. What it has not written by then ends with it."""
 
 
 class LastingWandbLogger(WandbLogger):
