@@ -21,6 +21,10 @@ class WriteError(OSError):
         return cls(number, reason or " ".join(str(error).split()) or type(error).__name__, str(path))
 
 
+UNFINISHED = ".litdiffusion-"
+"""How the names of files begin that are being written, or were when their writer died."""
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; when the block ends well, rename it to ``path``.
@@ -32,7 +36,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         WriteError: the folder cannot be written, or the disk is full; ``path`` is then as it was.
     """
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f"{UNFINISHED}{path.stem}-", suffix=path.suffix
+        )
     except OSError as error:
         raise WriteError.at(path, error) from error
     os.close(handle)
@@ -65,7 +71,7 @@ def second_name(path: Path, other: Path) -> None:
     Raises:
         WriteError: the folder cannot be written, or the disk is full.
     """
-    temporary = other.with_name(f".{other.name}")
+    temporary = other.with_name(f"{UNFINISHED}{other.name}")
     try:
         temporary.unlink(missing_ok=True)
         try:

@@ -71,7 +71,7 @@ def main(cfg: DictConfig) -> None:
         "ckpt": absolute(cfg.ckpt),
         "step": model.step,
         "weights": model.weights,
-        "sampler": type(sampler).__name__.lower(),
+        "sampler": type(sampler).__name__,
         "num_steps": len(times) - 1,
         "start": times[0],
         "num_images": cfg.num_images,

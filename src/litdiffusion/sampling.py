@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from litdiffusion.diffusion import DDPM, Denoiser, Guidance, Sampler, Step
+from litdiffusion.diffusion import Denoiser, Guidance, Sampler, Step
 from litdiffusion.diffusion.editing import Edit
 from litdiffusion.diffusion.samplers import normal_like
 from litdiffusion.processes import gathered, share_of
@@ -130,11 +130,7 @@ def check_request(
         ValueError: more steps than the schedule has, a learned variance that was not learned, labels that are none
             of the network's, guidance without labels, or guidance out of range.
     """
-    sampler.times(denoiser.schedule)
-    if isinstance(sampler, DDPM) and sampler.variance == "learned" and not denoiser.learned_variance:
-        raise ValueError(
-            "variance=learned: this network was not trained to give its variance; use beta_tilde"
-        )
+    sampler.check(denoiser)
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale={guidance_scale}: must be finite")
     if drawn_classes(denoiser.num_classes, labels) is None and guidance_scale != 1:

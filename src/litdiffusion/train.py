@@ -17,6 +17,7 @@ from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import entry_point, process_rank
 from litdiffusion.configuration.nodes import build
 from litdiffusion.configuration.resolvers import chosen_experiment
+from litdiffusion.configuration.targets import check_targets
 from litdiffusion.errors import UserError
 from litdiffusion.redaction import SECRET_KEY, without_secrets
 from litdiffusion.reporting.curves import curves
@@ -70,14 +71,26 @@ def train(
         say(paragraph(read_json(run.summary, dict), run.path))
         return None
 
+    if (
+        resumption
+        and resumption.step >= cfg.trainer.max_steps
+        and resumption.checkpoint.parent != run.checkpoints
+    ):
+        raise UserError(
+            f"resume={cfg.resume}: that run has come to step {resumption.step} already; give a larger"
+            f" trainer.max_steps than {cfg.trainer.max_steps}"
+        )
+
     # Whatever can be refused is refused here, before data is fetched or read.
+    check_targets(model_config)
     keep_freed_memory()
     datamodule = build(cfg.datamodule, "datamodule")
     torch.manual_seed(cfg.seed)  # every process starts from the same weights
     module: LitDiffusion = build(cfg.module, "module")
-    module.configure_optimizers()
+    optimizer = module.configure_optimizers()["optimizer"]
     if resumption:
         resumption.check_weights(module.state_dict())
+        resumption.check_optimizer(optimizer)
     run.check()
     trainer = build_trainer(cfg)
 

@@ -1,4 +1,5 @@
 import http.server
+import io
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from PIL import Image
 
 from litdiffusion.data.decoding import decode_column
 from litdiffusion.data.sources import Hub
+from litdiffusion.data.stores import MemoryStore
 from litdiffusion.errors import UserError
 
 CLASSES = ["ant", "bee", "cow"]
@@ -250,3 +252,24 @@ def test_an_unknown_a_gated_and_a_malformed_name_are_told_apart(monkeypatch: pyt
     monkeypatch.setattr("litdiffusion.data.sources.hub.SECONDS_TO_ANSWER", 0.2)
     with pytest.raises(UserError, match="Hub cannot be reached for owner/silent"):
         Hub("owner/silent").load("train")
+
+
+@pytest.mark.parametrize("columns", [{"image_column": "label"}, {"label_column": "image"}])
+def test_one_column_cannot_be_both(columns: dict[str, str], tmp_path: Path) -> None:
+    rows = {"image": [Image.new("L", (4, 4))] * 4, "label": [0, 1, 0, 1]}
+    datasets.Dataset.from_dict(
+        rows, features=datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    ).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="cannot be both image and label"):
+        Hub(str(tmp_path / "rows.parquet"), **columns).load("train")
+
+
+def test_an_unreadable_row_is_named_by_its_number_in_the_file(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, "png")
+    rows = [{"bytes": buffer.getvalue() if row != 17 else b"junk", "path": None} for row in range(40)]
+    datasets.Dataset.from_dict({"image": rows}).to_parquet(tmp_path / "rows.parquet")
+    source = Hub(str(tmp_path / "rows.parquet"), image_size=8, channels=1, holdout=0.3)
+    splits = [source.load(split) for split in ("train", "test")]
+    with pytest.raises(UserError, match=r"row 17 of the data set .*: not an image"):
+        [MemoryStore(split, (8, 8), 1) for split in splits]

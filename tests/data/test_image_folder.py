@@ -192,3 +192,19 @@ def test_a_forbidden_folder_is_named(tmp_path: Path) -> None:
 def test_an_impossible_holdout_is_refused(tmp_path: Path, holdout: float) -> None:
     with pytest.raises(UserError, match="holdout must lie between"):
         ImageFolder(tmp_path, holdout=holdout)
+
+
+def test_a_name_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    save_images(tmp_path, 3)
+    with open(os.fsencode(tmp_path) + b"/\xff\xfe.png", "wb") as file:  # noqa: PTH123  # pathlib has no bytes
+        file.write(b"x")
+    with pytest.raises(UserError, match=r"udcff\\udcfe\.png'.*rename it"):
+        ImageFolder(tmp_path).load("train")
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    """Reading a pipe would wait for ever."""
+    paths = save_images(tmp_path, 20)
+    os.mkfifo(tmp_path / "pipe.png")
+    train, test = files(ImageFolder(tmp_path))
+    assert train | test == {path.name for path in paths}

@@ -165,3 +165,11 @@ def test_an_unreadable_copy_is_no_reason_for_silence(tmp_path: Path) -> None:
     (tmp_path / FILES[0]).mkdir()
     with pytest.raises(UserError, match="lacks"):
         FashionMNIST(tmp_path).load("train")
+
+
+def test_images_of_no_pixels_are_one_line(tmp_path: Path) -> None:
+    for images, labels in (FILES[:2], FILES[2:]):
+        write_idx(tmp_path / images, np.zeros((20, 0, 0), np.uint8))
+        write_idx(tmp_path / labels, np.zeros(20, np.uint8))
+    with pytest.raises(UserError, match="images of 0 x 0 pixels"):
+        FashionMNIST(path=tmp_path).load("train")

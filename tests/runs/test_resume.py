@@ -8,6 +8,7 @@ import torch
 
 from commands import run, train_tiny, type_command
 from litdiffusion.errors import UserError
+from litdiffusion.runs.metrics import read_rows
 from litdiffusion.runs.resume import differences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,3 +83,37 @@ def test_differences_are_those_that_decide_what_is_trained() -> None:
     new = {"seed": 0, "net": {"dim": 8, "dim_mults": [1, 4]}, "sampler": {"num_steps": 9}, "ema": None}
     assert differences(old, new) == {"net.dim_mults": ([1, 2], [1, 4]), "ema": ("(absent)", None)}
     assert differences(old, old) == {}
+
+
+def test_another_runs_checkpoint_goes_on_with_this_commands_optimizer(trained: Path, tmp_path: Path) -> None:
+    every = ("callbacks.monitor.every_n_steps=1", "trainer.max_steps=7", "lr_scheduler=constant")
+    resume = f"resume={trained}/checkpoints/last.ckpt"
+    new = ("optimizer.lr=0.02", "optimizer.betas=[0.8,0.9]", "optimizer.weight_decay=0.3")
+    train_tiny(tmp_path, *QUICK, *every, *new, resume)
+    rates = {float(row["train/lr"]) for row in read_rows(tmp_path / "metrics.csv")}
+    assert list(rates) == [pytest.approx(0.02)]
+    (group,) = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0][
+        "param_groups"
+    ]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.02, (0.8, 0.9), 0.3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optimizer._target_=torch.optim.SGD", "~optimizer.betas", "~optimizer.weight_decay"], "optimizer"),
+        (["trainer.max_steps=4"], r"step \d already; give a larger trainer.max_steps"),
+    ],
+)
+def test_what_another_runs_checkpoint_cannot_do_is_refused(
+    overrides: list[str], words: str, trained: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        train_tiny(
+            tmp_path / "run",
+            *QUICK,
+            "trainer.max_steps=9",
+            *overrides,
+            f"resume={trained}/checkpoints/last.ckpt",
+        )
+    assert not (tmp_path / "run").exists()

@@ -210,12 +210,13 @@ def test_the_loss_of_a_worker_process_ends_in_one_line(
 
 
 def test_what_a_killed_job_was_writing_is_tidied_up(tmp_path: Path) -> None:
-    torn = tmp_path / "checkpoints" / ".last-abcd1234.ckpt"
+    torn = tmp_path / "checkpoints" / ".litdiffusion-last-abcd1234.ckpt"
     torn.parent.mkdir()
     torn.write_bytes(b"half")
-    (tmp_path / ".hidden-note.txt").write_text("the user's own")
+    for name in (".hidden-note.txt", ".notes-abcdefgh.txt"):
+        (tmp_path / name).write_text("the user's own")
     train_tiny(tmp_path, "callbacks.sample_images=null")
-    assert temporaries(tmp_path) == [".hidden-note.txt"]
+    assert sorted(temporaries(tmp_path)) == [".hidden-note.txt", ".notes-abcdefgh.txt"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Nodes of the configuration: a mapping with ``_target_`` builds one object, and is checked before any is built."""
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pkgutil import resolve_name
 from typing import Any
@@ -52,7 +53,19 @@ def build(node: DictConfig, name: str, **overrides: Any) -> Any:
         if cause is not None and not isinstance(cause, mendable):
             raise
         where = str(error).rpartition("full_key: ")[2].strip() if "full_key: " in str(error) else name
-        raise UserError(f"{where}: {one_line(cause or error)}") from cause
+        raise UserError(f"{_where_written(node, where)}: {one_line(cause or error)}") from cause
+
+
+def _where_written(node: DictConfig, key: str) -> str:
+    """Return the shortest key of what stands at ``key`` because an interpolation has brought it there."""
+    root = node._get_root()
+    here = OmegaConf.select(root, key)
+    parts = key.split(".")
+    for first in range(len(parts) - 1, 0, -1):
+        shorter = ".".join(parts[first:])
+        if here is not None and OmegaConf.select(root, shorter) == here:
+            return shorter
+    return key
 
 
 def locate(key: str, target: object) -> Callable[..., Any]:
@@ -130,12 +143,29 @@ def _check(key: str, node: DictConfig, supplied: Collection[str]) -> None:
         optional = parameters[name].default is None
         fault = _fault(f"{key}.{name}", node[name], hints.get(name, Any), optional)
         if fault is not None:
-            raise UserError(f"{key}.{name}: {fault} ({owner}.{name})")
+            raise UserError(f"{_origin(node, name) or f'{key}.{name}'}: {fault} ({owner}.{name})")
 
     if not node.get("_partial_", False) and "_args_" not in node:
         for name, parameter in parameters.items():
             if parameter.default is parameter.empty and name not in names and name not in supplied:
                 raise UserError(f"{key}.{name}: {owner} needs it; give it as +{key}.{name}=VALUE")
+
+
+def _origin(node: DictConfig, name: str) -> str | None:
+    """Return the key whose value an argument takes over by interpolation, however often passed on; else None."""
+    origin, root = None, node._get_root()
+    while OmegaConf.is_interpolation(node, name):
+        written = OmegaConf.to_container(OmegaConf.masked_copy(node, name), resolve=False)
+        found = re.fullmatch(r"\$\{([\w.]+)\}", str(written[name])) if isinstance(written, dict) else None
+        if found is None or found[1].startswith("."):
+            break
+        origin = found[1]
+        parent, _, name = origin.rpartition(".")
+        above = OmegaConf.select(root, parent) if parent else root
+        if not isinstance(above, DictConfig):
+            break
+        node = above
+    return origin
 
 
 def _fault(key: str, value: Any, hint: Any, optional: bool) -> str | None:

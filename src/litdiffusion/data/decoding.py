@@ -3,6 +3,7 @@
 Both kinds of store (``stores.py``) decode with these functions, so they hold the same images bit for bit.
 """
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,19 @@ def array_dataset(
     return datasets.Dataset(datasets.table.InMemoryTable(table))
 
 
-def decode_column(column: pa.ChunkedArray, image_size: tuple[int, int], channels: int) -> Pixels:
+def decode_column(
+    column: pa.ChunkedArray, image_size: tuple[int, int], channels: int, rows: Sequence[int] | None = None
+) -> Pixels:
     """Decode the image column of an Arrow table.
 
     Args:
         column: images as ``datasets.Image`` stores them ({bytes, path}), or as ``Array3D`` uint8 [C, H, W].
         image_size: (height, width) of the result.
         channels: 1 (luma) or 3 (RGB).
+        rows: their numbers in the data set, to name an image that has no file of its own; by default 0, 1, ...
 
     Raises:
-        UserError: an image cannot be read; the text names its file.
+        UserError: an image cannot be read; the text names its file or its row.
     """
     if isinstance(column.type, pa.BaseExtensionType):
         arrays = _arrays(column)
@@ -53,7 +57,13 @@ def decode_column(column: pa.ChunkedArray, image_size: tuple[int, int], channels
             return arrays
         pictures = [Image.fromarray(a[0] if len(a) == 1 else np.moveaxis(a, 0, -1)) for a in arrays]
         return np.stack([to_pixels(picture, image_size, channels) for picture in pictures])
-    return np.stack([_decode(record, image_size, channels) for record in column.to_pylist()])
+    numbers = range(len(column)) if rows is None else rows
+    return np.stack(
+        [
+            _decode(record, image_size, channels, row)
+            for record, row in zip(column.to_pylist(), numbers, strict=True)
+        ]
+    )
 
 
 def _arrays(column: pa.ChunkedArray) -> Pixels:
@@ -66,10 +76,10 @@ def _arrays(column: pa.ChunkedArray) -> Pixels:
 
 
 def _decode(
-    record: dict[str, Any] | None, image_size: tuple[int, int], channels: int
+    record: dict[str, Any] | None, image_size: tuple[int, int], channels: int, row: int
 ) -> UInt8[np.ndarray, "c h w"]:
     if record is None:
-        raise UserError("the data set has a row without an image; remove it")
+        raise UserError(f"row {row} of the data set (the first is 0) has no image; remove it")
     try:
         if record["bytes"] is None:
             with Path(record["path"]).open("rb") as file, Image.open(file) as picture:
@@ -77,7 +87,7 @@ def _decode(
         with Image.open(BytesIO(record["bytes"])) as picture:
             return to_pixels(picture, image_size, channels)
     except Exception as error:  # Pillow's plugins raise a dozen unrelated types on damaged files
-        name = record["path"] or "an image without a name"
+        name = record["path"] or f"in row {row} of the data set (the first is 0)"
         reason = "not an image Pillow can open" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"cannot read image {name}: {one_line(reason)}; repair or remove it") from error
 

@@ -85,6 +85,14 @@ class Sampler(ABC):
         """
         return grid_times(schedule, self.num_steps or schedule.num_steps, self.grid)
 
+    def check(self, denoiser: Denoiser) -> None:
+        """Make sure that the sampler can walk with this denoiser; one that asks for more than x_0 overrides this.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        self.times(denoiser.schedule)
+
     def rise(
         self, schedule: Schedule, x_t: Images, t: int, noise: Callable[[], Images]
     ) -> tuple[Images, int]:
@@ -173,6 +181,14 @@ class DDPM(Sampler):
         if variance not in ("beta", "beta_tilde", "learned"):
             raise ValueError(f"variance={variance!r}: choose beta, beta_tilde or learned")
         self.variance = variance
+
+    def check(self, denoiser: Denoiser) -> None:
+        """See ``Sampler.check``; a learned variance must have been learned."""
+        super().check(denoiser)
+        if self.variance == "learned" and not denoiser.learned_variance:
+            raise ValueError(
+                "variance=learned: this network was not trained to give its variance; use beta_tilde"
+            )
 
     def step(self, here: Here) -> Images:
         """Draw x_s from the posterior at the estimate."""

@@ -10,7 +10,6 @@ Of secrets that reach the configuration, the command or the code, nothing of thi
 """
 
 import json
-import re
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from litdiffusion.errors import UserError
-from litdiffusion.files import write_text
+from litdiffusion.files import UNFINISHED, write_text
 from litdiffusion.redaction import redacted_override, without_secrets
 
 T = TypeVar("T")
@@ -86,13 +85,20 @@ class RunFolder:
         """Make sure that the folder can be made and written, and leave no trace.
 
         Raises:
-            UserError: it cannot.
+            UserError: it cannot, or it holds files of somebody else's that a run would write over.
         """
         try:
             there = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
         except OSError as error:
             raise _unwritable("run_dir", self.path, error) from error
         _check_writable("run_dir", self.path, there)
+        own = (self.overrides, self.provenance, self.data, self.summary, self.metrics, self.curves)
+        foreign = next((file for file in own if file.exists()), None)
+        if foreign and not self.config.exists():
+            raise UserError(
+                f"run_dir {self.path} holds a {foreign.name}, but no config.yaml, so it is no run: choose"
+                " another folder"
+            )
 
     def prepare(self) -> None:
         """Make the folder, and make sure that it can be written, and that nothing written into it lands elsewhere.
@@ -114,7 +120,7 @@ class RunFolder:
         """Remove what files a killed job was writing when it died; nobody else may be writing now."""
         for folder in (self.path, self.checkpoints, self.samples):
             for file in folder.iterdir():
-                if re.fullmatch(r"\..+-[a-z0-9_]{8}\.\w+", file.name) and file.is_file():
+                if file.name.startswith(UNFINISHED) and file.is_file():
                     file.unlink(missing_ok=True)
 
     def describe(self, config: dict[str, Any], overrides: Iterable[str], provenance: dict[str, Any]) -> None:
@@ -179,8 +185,10 @@ def absolute(path: object) -> str:
     """Return a path as the user meant it: relative to where the command was typed, ``~`` for home.
 
     Raises:
-        UserError: the path is null.
+        UserError: the path is null or empty.
     """
-    if path is None:
-        raise UserError("run_dir, ckpt and out each need a path, not null")
+    if path is None or not str(path).strip():
+        raise UserError(
+            f"run_dir, ckpt and out each need a path, not {'null' if path is None else 'an empty word'}"
+        )
     return str(Path(str(path)).expanduser().absolute())

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 from torch import Tensor
+from torch.optim import Optimizer
 
 from litdiffusion.data.fingerprint import Fingerprint, changes
 from litdiffusion.errors import UserError
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 FREE_TO_CHANGE = (
     "resume",
     "run_dir",
+    "project",
     "optimized_metric",
     "paths",
     "logger",
@@ -52,6 +54,7 @@ class Resumption:
     step: int
     model_config: dict[str, Any]
     weights: dict[str, tuple[int, ...]]  # the shape of each, the averaged ones included
+    settings: tuple[frozenset[str], ...]  # the names that each group of parameters has in its optimizer
     damaged: Path | None = None
 
     def check_model(self, config: dict[str, Any]) -> None:
@@ -83,6 +86,19 @@ class Resumption:
                     " new run_dir"
                 )
 
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Check that the optimizer is of the kind whose state the checkpoint holds; its settings may be others.
+
+        Raises:
+            UserError: it is not.
+        """
+        present = tuple(frozenset(group) for group in optimizer.param_groups)
+        if present != self.settings:
+            raise UserError(
+                f"checkpoint {self.checkpoint} holds the state of another kind of optimizer than optimizer._target_:"
+                " repeat the checkpoint's own"
+            )
+
 
 def find_resumption(run: RunFolder, config: dict[str, Any], resume: str) -> Resumption | None:
     """Return where to continue, or None to start afresh.
@@ -102,11 +118,15 @@ def find_resumption(run: RunFolder, config: dict[str, Any], resume: str) -> Resu
         if started:
             raise UserError(f"run_dir {run.path} already holds a run: with resume=never choose a new run_dir")
         return None
-    if started and run.config.exists():
-        _check_same_run(run, config)
+    if run.config.exists():
+        _check_same_run(run, config, started)
     if resume not in ("auto", "must"):
         path = Path(resume).expanduser().absolute()
         # A run that has begun from another one's checkpoint goes on from its own.
+        if not path.exists():
+            raise UserError(
+                f"resume={resume}: there is no checkpoint at {path}; or choose auto, must or never"
+            )
         return _newest(run) if saved and path.parent != run.checkpoints else _from(path)
     if saved:
         return _newest(run)
@@ -189,7 +209,11 @@ def _newest(run: RunFolder) -> Resumption:
 def _from(path: Path, damaged: Path | None = None) -> Resumption:
     checkpoint = read_checkpoint(path)
     weights = _shapes(checkpoint["state_dict"])
-    return Resumption(path, int(checkpoint["global_step"]), checkpoint["model_config"], weights, damaged)
+    optimizers = checkpoint.get("optimizer_states", ())
+    settings = tuple(frozenset(group) for state in optimizers for group in state["param_groups"])
+    return Resumption(
+        path, int(checkpoint["global_step"]), checkpoint["model_config"], weights, settings, damaged
+    )
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -204,9 +228,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
     }
 
 
-def _check_same_run(run: RunFolder, config: dict[str, Any]) -> None:
-    changed = differences(_read_config(run.config), without_secrets(config))
-    if changed:
+def _check_same_run(run: RunFolder, config: dict[str, Any], started: bool) -> None:
+    before = _read_config(run.config)
+    if not {"run_dir", "module", "datamodule"} <= before.keys():
+        raise UserError(
+            f"run_dir {run.path} is no run's folder: its config.yaml is of something else; choose another"
+        )
+    changed = differences(before, without_secrets(config))
+    if changed and started:
         raise UserError(
             f"run_dir {run.path} belongs to another configuration: {_told(changed)};"
             " choose a new run_dir, or repeat the command as it was"

@@ -192,6 +192,19 @@ class LitDiffusion(LightningModule):
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # torch sets it untyped
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the settings of this configuration's optimizer, where another run's checkpoint has others.
+
+        The moments stay, and the learning rate keeps its place on its schedule. Without a change nothing differs by a
+        bit.
+        """
+        [saved], [schedule] = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+        fresh = self.configure_optimizers()["optimizer"].param_groups
+        for group, wanted in zip(saved["param_groups"], fresh, strict=True):
+            lr = group["lr"] * (wanted["initial_lr"] / group["initial_lr"])
+            group.update({**wanted, "lr": lr, "params": group["params"]})
+        schedule["base_lrs"] = [group["initial_lr"] for group in fresh]
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then average: before any callback of this step, so that a checkpoint holds both."""
         super().optimizer_step(*args, **kwargs)

@@ -112,6 +112,8 @@ def read_split(
     images, labels = read_idx(image_file, ndim=3), read_idx(label_file, ndim=1)
     if len(images) != len(labels) or len(images) == 0:
         raise UserError(f"{image_file} has {len(images)} images, {label_file} {len(labels)} labels")
+    if 0 in images.shape:
+        raise UserError(f"{image_file} has images of {images.shape[1]} x {images.shape[2]} pixels")
     if labels.max() >= len(CLASSES):
         raise UserError(
             f"{label_file} has label {labels.max()}; Fashion-MNIST's run from 0 to {len(CLASSES) - 1}"

@@ -107,6 +107,11 @@ class Hub(Source):
         train = found[self.train_split]
         image = find_image_column(train.features, self.image_column, self.name)
         label = find_label_column(train.features, self.label_column, self.name)
+        if label == image:
+            raise UserError(
+                f"column {image!r} of {self.name} cannot be both image and label: set data.image_column and"
+                " data.label_column to different ones"
+            )
         columns = {image: "image"} if label is None else {image: "image", label: "label"}
         splits = {name: split for name, split in found.items() if set(columns) <= set(split.column_names)}
         if self.test_split != "auto" and self.test_split not in splits:

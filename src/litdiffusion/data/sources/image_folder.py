@@ -117,8 +117,27 @@ def _walk(folder: Path) -> Iterator[Path]:
         # A link may lead back up; what was seen once is not walked again.
         subfolders[:] = [] if real in visited else [s for s in subfolders if s[0] not in "._"]
         if real not in visited:
-            yield from (Path(parent, f) for f in files if f[0] != "." and f.lower().endswith(EXTENSIONS))
+            for name in files:
+                if (
+                    name[0] != "."
+                    and name.lower().endswith(EXTENSIONS)
+                    and not _is_special(Path(parent, name))
+                ):
+                    yield _named_in_unicode(Path(parent, name))
         visited.add(real)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether reading it might never end: a pipe, a socket, a device. A link to nowhere is left to fail."""
+    return path.exists() and not path.is_file()
+
+
+def _named_in_unicode(path: Path) -> Path:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{str(path)!a}: the name of this image is not in UTF-8; rename it") from error
+    return path
 
 
 def _refuse(error: OSError) -> NoReturn:
