@@ -21,10 +21,10 @@ train: $(INSTALLED) $(DATA)  ## Train on Fashion-MNIST: garments in about ten mi
 	$(PY) -m litdiffusion.train experiment=$(EXPERIMENT) $(ARGS)
 
 test: $(INSTALLED) data  ## Run the tests (some minutes on two cores); ARGS="tests/nn -x" narrows them
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile $(ARGS)
 
 test-slow: $(INSTALLED) data  ## Run the tests that take long
-	$(PY) -m pytest -m slow $(ARGS)
+	$(PY) -m pytest -m 'slow and not slurm' $(ARGS)
 
 test-slurm: $(INSTALLED)  ## Run the tests on a real Slurm, which Debian packages: apt install slurm-wlm munge
 	$(PY) -m pytest -m slurm $(ARGS)

@@ -1,5 +1,6 @@
 """Every shape in the package's signatures is checked while the tests run."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,10 @@ from jaxtyping import install_import_hook
 
 # Before anything of ours is imported. An int may stand for a float, as PEP 484 says.
 install_import_hook("litdiffusion", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes: each, and what it starts, has one core
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 # The same examples in every run. To search further: pytest --hypothesis-profile=search
 settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -108,7 +108,14 @@ def test_raw_and_averaged_weights_differ(trained: Path) -> None:
 
 def test_evaluate_agrees_with_training(trained: Path, tmp_path: Path) -> None:
     ckpt = trained / "checkpoints" / "last.ckpt"
-    run("evaluate", f"ckpt={ckpt}", f"out={tmp_path}", "num_images=32", "batch_size=5", "device=cpu")
+    run(
+        "evaluate",
+        f"ckpt={ckpt}",
+        f"out={tmp_path}",
+        "num_images=32",
+        "batch_size=5",
+        "bits_per_dim_images=0",
+    )
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     summary = json.loads((trained / "summary.json").read_text())
     assert metrics["val/loss"] == pytest.approx(summary["val_loss"], rel=1e-4)

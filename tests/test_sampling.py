@@ -244,14 +244,14 @@ def exploding(num_steps: int) -> Schedule:
 
 @pytest.mark.parametrize(
     "sampler",
-    [DDPM(), DDIM(100, eta=1), DDIM(200), DPMSolverPP2M(60, grid="log_snr"), Heun(40, grid="log_snr")],
+    [DDPM(), DDIM(100, eta=1), DDIM(100), DPMSolverPP2M(60, grid="log_snr"), Heun(40, grid="log_snr")],
     ids=lambda sampler: type(sampler).__name__,
 )
 @pytest.mark.parametrize("edit", [None, Variation(torch.zeros(1, 1, 1), strength=1.0)], ids=["plain", "edit"])
 def test_a_schedule_may_end_in_larger_noise_than_1(sampler: Sampler, edit: Edit | None) -> None:
-    data = GaussianData(exploding(400), mean=0.1, std=0.2)
-    drawn = sample_images(exact_denoiser(data, X0()), sampler, 3000, seed=0, batch_size=3000, edit=edit)
-    assert float(drawn.mean()) == pytest.approx(0.1, abs=0.03)
+    data = GaussianData(exploding(200), mean=0.1, std=0.2)
+    drawn = sample_images(exact_denoiser(data, X0()), sampler, 800, seed=0, batch_size=800, edit=edit)
+    assert float(drawn.mean()) == pytest.approx(0.1, abs=0.04)
     assert float(drawn.std()) == pytest.approx(0.2, rel=0.1)
 
 

@@ -21,6 +21,7 @@ def rows(sweep: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_what_can_be_trained_and_repeats_the_rest(tmp_path: Path) -> None:
     command = (
         "train",

@@ -81,7 +81,9 @@ def test_a_wandb_run_is_grouped_by_its_sweep_and_tagged_by_its_experiment(
     assert runs[0].display_name == tmp_path.name
 
 
-@pytest.mark.parametrize("signum", STOP_SIGNALS)
+@pytest.mark.parametrize(
+    "signum", [pytest.param(s, marks=() if s == signal.SIGTERM else pytest.mark.slow) for s in STOP_SIGNALS]
+)
 def test_wandb_outlives_a_signal_to_every_process_of_a_run(tmp_path: Path, signum: signal.Signals) -> None:
     """As Slurm sends it: in a process of its own, for W&B serves all runs of a process by one helper."""
     script = f"""
