@@ -62,3 +62,32 @@ def test_nearest_words() -> None:
     assert nearest("optimizer.lr", keys) == []
     assert suggestion("liner", ["linear", "cosine"]) == "; nearest: linear; there are: cosine, linear"
     assert suggestion("x", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:12682: Connection"
+            " reset by peer. This is typically caused by a remote worker hanging",
+            "connection reset",
+        ),
+        (
+            "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:4711",
+            "connection closed",
+        ),
+        ("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv", "timed out"),
+        (
+            "NCCL error in: ProcessGroupNCCL.cpp:1970, remote process exited or there was a network error",
+            "remote process exited",
+        ),
+    ],
+)
+def test_a_lost_process_is_one_line(text: str, what: str) -> None:
+    line = user_error(RuntimeError(text))
+    assert line is not None
+    assert line.startswith(f"another process of this run was lost ({what})")
+
+
+def test_other_runtime_errors_are_bugs() -> None:
+    assert user_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from litdiffusion.runs.lock import RunLock
+from litdiffusion.runs.lock import RunLock, is_locked
 
 
 def statuses(sweeps) -> list[str]:
@@ -132,6 +132,29 @@ def test_two_sweeps_do_not_share_a_folder(sweeps) -> None:
         f"error: hydra.sweep.dir {Path('there').absolute()} is in use by process {os.getpid()}"
     )
     assert sweeps.starts() == {}
+
+
+def test_a_job_that_outlives_a_killed_sweep_is_waited_for(sweeps, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = RunLock(Path("there/1"))
+    lock.path.parent.mkdir(parents=True)
+    lock.take()
+    looks = []
+
+    def is_locked_for_a_while(folder: Path) -> bool:
+        locked = is_locked(folder)
+        if locked:
+            looks.append(folder)
+        if len(looks) == 3:
+            Path("there/1/left").touch()
+            lock.release()
+        return locked
+
+    monkeypatch.setattr("litdiffusion.sweeps.sweep.is_locked", is_locked_for_a_while)
+    code, out, _ = sweeps("-m", "seed=0,1", "hydra.sweep.dir=there")
+    assert code == 0
+    assert len(looks) == 3
+    assert f"Job 1: waiting for a process to leave {Path('there/1').absolute()}\n" in out
+    assert Path("there/1/starts").stat().st_mtime_ns > Path("there/1/left").stat().st_mtime_ns
 
 
 def test_torchrun_does_not_start_sweeps(sweeps, monkeypatch: pytest.MonkeyPatch) -> None:

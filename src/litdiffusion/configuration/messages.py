@@ -35,6 +35,11 @@ _EXTRAS = {
 """Configurations that come with packages, the extras that install them, and their names."""
 
 _WORKER = re.compile(r"\ACaught \w+ in ")
+_LOST_CONNECTION = re.compile(
+    r"(?i)(?:gloo|nccl|c10d).*?"
+    r"(connection (?:closed|reset|refused|lost)|timed? ?out|remote process exited|socket closed)"
+)
+"""What is left of a process that died: its peers' connections."""
 _RESOLVER = re.compile(r"\A\w+ raised while resolving interpolation: ")
 _MISSING = re.compile(r"Missing mandatory value: (\S+)")
 _NOISE = re.compile(
@@ -46,7 +51,7 @@ def user_error(error: BaseException) -> str | None:
     """Return the line of an error that the user can mend, or None: then it is a bug, and wants its traceback.
 
     Counted in: ``UserError``, also as the cause of another exception, values that the configuration lacks, a file
-    that cannot be written, and a data-loader worker that was killed.
+    that cannot be written, and a process of the run, or one that decodes its images, that was killed.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -58,6 +63,11 @@ def user_error(error: BaseException) -> str | None:
             return (
                 f"a process that decodes images was lost ({_flat(str(cause)).rstrip('. ')}): the same command"
                 " continues; where memory ran out, with a smaller datamodule.num_workers"
+            )
+        if isinstance(cause, RuntimeError) and (lost := _LOST_CONNECTION.search(_flat(str(cause)))):
+            return (
+                f"another process of this run was lost ({lost[1].lower()}); if it had something to say, that is"
+                " above. The same command continues"
             )
         cause = cause.__cause__
     if isinstance(error, MissingMandatoryValue | InterpolationResolutionError):

@@ -151,6 +151,23 @@ class RunLock:
                 os.utime(descriptor)
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a job is at work in a run folder, as far as the kernel knows."""
+    try:
+        descriptor = os.open(folder / ".lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _write(descriptor: int, path: Path) -> None:
     """Write this job's name into the file.
 

@@ -3,7 +3,8 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
@@ -17,7 +18,7 @@ from litdiffusion.files import write_text
 from litdiffusion.redaction import without_secrets
 from litdiffusion.reporting.report import duration
 from litdiffusion.runs.folder import absolute, writable_folder
-from litdiffusion.runs.lock import RunLock
+from litdiffusion.runs.lock import RunLock, is_locked
 from litdiffusion.sweeps.jobs import Job, make_job, program_of
 from litdiffusion.sweeps.process import FAILED, FINISHED, SKIPPED, WAITING, Outcome
 from litdiffusion.sweeps.table import Results
@@ -30,6 +31,10 @@ BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 Perform = Callable[[Sequence[Job], Callable[[Job], None], Callable[[Job, Outcome], None]], int | None]
 """Runs jobs. It calls the one function when a job begins and the other when it has ended, and returns the signal that
 has stopped it, if one has."""
+
+
+ORPHAN_SECONDS = 60.0
+"""For a job of a killed sweep to save and stop; a folder in use for longer is somebody else's."""
 
 
 class Sweep:
@@ -93,6 +98,7 @@ class Sweep:
 
     def _left_of(self, jobs: Sequence[Job]) -> list[Job]:
         """Return the jobs that are not finished, and say how many are."""
+        self._await_orphans(job for job in jobs if not job.is_finished())
         left = [job for job in jobs if not job.is_finished()]
         finished = [job for job in jobs if job not in left]
         for job in jobs:
@@ -102,6 +108,15 @@ class Sweep:
             print(f"{len(finished)} of {len(jobs)} jobs are finished already: {numbers}", flush=True)
         self.results.write()
         return left
+
+    def _await_orphans(self, jobs: Iterable[Job]) -> None:
+        """Jobs of a sweep that was killed may be about to save what they have, or to finish."""
+        deadline = time.monotonic() + ORPHAN_SECONDS
+        for job in jobs:
+            if is_locked(job.folder):
+                print(f"Job {job.number}: waiting for a process to leave {job.folder}", flush=True)
+            while is_locked(job.folder) and time.monotonic() < deadline:
+                time.sleep(0.2)
 
     def _note(self, job: Job, outcome: Outcome) -> None:
         self._outcomes[job.number] = outcome
