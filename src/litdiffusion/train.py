@@ -126,7 +126,8 @@ def train(
         with stopping_at_once(trainer):
             finish(trainer, module, run, config, started)
     except Interrupted as interrupted:
-        log.warning("%s: the same command with run_dir=%s continues", interrupted, run.path)
+        if process_rank() == 0:
+            log.warning("%s: the same command with run_dir=%s continues", interrupted, run.path)
         stopped_by = interrupted.signum
     finally:
         close_loggers(trainer.loggers)
