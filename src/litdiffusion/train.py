@@ -119,7 +119,7 @@ def train(
 
     stopped_by = None
     try:
-        describe_run(trainer.loggers, config)
+        describe_run(trainer.loggers, config, overrides())
         resume_loggers(trainer.loggers, resumption.step if resumption else 0)
         checkpoint = resumption.checkpoint if resumption else None
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)

@@ -1,6 +1,7 @@
 """What reaches metrics.csv, W&B's offline file and TensorBoard."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from litdiffusion.processes import STOP_SIGNALS
 from litdiffusion.runs.metrics import MetricsTable, read_rows
 from offline_wandb import offline_history, offline_records
 
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 ROWS = 11
 """Three lines of numbers, two validations, a strip, three grids and two GIFs reach W&B."""
 
@@ -53,6 +55,11 @@ def test_wandb_falls_to_offline_and_keeps_its_run(tmp_path: Path, caplog: pytest
     assert [row["images_seen"] for row in by_key["train/loss"]] == [32, 64, 96]
     for key in ("samples/grid", "samples/noised_strip", "samples/denoising"):
         assert by_key[key], key
+    told = re.findall(
+        r"`((?:train|val|samples)/\w+)`", README[README.index("| question |") :].partition("\n\n")[0]
+    )
+    assert len(told) > 8
+    assert set(told) <= by_key.keys()
     updates = {
         item.key
         for file in files

@@ -1,6 +1,7 @@
 """Where numbers and pictures go: the run folder's ``metrics.csv``, W&B, TensorBoard."""
 
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL.Image import Image
 
-from litdiffusion.redaction import without_secrets
+from litdiffusion.redaction import redacted_override, without_secrets
 from litdiffusion.runs.metrics import MetricsTable
 from litdiffusion.training.wandb_logger import LastingWandbLogger
 
@@ -70,13 +71,14 @@ def log_gif(logger: Logger, key: str, path: Path, step: int, images_seen: int) -
         logger.log_media(lambda: {key: wandb.Video(str(path), format="gif")}, step, images_seen)
 
 
-def describe_run(loggers: list[Logger], config: dict[str, Any]) -> None:
-    """Hand the resolved configuration, its secrets masked, to the dashboards.
+def describe_run(loggers: list[Logger], config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
+    """Hand the resolved configuration, its secrets masked, to the dashboards, and what was typed as ``typed``.
 
     Raises:
         UserError: W&B cannot be reached, or does not take the account.
     """
-    shown = without_secrets(config)
+    typed = " ".join(redacted_override(each) for each in overrides if not each.startswith("run_dir="))
+    shown = without_secrets(config) | ({"typed": typed} if typed else {})
     for logger in loggers:
         if isinstance(logger, LastingWandbLogger):
             logger.describe(shown)
