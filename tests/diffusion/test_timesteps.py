@@ -157,3 +157,12 @@ def test_importance_knows_one_schedule_only(num_steps):
     """With another it would never draw some times, or pile up on the last."""
     with pytest.raises(ValueError, match=f"num_steps=5: the schedule has {num_steps} steps"):
         ImportanceTimesteps(5)(torch.tensor([0.5]), torch.tensor([0]), 1, num_steps)
+
+
+def test_importance_is_the_root_of_the_mean_square_not_the_mean():
+    """Equal means, but a time whose losses vary is drawn more often (2102.09672, equation 18)."""
+    rule = ImportanceTimesteps(2, history=2, uniform_share=1e-9)
+    for losses in ([1.0, 2.0], [3.0, 2.0]):
+        rule.observe(torch.tensor([1, 2]), torch.tensor(losses))
+    expected = torch.tensor([5**0.5, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(rule.probabilities(), expected / expected.sum(), rtol=1e-6, atol=0)
