@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import wandb
@@ -17,6 +18,7 @@ from litdiffusion.configuration import resolvers
 from litdiffusion.errors import UserError
 from litdiffusion.processes import STOP_SIGNALS
 from litdiffusion.runs.metrics import MetricsTable, read_rows
+from litdiffusion.training.wandb_logger import wandb_logger
 from offline_wandb import offline_history, offline_records
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -127,6 +129,28 @@ close_loggers([logger])
     assert [row["images_seen"] for row in logged if "picture" in row] == [20]
     for file in (tmp_path / "wandb").glob("offline-run-*/*.wandb"):
         assert {item.key for record in offline_records(file) for item in record.config.update} >= {"seed"}
+
+
+def test_a_dashboard_that_cannot_be_reached_again_does_not_end_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = wandb_logger(str(tmp_path), mode="offline")
+    opened = []
+
+    def lost(*args: object, **kwargs: object) -> None:
+        raise ConnectionResetError("Connection lost")
+
+    def unreachable(**kwargs: object) -> None:
+        opened.append(kwargs)
+        raise wandb.Error("no network")
+
+    logger._experiment = SimpleNamespace(log=lost)
+    monkeypatch.setattr(wandb, "init", unreachable)
+    monkeypatch.setattr(wandb, "teardown", lost)
+    for step in range(3):
+        logger.log_metrics({"x": step}, step=step)
+    assert len(opened) == 1
+    assert [record.levelname for record in caplog.records if "no network" in record.message] == ["WARNING"]
 
 
 @pytest.mark.usefixtures("no_account")

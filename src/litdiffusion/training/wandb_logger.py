@@ -27,13 +27,15 @@ class LastingWandbLogger(WandbLogger):
     """Lightning's logger, which outlives the process that W&B writes with.
 
     What asks a job to stop reaches all of its processes where Slurm sends it, and W&B's ends at once, while the
-    training still has a step to finish and pictures to draw. Then another is started, and the same run goes on.
+    training still has a step to finish and pictures to draw. Then another is started, and the same run goes on; where
+    even that fails, the training goes on without.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._wandb_init.pop("anonymous")  # W&B warns of it, even where it is not set
+        self._wandb_init.pop("anonymous", None)  # W&B warns of it, even where it is not set
         self._config: dict[str, Any] = {}
+        self._given_up = False
 
     @rank_zero_only
     def describe(self, config: dict[str, Any]) -> None:
@@ -82,13 +84,20 @@ class LastingWandbLogger(WandbLogger):
         self.log_hyperparams(self._config)
 
     def _insist(self, send: Callable[[], None]) -> None:
+        import wandb
+
+        if self._given_up:
+            return
         try:
-            send()
-        except ConnectionError:
-            log.info("W&B's process has ended before its time; another one continues the run")
-            self._forget()
-            self._begin()
-            send()
+            try:
+                send()
+            except ConnectionError:
+                self._forget()
+                self._begin()
+                send()
+        except (wandb.Error, ConnectionError) as error:  # no reason to end a training
+            log.warning("W&B: %s; from here on this start of the run is logged in its folder alone", error)
+            self._given_up = True
 
     def _forget(self) -> None:
         import wandb
