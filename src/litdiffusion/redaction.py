@@ -64,7 +64,7 @@ def without_secrets(value: Any, names: re.Pattern[str] = ANY_KEY, hidden: bool =
 
     Args:
         value: what is to be written.
-        names: keys below which every text is a secret.
+        names: keys below which every text, and every long number, is a secret.
         hidden: this value lies below such a key.
     """
     if isinstance(value, Mapping):
@@ -74,6 +74,8 @@ def without_secrets(value: Any, names: re.Pattern[str] = ANY_KEY, hidden: bool =
         }
     if isinstance(value, list | tuple):
         return [without_secrets(child, names, hidden) for child in value]
+    if hidden and isinstance(value, int | float) and len(str(value)) >= SHORTEST:
+        return MASK
     if not isinstance(value, str):
         return value
     return MASK if hidden and value else redacted(value)

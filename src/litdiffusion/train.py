@@ -119,8 +119,8 @@ def train(
 
     stopped_by = None
     try:
-        describe_run(trainer.loggers, config, overrides())
         resume_loggers(trainer.loggers, resumption.step if resumption else 0)
+        describe_run(trainer.loggers, config, overrides())
         checkpoint = resumption.checkpoint if resumption else None
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         with stopping_at_once(trainer):

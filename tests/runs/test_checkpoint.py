@@ -216,3 +216,43 @@ def test_no_images_are_no_sample(trained: Path, name: str) -> None:
     model = load_model(trained / "checkpoints" / "last.ckpt", device="cpu")
     with pytest.raises(ValueError, match=f"{name}=0: must be at least 1"):
         model.sample(**{"num_images": 1, name: 0})
+
+
+def test_the_previous_one_is_kept_until_the_next_is_whole(tmp_path: Path) -> None:
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    good = {"state_dict": {}, "model_config": {}, "data_config": {}}
+
+    class Unwritable:
+        def __reduce__(self) -> Any:
+            raise OSError(28, "No space left on device")
+
+    for step in (1, 2):
+        write_checkpoint({**good, "global_step": step}, last, previous)
+    with pytest.raises(WriteError):
+        write_checkpoint({**good, "global_step": 3, "extra": Unwritable()}, last, previous)
+    assert [read_checkpoint(path)["global_step"] for path in (previous, last)] == [1, 2]
+    write_checkpoint({**good, "global_step": 3}, last, previous)
+    assert [read_checkpoint(path)["global_step"] for path in (previous, last)] == [2, 3]
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_the_previous(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny = ("callbacks.sample_images=null", "lr_scheduler=constant", "datamodule.num_val=0")
+    often = "callbacks.save_checkpoints.every_n_steps=2"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train_tiny(whole, *tiny, "trainer.max_steps=6")
+    train_tiny(broken, *tiny, often, "trainer.max_steps=4")
+    last = broken / "checkpoints" / "last.ckpt"
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 1
+    last.write_bytes(data)
+    train_tiny(broken, *tiny, often, "trainer.max_steps=6")
+    assert "last.ckpt is damaged: continuing from previous.ckpt beside it, at step 2" in caplog.text
+    assert (broken / "checkpoints" / "damaged.ckpt").read_bytes() == bytes(data)
+    first, second = (
+        torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for run_dir in (whole, broken)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert read_checkpoint(broken / "checkpoints" / "previous.ckpt")["global_step"] == 4

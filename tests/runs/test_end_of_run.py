@@ -135,3 +135,16 @@ def test_asked_to_stop_after_the_last_step_is_obeyed_at_once(
     assert leaving.value.code == 128 + signum
     train_tiny(tmp_path)
     assert_same_end(tmp_path, undisturbed)
+
+
+def test_asked_to_stop_before_the_first_step(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where Lightning's own handler would remember it, and end the run with exit code 0 and nothing saved."""
+    once(monkeypatch, SampleImages, "on_train_start", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as leaving:
+        train_tiny(tmp_path)
+    assert leaving.value.code == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step 0" in caplog.text
+    train_tiny(tmp_path)
+    assert_same_end(tmp_path, undisturbed)

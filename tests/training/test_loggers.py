@@ -90,6 +90,32 @@ def test_a_wandb_run_is_grouped_by_its_sweep_and_tagged_by_its_experiment(
     assert runs[0].display_name == tmp_path.name
 
 
+@pytest.mark.usefixtures("no_account")
+def test_what_a_killed_run_had_told_wandb_is_not_told_again(tmp_path: Path) -> None:
+    """But for the last step, of which W&B may not have heard all."""
+    run_dir, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    often = ("logger=wandb", "callbacks.monitor.every_n_steps=2", "callbacks.sample_images.every_n_steps=2")
+    train_tiny(run_dir, *often)
+    checkpoint = last.read_bytes()
+    train_tiny(run_dir, *often, "trainer.max_steps=8")
+    last.write_bytes(checkpoint)  # as if the second start had been killed before it saved
+    (run_dir / "checkpoints" / "previous.ckpt").unlink(missing_ok=True)
+    train_tiny(run_dir, *often, "trainer.max_steps=8")
+    deadline = time.monotonic() + 20
+    while len(rows := offline_history(run_dir)) < 17 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    losses = [row["images_seen"] for row in rows if "train/loss" in row]
+    assert losses == [32, 64, 96, 128, 128]
+    assert [float(row["step"]) for row in read_rows(run_dir / "metrics.csv") if "train/loss" in row] == [
+        2,
+        4,
+        6,
+        8,
+    ]
+    grids = [row["images_seen"] for row in rows if "samples/grid" in row]
+    assert grids == [32, 64, 96, 128, 128]
+
+
 @pytest.mark.parametrize(
     "signum", [pytest.param(s, marks=() if s == signal.SIGTERM else pytest.mark.slow) for s in STOP_SIGNALS]
 )

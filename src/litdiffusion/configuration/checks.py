@@ -228,6 +228,11 @@ def _check_fsdp(cfg: DictConfig) -> None:
     average = OmegaConf.select(cfg, "ema._target_")
     if average is not None and not str(average).endswith("no_average"):
         raise UserError("trainer=fsdp: weights that lie in parts cannot be averaged here; use ema=none")
+    if OmegaConf.select(cfg, "callbacks.sample_images") is not None:
+        raise UserError(
+            "trainer=fsdp: weights that lie in parts cannot be sampled from here; use callbacks.sample_images=null,"
+            " and the sample command afterwards"
+        )
     if OmegaConf.select(cfg, "trainer.gradient_clip_val") is not None:
         raise UserError(
             "trainer.gradient_clip_val: fsdp cannot clip by the norm of all gradients; use"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from litdiffusion.errors import UserError
-from litdiffusion.files import WriteError, whole_file
+from litdiffusion.files import WriteError, second_name, whole_file
 from litdiffusion.runs.seal import fault, seal
 
 CONTENT = {"state_dict": dict, "model_config": dict, "data_config": dict, "global_step": int}
@@ -23,8 +23,10 @@ class DamagedCheckpointError(UserError):
     """A file that is not what was once written: cut short, or with bits flipped."""
 
 
-def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+def write_checkpoint(checkpoint: dict[str, Any], path: Path, previous: Path | None = None) -> None:
     """Write a checkpoint, whole or not at all.
+
+    What ``path`` held becomes ``previous``, but not before the new one is whole: until then both are there.
 
     Raises:
         WriteError: the disk is full or the folder cannot be written; the file at ``path`` is as it was.
@@ -35,6 +37,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
             seal(temporary)
+            if previous is not None and path.exists():
+                second_name(path, previous)
     except WriteError:
         raise
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError

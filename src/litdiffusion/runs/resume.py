@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from litdiffusion.data.fingerprint import Fingerprint, changes
 from litdiffusion.errors import UserError
-from litdiffusion.files import second_name
 from litdiffusion.redaction import without_secrets
 from litdiffusion.runs.checkpoint import DamagedCheckpointError, read_checkpoint
 from litdiffusion.runs.folder import RunFolder, read_json
@@ -138,7 +137,7 @@ def find_resumption(run: RunFolder, config: dict[str, Any], resume: str) -> Resu
 
 
 def set_damaged_aside(resumption: Resumption) -> None:
-    """Give the good checkpoint the place of the damaged one, which is kept as ``damaged.ckpt``; say so.
+    """Move the damaged checkpoint out of the way, to ``damaged.ckpt``; say so.
 
     Otherwise the next checkpoint would make the damaged file the previous one, and push out the good one.
     """
@@ -146,8 +145,7 @@ def set_damaged_aside(resumption: Resumption) -> None:
     if damaged is None:
         return
     kept = damaged.with_name("damaged.ckpt")
-    second_name(damaged, kept)
-    second_name(good, damaged)
+    damaged.replace(kept)
     log.warning(
         "%s is damaged: continuing from %s beside it, at step %d (the damaged file is kept as %s)",
         damaged,

@@ -48,6 +48,11 @@ class Outcome:
     reason: str = ""
 
 
+def _no_link(path: str, flags: int) -> int:
+    """Open a file of a run folder, which may come from elsewhere: nothing is written through a link in it."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 class RunningJob:
     """A job that has been started in a new session, so that a Ctrl-C reaches the sweep alone.
 
@@ -69,7 +74,7 @@ class RunningJob:
         with ExitStack() as ours:
             ends: list[Any]
             if self._log:
-                file = ours.enter_context(self._log.open("ab"))
+                file = ours.enter_context(open(self._log, "ab", opener=_no_link))
                 ends = [file, file]
             else:
                 ends = [echo.writer for echo in self._echoes]

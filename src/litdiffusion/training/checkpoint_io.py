@@ -11,9 +11,12 @@ from litdiffusion.runs.checkpoint import read_checkpoint, write_checkpoint
 class WholeCheckpointIO(TorchCheckpointIO):
     """Write under a temporary name, sync, rename; read with one clear line about what is wrong."""
 
+    previous: Path | None = None
+    """Where the next checkpoint moves the one whose place it takes."""
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write ``checkpoint`` to ``path``."""
-        write_checkpoint(checkpoint, Path(path))
+        write_checkpoint(checkpoint, Path(path), self.previous)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL.Image import Image
 
 from litdiffusion.redaction import redacted_override, without_secrets
-from litdiffusion.runs.metrics import MetricsTable
+from litdiffusion.runs.metrics import MetricsTable, read_rows
 from litdiffusion.training.wandb_logger import LastingWandbLogger
 
 
@@ -39,6 +39,11 @@ class CSVLogger(Logger):
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """The run folder holds the configuration already."""
+
+    def last_step(self) -> int:
+        """Return the last step of the table; 0 where there is none."""
+        rows = read_rows(self._path) if self._path.exists() else []
+        return int(max((float(row["step"]) for row in rows), default=0))
 
     @rank_zero_only
     def resume_at(self, step: int) -> None:
@@ -87,10 +92,16 @@ def describe_run(loggers: list[Logger], config: dict[str, Any], overrides: Seque
 
 
 def resume_loggers(loggers: list[Logger], step: int) -> None:
-    """Tell the loggers that keep a table where the run continues."""
+    """Tell the loggers where the run continues, before they are described: what they were told beyond is repeated."""
+    tables = [logger for logger in loggers if isinstance(logger, CSVLogger)]
+    logged = max((table.last_step() for table in tables), default=step)
     for logger in loggers:
         if isinstance(logger, CSVLogger):
             logger.resume_at(step)
+        elif isinstance(logger, LastingWandbLogger):
+            logger.resume_at(logged)
+        elif isinstance(logger, TensorBoardLogger) and step > 0:
+            logger._kwargs["purge_step"] = step + 1
 
 
 def close_loggers(loggers: list[Logger]) -> None:

@@ -31,8 +31,10 @@ class LastingWandbLogger(WandbLogger):
     even that fails, the training goes on without.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, folder: Path, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._folder = folder
+        self._known_before = 0
         self._wandb_init.pop("anonymous", None)  # W&B warns of it, even where it is not set
         self._config: dict[str, Any] = {}
         self._given_up = False
@@ -53,13 +55,25 @@ class LastingWandbLogger(WandbLogger):
             raise UserError(f"logger.wandb: {error}; logger.wandb.mode=offline needs neither") from error
 
     @rank_zero_only
+    def resume_at(self, last_step: int) -> None:
+        """Leave out what the run has been told before it was killed, which is what a resumed training repeats.
+
+        What belongs to ``last_step``, the last one logged, may have been lost, and is told again.
+        """
+        self._known_before = last_step if (self._folder / "run_id").exists() else 0
+
+    @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Add a row of numbers."""
+        if step is not None and step < self._known_before:
+            return
         self._insist(lambda: super(LastingWandbLogger, self).log_metrics(metrics, step))
 
     @rank_zero_only
     def log_media(self, make: Callable[[], dict[str, Any]], step: int, images_seen: int) -> None:
         """Add a row of pictures, which ``make`` makes anew for a run opened anew."""
+        if step < self._known_before:
+            return
         at = {"images_seen": images_seen, "trainer/global_step": step}
         self._insist(lambda: self.experiment.log({**make(), **at}))
 
@@ -76,6 +90,7 @@ class LastingWandbLogger(WandbLogger):
         import wandb
 
         if self._wandb_init["settings"].mode != "disabled":
+            self._wandb_init["id"] = self._id = _run_id(self._folder)
             _start_out_of_reach()
         # Not left to Lightning, which would take up a run that has lost its process.
         self._experiment = wandb.init(**self._wandb_init)
@@ -131,10 +146,10 @@ def wandb_logger(
     folder = Path(run_dir)
     settled = _settled(mode, folder / "wandb")
     return LastingWandbLogger(
+        folder=folder / "wandb",
         save_dir=folder,
         project=project,
         name=name or folder.name,
-        id=None if settled == "disabled" else _run_id(folder / "wandb"),
         group=group or os.environ.get("LITDIFFUSION_SWEEP"),
         tags=tags,
         offline=settled == "offline",

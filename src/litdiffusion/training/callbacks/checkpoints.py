@@ -6,8 +6,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from litdiffusion.files import second_name
 from litdiffusion.training.callbacks.monitor import check_sound, clock_stopped
+from litdiffusion.training.checkpoint_io import WholeCheckpointIO
 
 
 class SaveCheckpoints(Checkpoint):
@@ -77,7 +77,8 @@ class SaveCheckpoints(Checkpoint):
             return
         check_sound(trainer)
         with clock_stopped(trainer):
-            if trainer.is_global_zero and not known and self.last.exists():
-                second_name(self.last, self.folder / "previous.ckpt")
+            writer = trainer.strategy.checkpoint_io
+            if isinstance(writer, WholeCheckpointIO):
+                writer.previous = None if known else self.folder / "previous.ckpt"
             trainer.save_checkpoint(self.last)
         self.saved_step = trainer.global_step

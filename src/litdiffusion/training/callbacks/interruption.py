@@ -37,10 +37,22 @@ class StopCleanly(Callback):
     def __init__(self) -> None:
         self.received: int | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Install the handlers, in place of Lightning's, which leave without saving."""
-        for signum in STOP_SIGNALS:
-            signal.signal(signum, self._note)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have our handlers installed in place of Lightning's, which leave without a word and without saving.
+
+        Lightning remembers a SIGTERM that came before the first step, even where its handler is replaced by then.
+        """
+        if stage != "fit":
+            return
+        connector = trainer._signal_connector
+
+        def install() -> None:
+            connector._original_handlers = connector._get_current_signal_handlers()
+            if trainer.training or trainer.sanity_checking:  # a validation by itself has handlers of its own
+                for signum in STOP_SIGNALS:
+                    signal.signal(signum, self._note)
+
+        connector.register_signal_handlers = install  # type: ignore[method-assign]
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

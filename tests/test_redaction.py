@@ -1,0 +1,40 @@
+"""Secrets reach no file: whatever names them, in whatever form they come."""
+
+import pytest
+
+from litdiffusion.redaction import SECRET_KEY, redacted, redacted_code, redacted_override, without_secrets
+
+
+def test_what_lies_under_a_secret_key_is_masked_at_any_depth() -> None:
+    shown = without_secrets(
+        {
+            "api_key": "abc",
+            "hub": {"token": ["one", {"deep": "two"}]},
+            "password": 1234567890123,
+            "seed": 1234567890123,
+        }
+    )
+    assert "abc" not in str(shown)
+    assert "one" not in str(shown)
+    assert "two" not in str(shown)
+    assert str(shown).count("1234567890123") == 1
+    assert shown["seed"] == 1234567890123
+
+
+def test_short_numbers_and_switches_are_settings() -> None:
+    assert without_secrets({"token": 3, "secret": True}) == {"token": 3, "secret": True}
+
+
+def test_the_environments_secrets_are_found_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "s3cr3t-of-this-machine")
+    for hide in (redacted, redacted_code, redacted_override):
+        assert "s3cr3t-of-this-machine" not in hide("name=before s3cr3t-of-this-machine after")
+    assert "s3cr3t-of-this-machine" not in str(
+        without_secrets({"note": ["s3cr3t-of-this-machine"]}, SECRET_KEY)
+    )
+
+
+def test_code_that_assigns_a_secret_is_masked() -> None:
+    diff = '+api_key = "0123456789abcdef"\n+count = 3\n'
+    assert "0123456789abcdef" not in redacted_code(diff)
+    assert "+count = 3" in redacted_code(diff)
