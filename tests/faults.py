@@ -82,7 +82,7 @@ def try_once(run_dir: Path, processes: int, peaceful_seconds: float, moments: ra
         time.sleep(moments.uniform(0.35, 1.0) * peaceful_seconds)
         if process.poll() is None:
             trial.blows.append(f"{blow} after step {last_row(run_dir)}")
-            strike(process, blow)
+            trial.differs += strike(process, blow, moments)
         else:
             process.communicate()
             trial.blows.append("too late")
@@ -93,26 +93,36 @@ def try_once(run_dir: Path, processes: int, peaceful_seconds: float, moments: ra
     return trial
 
 
-def strike(process: subprocess.Popen[str], blow: str) -> None:
-    """Deal the blow, and wait until every process of the run is gone."""
+def strike(process: subprocess.Popen[str], blow: str, moments: random.Random) -> list[str]:
+    """Deal the blow, wait until every process of the run is gone, and return what was wrong with how they went."""
     if blow == "kill -9":
         kill(process)
-        return
+        return []
     if blow == "kill -9 of one":
-        os.kill(random.choice(members(process.pid)), signal.SIGKILL)
+        alive = members(process.pid)
+        if alive:
+            os.kill(moments.choice(alive), signal.SIGKILL)
     elif blow == "SIGINT":
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     else:
         process.send_signal(signal.SIGTERM)
+    wrong = []
     try:
-        process.communicate(timeout=PATIENCE_SECONDS)
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+        if "Traceback" in output:
+            wrong.append(f"a traceback after {blow}")
+        if process.returncode == 1:
+            wrong.append(f"exit code 1 after {blow}")
     except subprocess.TimeoutExpired:
+        wrong.append(f"hung after {blow}")
         kill(process)
     deadline = time.monotonic() + 60
     while members(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     if members(process.pid):
+        wrong.append(f"left processes behind after {blow}")
         os.killpg(process.pid, signal.SIGKILL)
+    return wrong
 
 
 def members(group: int) -> list[int]:

@@ -89,12 +89,12 @@ class Sweep:
 
     def _begin(self) -> None:
         writable_folder("hydra.sweep.dir", str(self.folder))
-        self._lock.take()
-        self._command.report = self._report
-        written = self.folder / "multirun.yaml"  # by Hydra's sweeper
+        written = self.folder / "multirun.yaml"  # by Hydra's sweeper, whoever has the lock
         if written.exists():
             cfg = OmegaConf.to_container(self._config)
             write_text(written, OmegaConf.to_yaml(OmegaConf.create(without_secrets(cfg))))
+        self._lock.take()
+        self._command.report = self._report
 
     def _left_of(self, jobs: Sequence[Job]) -> list[Job]:
         """Return the jobs that are not finished, and say how many are."""
