@@ -25,7 +25,7 @@ from litdiffusion.runs.lock import RunLock, is_locked
 HOLD = """
 import multiprocessing, sys, time
 from pathlib import Path
-from litdiffusion.runs.lock import RunLock, is_locked
+from litdiffusion.runs.lock import RunLock
 
 lock = RunLock(Path(sys.argv[1]))
 lock.take()
