@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -339,9 +340,19 @@ def test_several_experiments_have_one_name() -> None:
     assert "run_dir: logs/fashion_mnist+quickstart/" in typed.out
 
 
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+
+
 def test_the_sweep_over_schedules_and_losses_takes_all_there_are() -> None:
     params = OmegaConf.load(config_folder() / "sweep" / "schedules_and_losses.yaml").hydra.sweeper.params
-    assert params == {"schedule": "glob(*)", "loss": "glob(*)"}
+    overrides = OverridesParser.create().parse_overrides([f"{name}={params[name]}" for name in params])
+    swept = {
+        override.key_or_group: override.value().filter(choices(override.key_or_group))
+        for override in overrides
+    }
+    assert swept == {name: choices(name) for name in ("schedule", "loss")}
+    assert {"linear", "quadratic", "cosine", "sigmoid", "sigmoid_beta"} <= set(swept["schedule"])
 
 
 @pytest.mark.parametrize(
