@@ -20,7 +20,7 @@ from litdiffusion.diffusion import (
 )
 from litdiffusion.diffusion.editing import Edit, Inpaint, Interpolate, Variation
 from litdiffusion.diffusion.likelihood import prior_bits
-from litdiffusion.diffusion.samplers import normal_like
+from litdiffusion.diffusion.walk import normal_like
 from litdiffusion.randomness import image_generators
 from litdiffusion.sampling import sample_images
 from small_worlds import Affine, GaussianData, Spy, affine_denoiser, exact_denoiser, images, normal

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from litdiffusion.diffusion import Denoiser, Guidance, Sampler, Step
 from litdiffusion.diffusion.editing import Edit
-from litdiffusion.diffusion.samplers import normal_like
+from litdiffusion.diffusion.walk import normal_like
 from litdiffusion.processes import gathered, share_of
 from litdiffusion.randomness import image_generators
 

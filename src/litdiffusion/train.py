@@ -66,20 +66,18 @@ def train(
     resumption = find_resumption(run, config, cfg.resume)
     if resumption:
         resumption.check_model(model_config)
-    if resumption and resumption.step >= cfg.trainer.max_steps and run.summary.exists():
-        say(f"This run is finished, at step {resumption.step:,}; a larger trainer.max_steps continues it.")
-        say(paragraph(read_json(run.summary, dict), run.path))
-        return None
-
-    if (
-        resumption
-        and resumption.step >= cfg.trainer.max_steps
-        and resumption.checkpoint.parent != run.checkpoints
-    ):
-        raise UserError(
-            f"resume={cfg.resume}: that run has come to step {resumption.step} already; give a larger"
-            f" trainer.max_steps than {cfg.trainer.max_steps}"
-        )
+    if resumption and resumption.step >= cfg.trainer.max_steps:
+        if run.summary.exists():
+            say(
+                f"This run is finished, at step {resumption.step:,}; a larger trainer.max_steps continues it."
+            )
+            say(paragraph(read_json(run.summary, dict), run.path))
+            return None
+        if resumption.checkpoint.parent != run.checkpoints:
+            raise UserError(
+                f"resume={cfg.resume}: that run has come to step {resumption.step} already; give a larger"
+                f" trainer.max_steps than {cfg.trainer.max_steps}"
+            )
 
     # Whatever can be refused is refused here, before data is fetched or read.
     check_targets(model_config)

@@ -15,8 +15,8 @@ from litdiffusion.diffusion import (
     Schedule,
     V,
     editing,
-    samplers,
     schedules,
+    walk,
 )
 from litdiffusion.diffusion.editing import Edit, Inpaint, Interpolate, Slerp, Variation
 from small_worlds import (
@@ -127,7 +127,7 @@ def test_known_pixels_are_at_the_noise_level_of_each_moment():
 @pytest.mark.parametrize("make", [DDPM, DDIM, DPMSolverPP2M, Heun])
 def test_the_more_repeats_the_better_the_halves_fit(make, monkeypatch):
     # Everything here is linear: a walk in which each random number is 0, its mean, is the mean of all walks.
-    for module in (editing, samplers):
+    for module in (editing, walk):
         monkeypatch.setattr(module, "normal_like", lambda x, generators: torch.zeros_like(x))
     data = PairData(SCHEDULE)
     wanted = data.mean_of_one_given(0.8)
@@ -167,7 +167,7 @@ def test_full_strength_is_plain_sampling(make):
 
 
 @pytest.mark.parametrize(
-    ("strength", "start"), [(0.34, 300), (0.36, 400), (0.001, 100), (0.97, 900), (1, 1000)]
+    ("strength", "start"), [(0.34, 300), (0.36, 400), (0.001, 100), (0.97, 900), (0.5, 500), (1, 1000)]
 )
 def test_a_variation_begins_with_the_image_noised_to_the_nearest_time_of_the_grid(strength, start):
     image, x_T = images(3), normal(3, 1, 4, 4)

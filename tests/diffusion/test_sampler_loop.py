@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from litdiffusion.diffusion import DDIM, DDPM, schedules
-from litdiffusion.diffusion.samplers import Here
+from litdiffusion.diffusion.walk import Here
 from small_worlds import SAMPLERS, Affine, Spy, affine_denoiser, normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")

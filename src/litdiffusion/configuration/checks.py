@@ -4,10 +4,10 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeGuard
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
+from litdiffusion.configuration.choices import check_choices, check_words
 from litdiffusion.configuration.hardware import num_devices, resolve_hardware
 from litdiffusion.configuration.messages import needs_value, one_line
 from litdiffusion.configuration.nearest import dotted_keys, suggestion
@@ -72,8 +72,8 @@ def check_config(cfg: DictConfig) -> None:
         _check_whole(cfg, key, least, most)
     if cfg.get("weights") not in (None, "ema", "raw"):
         raise UserError(f"weights={cfg.weights}: choose ema or raw")
-    _check_words(cfg)
-    _check_choices(cfg)
+    check_words(cfg)
+    check_choices(cfg)
     _check_net(cfg)
     _check_image_shape(cfg)
     _check_target(cfg)
@@ -82,40 +82,6 @@ def check_config(cfg: DictConfig) -> None:
     _check_length(cfg)
     _check_fsdp(cfg)
     _check_batch(cfg)
-
-
-def _check_words(cfg: DictConfig) -> None:
-    """An empty path would mean the folder one happens to be in; what ``resume`` may be, its type cannot say."""
-    for key in ("run_dir", "ckpt", "out", "paths.data", "data.path", "data.name"):
-        if OmegaConf.select(cfg, key) == "":
-            raise UserError(needs_value(key))
-    if "resume" in cfg and not (isinstance(cfg.resume, str) and cfg.resume):
-        raise UserError(f"resume={cfg.resume}: choose auto, must, never, or the path of a checkpoint")
-    root = OmegaConf.select(cfg, "trainer.default_root_dir")
-    if root is not None and root != cfg.get("run_dir"):
-        raise UserError(
-            f"trainer.default_root_dir={root}: everything of a run lies in its run_dir; set that instead"
-        )
-
-
-def _check_choices(cfg: DictConfig) -> None:
-    """Several choices of a group make one object out of two; several loggers or callbacks are several objects."""
-    if HydraConfig.initialized():
-        for override in OverridesParser.create().parse_overrides(HydraConfig.get().overrides.task):
-            group, choice = str(override.key_or_group), override.value()
-            node = cfg.get(group)
-            if isinstance(choice, list) and isinstance(node, DictConfig) and "_target_" in node:
-                names = ",".join(map(str, choice))
-                raise UserError(f"{group}=[{names}]: choose one; to try each in turn: -m {group}={names}")
-    for group in ("logger", "callbacks"):
-        for name, node in (cfg.get(group) or {}).items():
-            if node is not None and not (isinstance(node, DictConfig) and "_target_" in node):
-                which = (
-                    f"logger={name} chooses one that comes with it"
-                    if group == "logger"
-                    else "null leaves one out"
-                )
-                raise UserError(f"{group}.{name}: needs a _target_, the class to build; {which}")
 
 
 def _check_net(cfg: DictConfig) -> None:

@@ -3,7 +3,8 @@
 Both kinds of store (``stores.py``) decode with these functions, so they hold the same images bit for bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,10 @@ def array_dataset(
 
 
 def decode_column(
-    column: pa.ChunkedArray, image_size: tuple[int, int], channels: int, rows: Sequence[int] | None = None
+    column: pa.ChunkedArray,
+    image_size: tuple[int, int],
+    channels: int,
+    row_number: Callable[[int], int] = int,
 ) -> Pixels:
     """Decode the image column of an Arrow table.
 
@@ -46,7 +50,7 @@ def decode_column(
         column: images as ``datasets.Image`` stores them ({bytes, path}), or as ``Array3D`` uint8 [C, H, W].
         image_size: (height, width) of the result.
         channels: 1 (luma) or 3 (RGB).
-        rows: their numbers in the data set, to name an image that has no file of its own; by default 0, 1, ...
+        row_number: from a place in the column to the row of the data set, to name an image that has no file.
 
     Raises:
         UserError: an image cannot be read; the text names its file or its row.
@@ -57,11 +61,10 @@ def decode_column(
             return arrays
         pictures = [Image.fromarray(a[0] if len(a) == 1 else np.moveaxis(a, 0, -1)) for a in arrays]
         return np.stack([to_pixels(picture, image_size, channels) for picture in pictures])
-    numbers = range(len(column)) if rows is None else rows
     return np.stack(
         [
-            _decode(record, image_size, channels, row)
-            for record, row in zip(column.to_pylist(), numbers, strict=True)
+            _decode(record, image_size, channels, partial(row_number, place))
+            for place, record in enumerate(column.to_pylist())
         ]
     )
 
@@ -76,10 +79,10 @@ def _arrays(column: pa.ChunkedArray) -> Pixels:
 
 
 def _decode(
-    record: dict[str, Any] | None, image_size: tuple[int, int], channels: int, row: int
+    record: dict[str, Any] | None, image_size: tuple[int, int], channels: int, row: Callable[[], int]
 ) -> UInt8[np.ndarray, "c h w"]:
     if record is None:
-        raise UserError(f"row {row} of the data set (the first is 0) has no image; remove it")
+        raise UserError(f"row {row()} of the data set (the first is 0) has no image; remove it")
     try:
         if record["bytes"] is None:
             with Path(record["path"]).open("rb") as file, Image.open(file) as picture:
@@ -87,7 +90,7 @@ def _decode(
         with Image.open(BytesIO(record["bytes"])) as picture:
             return to_pixels(picture, image_size, channels)
     except Exception as error:  # Pillow's plugins raise a dozen unrelated types on damaged files
-        name = record["path"] or f"in row {row} of the data set (the first is 0)"
+        name = record["path"] or f"in row {row()} of the data set (the first is 0)"
         reason = "not an image Pillow can open" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"cannot read image {name}: {one_line(reason)}; repair or remove it") from error
 

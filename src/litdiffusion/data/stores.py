@@ -4,10 +4,10 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import datasets
-import pyarrow as pa
 import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
@@ -190,17 +190,17 @@ def _read(
 ) -> Batch:
     """Read and decode some rows of a data set in Arrow format."""
     table = rows[where]
-    numbers = _row_numbers(rows, where)
-    images = torch.from_numpy(decode_column(table["image"], image_size, channels, numbers).copy())
+    pixels = decode_column(table["image"], image_size, channels, partial(_row_number, rows, where))
+    images = torch.from_numpy(pixels.copy())
     labels = torch.tensor(table["label"].to_pylist()) if "label" in table.column_names else None
     return Batch(images, labels, start, step)
 
 
-def _row_numbers(rows: datasets.Dataset, where: slice | list[int]) -> list[int]:
-    """Return the numbers that some rows have in the data set they were chosen from."""
-    chosen = list(range(*where.indices(len(rows)))) if isinstance(where, slice) else where
+def _row_number(rows: datasets.Dataset, where: slice | list[int], place: int) -> int:
+    """Return the number that a row of some has in the data set they were all chosen from."""
+    index = range(len(rows))[where][place] if isinstance(where, slice) else where[place]
     origin = rows._indices  # where rows have been selected; the library has no other name for it
-    return chosen if origin is None else origin.column(0).take(pa.array(chosen, pa.int64())).to_pylist()
+    return index if origin is None else origin.column(0)[index].as_py()
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

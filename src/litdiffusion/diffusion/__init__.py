@@ -14,10 +14,11 @@ from litdiffusion.diffusion.losses import (
     Variational,
 )
 from litdiffusion.diffusion.process import posterior, q_sample, transition
-from litdiffusion.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Here, Heun, Sampler, Step
+from litdiffusion.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Heun
 from litdiffusion.diffusion.schedules import Schedule
 from litdiffusion.diffusion.targets import X0, Epsilon, Target, V, Velocity
 from litdiffusion.diffusion.timesteps import ImportanceTimesteps, StratifiedTimesteps, UniformTimesteps
+from litdiffusion.diffusion.walk import Here, Sampler, Step
 
 __all__ = [
     "schedules",

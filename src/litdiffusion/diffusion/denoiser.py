@@ -183,11 +183,10 @@ class Denoiser(nn.Module):
         """Return what an output at x_t stands for, clipped unless that is not wanted."""
         alpha, sigma = self.schedule.at(t, at_least_float32(x_t))
         x0 = self.target.x0(output, x_t, alpha, sigma)
-        if not clipped or self.clip == "none":
-            pass
-        elif self.clip == "static":
+        clip = self.clip if clipped else "none"
+        if clip == "static":
             x0 = x0.clamp(-1, 1)
-        else:
+        elif clip == "dynamic":
             size = x0.abs().flatten(1).quantile(self.clip_quantile, dim=1).clamp(min=1)[:, None, None, None]
             x0 = x0.clamp(-size, size) / size
         # From the clipped x_0, not from the output: a sampler that mixes the two would leave the line between them.

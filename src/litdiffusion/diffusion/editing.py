@@ -15,8 +15,9 @@ from torch import Tensor
 
 from litdiffusion.diffusion.denoiser import Denoiser
 from litdiffusion.diffusion.process import diffuse
-from litdiffusion.diffusion.samplers import DDIM, Generators, Sampler, Step, normal_like
+from litdiffusion.diffusion.samplers import DDIM
 from litdiffusion.diffusion.schedules import Schedule
+from litdiffusion.diffusion.walk import Generators, Sampler, Step, normal_like
 
 Images = Float[Tensor, "batch channels h w"]
 Given = Float[Tensor, "_images _channels _h _w"] | Float[Tensor, "_channels _h _w"]

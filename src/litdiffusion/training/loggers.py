@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL.Image import Image
 
 from litdiffusion.redaction import redacted_override, without_secrets
-from litdiffusion.runs.metrics import MetricsTable, read_rows
+from litdiffusion.runs.metrics import MetricsTable
 from litdiffusion.training.wandb_logger import LastingWandbLogger
 
 
@@ -40,15 +40,11 @@ class CSVLogger(Logger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """The run folder holds the configuration already."""
 
-    def last_step(self) -> int:
-        """Return the last step of the table; 0 where there is none."""
-        rows = read_rows(self._path) if self._path.exists() else []
-        return int(max((float(row["step"]) for row in rows), default=0))
-
     @rank_zero_only
-    def resume_at(self, step: int) -> None:
-        """Drop what lies beyond ``step``: the resumed run will log it again."""
+    def resume_at(self, step: int) -> int:
+        """Drop what lies beyond ``step``: the resumed run will log it again. Return the last step there was."""
         self._table = MetricsTable(self._path, up_to_step=step)
+        return self._table.found_step
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -93,12 +89,10 @@ def describe_run(loggers: list[Logger], config: dict[str, Any], overrides: Seque
 
 def resume_loggers(loggers: list[Logger], step: int) -> None:
     """Tell the loggers where the run continues, before they are described: what they were told beyond is repeated."""
-    tables = [logger for logger in loggers if isinstance(logger, CSVLogger)]
-    logged = max((table.last_step() for table in tables), default=step)
+    found = [logger.resume_at(step) for logger in loggers if isinstance(logger, CSVLogger)]
+    logged = max((last or step for last in found), default=step)  # None on other processes than the first
     for logger in loggers:
-        if isinstance(logger, CSVLogger):
-            logger.resume_at(step)
-        elif isinstance(logger, LastingWandbLogger):
+        if isinstance(logger, LastingWandbLogger):
             logger.resume_at(logged)
         elif isinstance(logger, TensorBoardLogger) and step > 0:
             logger._kwargs["purge_step"] = step + 1

@@ -1,6 +1,7 @@
 """Any folder of images."""
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -117,26 +118,25 @@ def _walk(folder: Path) -> Iterator[Path]:
         # A link may lead back up; what was seen once is not walked again.
         subfolders[:] = [] if real in visited else [s for s in subfolders if s[0] not in "._"]
         if real not in visited:
-            for name in files:
-                if (
-                    name[0] != "."
-                    and name.lower().endswith(EXTENSIONS)
-                    and not _is_special(Path(parent, name))
-                ):
-                    yield _named_in_unicode(Path(parent, name))
+            named = (f for f in files if f[0] != "." and f.lower().endswith(EXTENSIONS))
+            paths = (os.path.join(parent, f) for f in named)  # noqa: PTH118  (a Path only for those that are kept)
+            yield from (Path(_named_in_unicode(path)) for path in paths if not _is_special(path))
         visited.add(real)
 
 
-def _is_special(path: Path) -> bool:
+def _is_special(path: str) -> bool:
     """Whether reading it might never end: a pipe, a socket, a device. A link to nowhere is left to fail."""
-    return path.exists() and not path.is_file()
-
-
-def _named_in_unicode(path: Path) -> Path:
     try:
-        str(path).encode()
+        return not stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116  (as above)
+    except OSError:
+        return False
+
+
+def _named_in_unicode(path: str) -> str:
+    try:
+        path.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{str(path)!a}: the name of this image is not in UTF-8; rename it") from error
+        raise UserError(f"{path!a}: the name of this image is not in UTF-8; rename it") from error
     return path
 
 
