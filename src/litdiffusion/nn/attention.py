@@ -55,16 +55,15 @@ class LinearAttention(nn.Module):
     def forward(self, x: Float[Tensor, "batch dim h w"]) -> Float[Tensor, "batch dim h w"]:
         """Attend from every pixel to every pixel, through one context matrix per head."""
         rows = _rows(x)
-        w_qk, w_v = self.to_qkv.weight.flatten(1).tensor_split([2 * self.to_out.in_channels])
+        w_q, w_k, w_v = self.to_qkv.weight.flatten(1).split(self.to_out.in_channels)
         w_v = rearrange(w_v, "(heads e) c -> heads c e", heads=self.heads)
         w_o = rearrange(self.to_out.weight, "c (heads e) 1 1 -> heads e c", heads=self.heads)
 
-        q, k = F.linear(rows, w_qk).chunk(2, dim=-1)
-        q = rearrange(
-            rearrange(q, "b n (heads d) -> b n heads d", heads=self.heads).softmax(-1),
-            "b n heads d -> b n (heads d)",
-        )
-        context = k.softmax(dim=1).mT @ rows
-        context = rearrange(context, "b (heads d) c -> b heads d c", heads=self.heads) @ (w_v @ w_o)
+        q = rearrange(F.linear(rows, w_q), "b n (heads d) -> b n heads d", heads=self.heads).softmax(-1)
+        q = rearrange(q, "b n heads d -> b n (heads d)")
+        # Positions last, so that each softmax over them runs along memory; the view of w_k keeps matmul from
+        # computing the transpose of that, which it prefers for one matrix against many.
+        k = (w_k.expand(len(rows), -1, -1) @ rows.mT).softmax(-1)
+        context = rearrange(k @ rows, "b (heads d) c -> b heads d c", heads=self.heads) @ (w_v @ w_o)
         out = q @ (rearrange(context, "b heads d c -> b (heads d) c") * self.scale) + self.to_out.bias
         return self.norm(rearrange(out, "b (h w) c -> b c h w", h=x.shape[2]))
