@@ -82,7 +82,7 @@ class Slurm:
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PYTHON": sys.executable,
             # For hold.py.
-            "PYTHONPATH": os.pathsep.join([str(TESTS / "slurm"), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": "1",
             "MASTER_ADDR": "127.0.0.1",  # the nodes' names are none that could be looked up
         }

@@ -21,5 +21,5 @@ with suppress(ImportError):  # the extra "slurm" is not installed: its configura
             from litdiffusion.sweeps.sweep import Sweep
 
             sweep = Sweep(self.config, self.hydra_context.config_loader, self.task_function.__module__)
-            perform = partial(run_array, self, self._EXECUTOR, self.params, sweep.folder.name)
-            return sweep.run(sweep.jobs(job_overrides, initial_job_idx), perform)
+            perform = partial(run_array, self, self._EXECUTOR, self.params, sweep.folder)
+            return sweep.run(sweep.jobs(job_overrides, initial_job_idx), perform, on_this_machine=False)

@@ -26,11 +26,12 @@ def has_logged(run_dir: Path, lines: int) -> Callable[[], bool]:
     return lambda: (run_dir / "metrics.csv").exists() and len(rows(run_dir)) >= lines
 
 
-def assert_stopped(process: subprocess.Popen[str], signum: signal.Signals) -> None:
+def assert_stopped(process: subprocess.Popen[str], signum: signal.Signals) -> str:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signum, output
     assert f"stopped by {signum.name} after step" in output
     assert "Traceback" not in output
+    return output
 
 
 def test_killed_and_repeated(uninterrupted: Path, tmp_path: Path) -> None:
@@ -49,6 +50,22 @@ def test_asked_to_stop_twice_and_repeated(uninterrupted: Path, tmp_path: Path) -
         assert_stopped(process, signum)
     assert "Continuing from step" in finish(tmp_path)
     assert differences(uninterrupted, tmp_path) == []
+
+
+@pytest.mark.parametrize("trainer", ["cpu", pytest.param("ddp_cpu", marks=pytest.mark.slow)])
+def test_out_of_time_in_the_middle_of_a_validation(uninterrupted: Path, tmp_path: Path, trainer: str) -> None:
+    run_dir = tmp_path / "run"
+    endless = {"_target_": "hold.EndlessValidation", "step": 28, "begun": tmp_path / "begun"}
+    overrides = [f"+callbacks.endless.{name}={value}" for name, value in endless.items()]
+    overrides += ["callbacks.stop_cleanly.grace_seconds=0.5", f"trainer={trainer}"]
+    process = start(run_dir, *overrides)
+    wait_for((tmp_path / "begun").exists, process)
+    os.killpg(process.pid, signal.SIGUSR1)  # as Slurm does, to all of them
+    output = assert_stopped(process, signal.SIGUSR1)
+    assert "stopped by SIGUSR1 after step 28, of which 21 are saved" in output
+    assert "Continuing from step 21" in finish(run_dir, *overrides)
+    if trainer == "cpu":
+        assert differences(uninterrupted, run_dir) == []
 
 
 def test_two_processes_lose_one_and_are_repeated(tmp_path: Path) -> None:

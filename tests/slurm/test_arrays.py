@@ -1,4 +1,6 @@
-"""``hydra/launcher=slurm`` on a real Slurm: a sweep is one array, and a job told to stop is requeued and goes on."""
+"""``hydra/launcher=slurm`` on a real Slurm: a sweep is one array, a job told to stop is requeued and goes on, and
+a repeated command waits for what it finds in the queue.
+"""
 
 import csv
 import subprocess
@@ -17,7 +19,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 HELD, NEVER = 25, 1000
 
 
-def test_a_sweep_of_which_one_job_is_preempted(slurm: Slurm, tmp_path: Path) -> None:
+def test_a_sweep_is_killed_and_repeated_and_one_job_preempted(slurm: Slurm, tmp_path: Path) -> None:
     peaceful, sweep, output = tmp_path / "peaceful", tmp_path / "sweep", tmp_path / "output"
     finish(peaceful)
     command = [
@@ -25,10 +27,14 @@ def test_a_sweep_of_which_one_job_is_preempted(slurm: Slurm, tmp_path: Path) -> 
         *("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", f"hydra.sweep.dir={sweep}"),
         *("+callbacks.hold._target_=hold.Hold", f"+callbacks.hold.step={HELD},{NEVER}"),
     ]
-    with output.open("w") as file:
-        started = subprocess.Popen(
-            command, env=slurm.environment, cwd=TESTS.parent, stdout=file, stderr=file, text=True
-        )
+
+    def start() -> subprocess.Popen[str]:
+        with output.open("w") as file:
+            return subprocess.Popen(
+                command, env=slurm.environment, cwd=TESTS.parent, stdout=file, stderr=file, text=True
+            )
+
+    started = start()
     table = sweep / "0" / "metrics.csv"
     wait_until(
         lambda: (
@@ -37,6 +43,13 @@ def test_a_sweep_of_which_one_job_is_preempted(slurm: Slurm, tmp_path: Path) -> 
         f"step {HELD} of the first job",
     )
     assert started.poll() is None, output.read_text()
+    started.kill()
+    started.wait()
+    started = start()
+    wait_until(
+        lambda: "jobs are with the cluster already: 0" in output.read_text() or started.poll() is not None,
+        "the repeated sweep",
+    )
     [array] = {line.partition("_")[0] for line in slurm.run("squeue", "--noheader", "--format=%i").split()}
     slurm.run("scancel", "--signal=USR2", f"{array}_0")  # what submitit asks for before the time limit
     assert started.wait(PATIENCE_SECONDS) == 0, output.read_text()
@@ -45,6 +58,7 @@ def test_a_sweep_of_which_one_job_is_preempted(slurm: Slurm, tmp_path: Path) -> 
     assert f"stopped by SIGUSR2 after step {HELD + 1}" in said
     assert f"Continuing from step {HELD + 1}" in said
     assert slurm.describe(f"{array}_0")["Restarts"] == "1"
+    assert not list((sweep / ".submitit").rglob("*_submitted.pkl"))  # as it was typed
     for number in ("0", "1"):
         assert differences(peaceful, sweep / number) == []
     with (sweep / "sweep.csv").open() as file:

@@ -55,7 +55,7 @@ class LinearAttention(nn.Module):
     def forward(self, x: Float[Tensor, "batch dim h w"]) -> Float[Tensor, "batch dim h w"]:
         """Attend from every pixel to every pixel, through one context matrix per head."""
         rows = _rows(x)
-        w_q, w_k, w_v = self.to_qkv.weight.flatten(1).split(self.to_out.in_channels)
+        w_q, w_k, w_v = self.to_qkv.weight.flatten(1).chunk(3)
         w_v = rearrange(w_v, "(heads e) c -> heads c e", heads=self.heads)
         w_o = rearrange(self.to_out.weight, "c (heads e) 1 1 -> heads e c", heads=self.heads)
 

@@ -1,20 +1,29 @@
-"""Jobs as a Slurm array, through submitit: hand them in, and wait for each."""
+"""Jobs as a Slurm array, through submitit: hand them in, and wait for each.
 
+``handed_in.json`` in the sweep's folder says under which numbers they are in the cluster's hands. A sweep that is
+repeated while some of them are still queued, or run, waits for those instead of handing them in again.
+"""
+
+import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 
 from litdiffusion.configuration.messages import one_line
-from litdiffusion.redaction import redacted
+from litdiffusion.files import write_text
+from litdiffusion.redaction import redacted, redacted_override
 from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.machine import SWEEP
 from litdiffusion.sweeps.process import FAILED, FINISHED, Outcome, reason
 
+HANDED_IN = "handed_in.json"
 LOOK_SECONDS = 2.0
 
 
@@ -22,7 +31,7 @@ def run_array(
     task: Callable[..., JobReturn],
     cluster: str,
     parameters: Mapping[str, Any],
-    sweep: str,
+    folder: Path,
     jobs: Sequence[Job],
     begun: Callable[[Job], None],
     ended: Callable[[Job, Outcome], None],
@@ -33,31 +42,82 @@ def run_array(
         task: submitit's launcher, which runs on a node what Hydra has composed.
         cluster: ``slurm``, or ``local`` for processes of this machine.
         parameters: of ``hydra.launcher``.
-        sweep: the name of the sweep.
+        folder: of the sweep; its name is the sweep's.
         jobs: what to run.
         begun: called when a job is handed in.
         ended: called when a job has ended.
     """
-    if not jobs:
-        return
-    before = os.environ.get(SWEEP)
-    os.environ[SWEEP] = sweep  # sbatch passes the environment on
-    try:
-        handles = _executor(cluster, parameters).map_array(task, *zip(*map(_arguments, jobs), strict=True))
-    finally:
-        os.environ.pop(SWEEP)
-        if before is not None:
-            os.environ[SWEEP] = before
-    waiting = dict(zip(jobs, handles, strict=True))
-    for job in jobs:
+    waiting = _with_the_cluster(folder, parameters, jobs)
+    if waiting:
+        numbers = ", ".join(f"{job.number} (Slurm's {handle.job_id})" for job, handle in waiting.items())
+        print(f"{len(waiting)} of {len(jobs)} jobs are with the cluster already: {numbers}", flush=True)
+    missing = [job for job in jobs if job not in waiting]
+    if missing:
+        handles = _hand_in(_executor(cluster, parameters), task, folder.name, missing)
+        waiting |= dict(zip(missing, handles, strict=True))
+        _note_handed_in(folder, waiting)
+    for job in missing:
         begun(job)
     while waiting:
         for job, handle in list(waiting.items()):
             if handle.done():
                 del waiting[job]
                 ended(job, _outcome(handle))
+                # What the job was called with, as it was typed. It was needed as long as it might be requeued.
+                handle.paths.submitted_pickle.unlink(missing_ok=True)
         if waiting:
             time.sleep(LOOK_SECONDS)
+
+
+def _hand_in(executor: Any, task: Callable[..., JobReturn], sweep: str, jobs: Sequence[Job]) -> list[Any]:
+    before = os.environ.get(SWEEP)
+    os.environ[SWEEP] = sweep  # sbatch passes the environment on
+    try:
+        handles: list[Any] = executor.map_array(task, *zip(*map(_arguments, jobs), strict=True))
+        return handles
+    finally:
+        os.environ.pop(SWEEP)
+        if before is not None:
+            os.environ[SWEEP] = before
+
+
+def _note_handed_in(folder: Path, handles: Mapping[Job, Any]) -> None:
+    noted = {str(job.folder): [handle.job_id, _shown(job)] for job, handle in handles.items()}
+    write_text(folder / HANDED_IN, json.dumps(noted, indent=2) + "\n")
+
+
+def _with_the_cluster(folder: Path, parameters: Mapping[str, Any], jobs: Sequence[Job]) -> dict[Job, Any]:
+    """Return submitit's handle of each job that an earlier command has handed in and that has not ended."""
+    import submitit
+
+    try:
+        noted = json.loads((folder / HANDED_IN).read_text(encoding="utf-8"))
+        known = {job: noted[str(job.folder)] for job in jobs if str(job.folder) in noted}
+    except (OSError, ValueError, TypeError):  # none, or not ours
+        return {}
+    return {
+        job: submitit.SlurmJob(folder=parameters["submitit_folder"], job_id=number, tasks=_tasks(parameters))
+        for job, (number, overrides) in known.items()
+        if overrides == _shown(job) and _is_queued(number)
+    }
+
+
+def _shown(job: Job) -> list[str]:
+    return [redacted_override(text) for text in job.overrides]
+
+
+def _tasks(parameters: Mapping[str, Any]) -> range:
+    return range((parameters.get("nodes") or 1) * (parameters.get("tasks_per_node") or 1))
+
+
+def _is_queued(number: str) -> bool:
+    """Whether Slurm has a job still before it, or at work."""
+    squeue = ["squeue", "--noheader", "--array", f"--jobs={number}", "--format=%T"]
+    try:
+        listed = subprocess.run(squeue, capture_output=True, text=True)
+    except FileNotFoundError:
+        return False
+    return listed.returncode == 0 and bool(listed.stdout.strip())
 
 
 def _executor(cluster: str, parameters: Mapping[str, Any]) -> Any:

@@ -74,14 +74,21 @@ class Sweep:
             for index, overrides in enumerate(job_overrides)
         ]
 
-    def run(self, jobs: Sequence[Job], perform: Perform) -> list[JobReturn]:
+    def run(self, jobs: Sequence[Job], perform: Perform, on_this_machine: bool = True) -> list[JobReturn]:
         """Have those of the jobs run that are not finished.
+
+        Args:
+            jobs: of the sweep.
+            perform: runs them.
+            on_this_machine: whether what is still at work in a job's folder can only be left from a killed sweep.
 
         Raises:
             SystemExit: a signal has stopped the sweep; the code is 128 + the signal.
             UserError: the folder cannot be written, or another sweep is at work there.
         """
         self._begin()
+        if on_this_machine:
+            self._await_orphans(job for job in jobs if not job.is_finished())
         signum = perform(self._left_of(jobs), self._say_begun, self._note_end)
         if signum:
             sys.exit(128 + signum)
@@ -98,7 +105,6 @@ class Sweep:
 
     def _left_of(self, jobs: Sequence[Job]) -> list[Job]:
         """Return the jobs that are not finished, and say how many are."""
-        self._await_orphans(job for job in jobs if not job.is_finished())
         left = [job for job in jobs if not job.is_finished()]
         finished = [job for job in jobs if job not in left]
         for job in jobs:

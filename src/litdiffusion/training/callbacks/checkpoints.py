@@ -28,6 +28,7 @@ class SaveCheckpoints(Checkpoint):
         self.every_n_steps = every_n_steps
         self.embedded: dict[str, Any] = {}
         self.saved_step = 0
+        self.is_saving = False
 
     def embed(self, **plain_values: Any) -> None:
         """Give what every checkpoint shall carry, so that it can be opened with nothing else at hand."""
@@ -76,9 +77,13 @@ class SaveCheckpoints(Checkpoint):
         if known and not again:
             return
         check_sound(trainer)
-        with clock_stopped(trainer):
-            writer = trainer.strategy.checkpoint_io
-            if isinstance(writer, WholeCheckpointIO):
-                writer.previous = None if known else self.folder / "previous.ckpt"
-            trainer.save_checkpoint(self.last)
+        self.is_saving = True
+        try:
+            with clock_stopped(trainer):
+                writer = trainer.strategy.checkpoint_io
+                if isinstance(writer, WholeCheckpointIO):
+                    writer.previous = None if known else self.folder / "previous.ckpt"
+                trainer.save_checkpoint(self.last)
+        finally:
+            self.is_saving = False
         self.saved_step = trainer.global_step

@@ -1,4 +1,8 @@
-"""Ctrl-C, SIGTERM, and the signals by which Slurm announces the end: finish the step, save it, stop."""
+"""Ctrl-C, SIGTERM, and the signals by which Slurm announces the end: finish the step, save it, stop.
+
+What comes between two steps, a validation or sampling, may take longer than the time that Slurm leaves. Such a run
+stops in the middle of it, and goes on from its last checkpoint: to be killed would mean not to be requeued.
+"""
 
 import signal
 from collections.abc import Iterator
@@ -19,10 +23,11 @@ AGREE_EVERY = 8
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop, has saved its state, and can be continued."""
+    """The run was asked to stop, and can be continued: where it is, if that is saved, or from step ``saved``."""
 
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
+    def __init__(self, signum: int, step: int, saved: int | None = None) -> None:
+        lost = "" if saved in (None, step) else f", of which {saved} are saved"
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}{lost}")
         self.signum = signum
         self.step = step
 
@@ -32,9 +37,17 @@ class StopCleanly(Callback):
 
     Slurm repeats itself: at the time limit, SIGTERM comes twice. When the training ends, in whatever way, Lightning
     puts the handlers back that it found.
+
+    Args:
+        grace_seconds: from a signal that announces the end (SIGUSR1, SIGUSR2), how long the run may take to come to
+            the end of a step; then it stops without saving. Less than what ``scripts/slurm`` and
+            ``hydra/launcher=slurm`` have Slurm leave, which is two minutes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace_seconds: float = 80.0) -> None:
+        if grace_seconds <= 0:
+            raise ValueError(f"grace_seconds={grace_seconds}: must be above 0")
+        self.grace_seconds = grace_seconds
         self.received: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -51,6 +64,7 @@ class StopCleanly(Callback):
             if trainer.training or trainer.sanity_checking:  # a validation by itself has handlers of its own
                 for signum in STOP_SIGNALS:
                     signal.signal(signum, self._note)
+                signal.signal(signal.SIGALRM, lambda signum, frame: self._out_of_time(trainer))
 
         connector.register_signal_handlers = install  # type: ignore[method-assign]
 
@@ -68,6 +82,7 @@ class StopCleanly(Callback):
         self._agree(trainer)
         if self.received is None:
             return
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if saving := find(trainer, SaveCheckpoints):
             saving.save(trainer)
         raise Interrupted(self.received, trainer.global_step)
@@ -75,6 +90,11 @@ class StopCleanly(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the last step there is one more chance to agree."""
         self._agree(trainer)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Whatever ends the training, nothing interrupts how it leaves."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop after the last step as after any other: by now it is saved.
@@ -82,6 +102,7 @@ class StopCleanly(Callback):
         Raises:
             Interrupted: if a signal has come in since the last step began.
         """
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if stage == "fit" and self.received is not None:
             raise Interrupted(self.received, trainer.global_step)
 
@@ -94,8 +115,23 @@ class StopCleanly(Callback):
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signum
+            if signum in (signal.SIGUSR1, signal.SIGUSR2):
+                signal.setitimer(signal.ITIMER_REAL, self.grace_seconds)
         elif signum == signal.SIGINT:
             raise KeyboardInterrupt
+
+    def _out_of_time(self, trainer: Trainer) -> None:
+        """Stop on the spot, but for a checkpoint that is being written: it will not be long.
+
+        Raises:
+            Interrupted: always otherwise.
+        """
+        saving = find(trainer, SaveCheckpoints)
+        if saving and saving.is_saving:
+            signal.setitimer(signal.ITIMER_REAL, 1.0)
+            return
+        assert self.received is not None
+        raise Interrupted(self.received, trainer.global_step, saving.saved_step if saving else 0)
 
 
 @contextmanager

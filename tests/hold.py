@@ -1,6 +1,7 @@
-"""Imported by the jobs themselves: makes a run wait in its middle, so that what happens to it happens there."""
+"""Imported by the runs themselves: makes one wait in its middle, so that what happens to it happens there."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -25,3 +26,16 @@ class Hold(Callback):
         while trainer.global_step == self.step and stop.received is None:
             assert time.monotonic() < deadline, "no signal has come"
             time.sleep(0.02)
+
+
+class EndlessValidation(Callback):
+    """The validation after ``step`` steps never ends, the first time; ``begun`` is a file that says that it has."""
+
+    def __init__(self, step: int, begun: str) -> None:
+        self.step, self.begun = step, Path(begun)
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step and not self.begun.exists():
+            self.begun.touch()
+            time.sleep(PATIENCE_SECONDS)
+            raise AssertionError("nothing has ended it")
