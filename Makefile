@@ -6,6 +6,7 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 # Fashion-MNIST is fetched before a training, unless ARGS names other data.
 OTHER_DATA := $(filter-out data=fashion_mnist,$(filter data=% data.path=% debug=%,$(ARGS)))
 DATA := $(if $(OTHER_DATA),,data)
@@ -21,10 +22,10 @@ train: $(INSTALLED) $(DATA)  ## Train on Fashion-MNIST: garments in about ten mi
 	$(PY) -m litdiffusion.train experiment=$(EXPERIMENT) $(ARGS)
 
 test: $(INSTALLED) data  ## Run the tests (some minutes on two cores); ARGS="tests/nn -x" narrows them
-	$(PY) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile $(ARGS)
+	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: $(INSTALLED) data  ## Run the tests that take long
-	$(PY) -m pytest -m 'slow and not slurm' $(ARGS)
+	$(PY) -m pytest -m 'slow and not slurm' $(PARALLEL) $(ARGS)
 
 test-slurm: $(INSTALLED)  ## Run the tests on a real Slurm, which Debian packages: apt install slurm-wlm munge
 	$(PY) -m pytest -m slurm $(ARGS)

@@ -15,6 +15,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes: each, and wha
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
+LONGEST = (
+    "test_notebooks.py",
+    "test_processes.py",
+    "test_interruption.py",
+    "test_loggers.py",
+    "test_storage.py",
+)
+"""Where several processes share the tests, they begin with these, so that none has one of them left at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 # The same examples in every run. To search further: pytest --hypothesis-profile=search
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("search", max_examples=2000, deadline=None)

@@ -2,16 +2,19 @@
 
     python tests/faults.py [--times 25] [--seed 0] [--json PATH]
 
-Half of the runs have two processes. Each is hit one to three times, by kill -9 of all its processes, kill -9 of
-one of them, SIGTERM or SIGINT, at a moment drawn over its whole length: in the middle of an epoch, of a
-checkpoint, of a validation, of sampling. Then it is repeated until it is finished. Its weights, averaged weights,
-optimizer state, logged numbers and sample pictures must be those of the other run, bit for bit.
+Half of the runs have two processes. Each is hit one to three times: by kill -9 of all its processes, kill -9 of one
+of them, SIGTERM, SIGINT, or SIGUSR1 as Slurm sends it before a requeue, to all processes. The moments are drawn over
+the whole length of the run, its start included: in the middle of an epoch, of a checkpoint, of a validation, of
+sampling. Then it is repeated until it is finished. Its weights, averaged weights, optimizer state, logged numbers and
+sample pictures must be those of the other run, bit for bit, and every other run's offline W&B files must hold each
+row of numbers once. (Of the last row before a kill -9, W&B may have been told too late.)
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +24,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from interrupted_runs import PATIENCE_SECONDS, differences, finish, kill, rows, start
+from offline_wandb import told_wandb
 
 PROCESSES = {1: [], 2: ["trainer=ddp_cpu"]}
-BLOWS = ("kill -9", "kill -9 of one", "SIGTERM", "SIGINT")
+WANDB = ["logger=wandb", "logger.wandb.mode=offline"]
+KILL, KILL_ONE = "kill -9", "kill -9 of one"
+BLOWS = (KILL, KILL_ONE, "SIGTERM", "SIGINT", "SIGUSR1")
 
 
 @dataclass
@@ -60,8 +66,13 @@ def main() -> None:
         )
         for index in range(arguments.times):
             number = 1 + index % 2
-            trial = try_once(folder / f"run-{index}", number, peaceful[number], moments)
-            trial.differs += differences(folder / f"peace-{number}", folder / f"run-{index}")
+            run_dir, with_wandb = folder / f"run-{index}", index % 4 < 2
+            overrides = [*PROCESSES[number], *(WANDB if with_wandb else [])]
+            trial = try_once(run_dir, number, overrides, peaceful[number], moments)
+            if not trial.differs:
+                trial.differs = differences(folder / f"peace-{number}", run_dir)
+            if with_wandb and not trial.differs:
+                trial.differs = untold(run_dir, sum(KILL in blow for blow in trial.blows))
             trials.append(trial)
             outcome = "the same" if trial.passed else f"DIFFERS: {', '.join(trial.differs[:3])}"
             print(f"{index + 1:3}  {number} process(es)  {outcome:10}  {'; '.join(trial.blows)}", flush=True)
@@ -72,22 +83,28 @@ def main() -> None:
     sys.exit(failed > 0)
 
 
-def try_once(run_dir: Path, processes: int, peaceful_seconds: float, moments: random.Random) -> Trial:
+def try_once(
+    run_dir: Path, processes: int, overrides: list[str], peaceful_seconds: float, moments: random.Random
+) -> Trial:
     """Hit a run one to three times and let it finish."""
     trial = Trial(processes)
     for _ in range(moments.randint(1, 3)):
-        blow = moments.choice(BLOWS if processes > 1 else [name for name in BLOWS if "one" not in name])
-        process = start(run_dir, *PROCESSES[processes])
+        blow = moments.choice(BLOWS if processes > 1 else [name for name in BLOWS if name != KILL_ONE])
+        process = start(run_dir, *overrides)
         # Half of the time goes into starting up, which is a moment like any other, but not half of them.
-        time.sleep(moments.uniform(0.35, 1.0) * peaceful_seconds)
+        span = (0.0, 0.4) if moments.random() < 0.2 else (0.4, 1.0)
+        time.sleep(moments.uniform(*span) * peaceful_seconds)
         if process.poll() is None:
             trial.blows.append(f"{blow} after step {last_row(run_dir)}")
             trial.differs += strike(process, blow, moments)
         else:
             process.communicate()
-            trial.blows.append("too late")
+            if trial.blows:
+                break
+            shutil.rmtree(run_dir)  # a run that was never hit shows nothing: once more
+            return try_once(run_dir, processes, overrides, 0.8 * peaceful_seconds, moments)
     try:
-        finish(run_dir, *PROCESSES[processes])
+        finish(run_dir, *overrides)
     except (AssertionError, subprocess.TimeoutExpired) as error:
         trial.differs.append(f"could not be continued: {str(error)[-300:]}")
     return trial
@@ -95,17 +112,17 @@ def try_once(run_dir: Path, processes: int, peaceful_seconds: float, moments: ra
 
 def strike(process: subprocess.Popen[str], blow: str, moments: random.Random) -> list[str]:
     """Deal the blow, wait until every process of the run is gone, and return what was wrong with how they went."""
-    if blow == "kill -9":
+    if blow == KILL:
         kill(process)
         return []
-    if blow == "kill -9 of one":
+    if blow == KILL_ONE:
         alive = members(process.pid)
         if alive:
             os.kill(moments.choice(alive), signal.SIGKILL)
-    elif blow == "SIGINT":
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    else:
+    elif blow == "SIGTERM":
         process.send_signal(signal.SIGTERM)
+    else:  # as a terminal does, and Slurm
+        os.killpg(process.pid, signal.Signals[blow])
     wrong = []
     try:
         output, _ = process.communicate(timeout=PATIENCE_SECONDS)
@@ -122,6 +139,17 @@ def strike(process: subprocess.Popen[str], blow: str, moments: random.Random) ->
     if members(process.pid):
         wrong.append(f"left processes behind after {blow}")
         os.killpg(process.pid, signal.SIGKILL)
+    return wrong
+
+
+def untold(run_dir: Path, kills: int) -> list[str]:
+    """What W&B's files do not hold once: but for one row for each kill, every number of ``metrics.csv``."""
+    wrong = []
+    for key in ("train/loss", "val/loss"):
+        logged = [row["images_seen"] for row in rows(run_dir) if row[key]]
+        told = told_wandb(run_dir, key)
+        if len(set(told)) < len(told) or not set(told) <= set(logged) or len(logged) - len(told) > kills:
+            wrong.append(f"W&B was told {key} at {told}, of {logged}")
     return wrong
 
 

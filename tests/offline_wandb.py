@@ -40,3 +40,8 @@ def offline_history(run_dir: Path) -> list[dict[str, Any]]:
                     }
                 )
     return rows
+
+
+def told_wandb(run_dir: Path, key: str) -> list[str]:
+    """Where, in images seen, the run has told W&B this number."""
+    return [str(row["images_seen"]) for row in offline_history(run_dir) if key in row]

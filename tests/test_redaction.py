@@ -21,6 +21,20 @@ def test_what_lies_under_a_secret_key_is_masked_at_any_depth() -> None:
     assert shown["seed"] == 1234567890123
 
 
+@pytest.mark.parametrize(
+    "name", ["DB_PASS", "SSH_PASSPHRASE", "BASIC_AUTH", "SENTRY_DSN", "MYSQL_PWD", "PGPASSWORD", "pass"]
+)
+def test_names_of_secrets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "s3cr3t-value")
+    assert redacted("it is s3cr3t-value") == "it is ***"
+
+
+@pytest.mark.parametrize("name", ["PWD", "OLDPWD", "AUTHOR", "bypass", "num_passes"])
+def test_names_of_no_secrets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "/home/somebody")
+    assert redacted("in /home/somebody") == "in /home/somebody"
+
+
 def test_short_numbers_and_switches_are_settings() -> None:
     assert without_secrets({"token": 3, "secret": True}) == {"token": 3, "secret": True}
 

@@ -6,13 +6,19 @@ They are known by the key they lie under, by the environment variable they came 
 import logging
 import os
 import re
+import sys
+import traceback
 from collections.abc import Mapping
+from types import TracebackType
 from typing import Any
 
 MASK = "***"
 
-ANY_KEY = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
-"""Names under which a run folder or a dashboard is told no text."""
+ANY_KEY = re.compile(
+    r"key|token|secret|passw|passphrase|credential|(^|[_-])(pass|auth|bearer|cookie|dsn)([_-]|$)|[_-]pwd([_-]|$)",
+    re.IGNORECASE,
+)
+"""Names under which a run folder or a dashboard is told no text. ``PWD`` alone is the folder one is in."""
 
 SECRET_KEY = re.compile(
     r"secret|passw|credential|(^|[_-])(api|access|private|auth|ssh)[_-]?key|token$|^key$", re.IGNORECASE
@@ -38,7 +44,7 @@ _FORMS = (
     ),
 )
 _ASSIGNED = re.compile(
-    r"""((?:[\w.-]*(?:api_?key|access_?key|private_?key|secret|token|passw(?:or)?d|credential)s?)["']?\s*[:=]\s*)"""
+    r"""((?:[\w.-]*(?:api_?key|access_?key|private_?key|secret|token|passw(?:or)?d|passphrase|credential)s?)["']?\s*[:=]\s*)"""
     r"""(?:"[^"\n]+"|'[^'\n]+'|(?<=:\s)[^\s"'(){}\[\],$]{8,}[ \t]*$)""",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -91,6 +97,15 @@ class RedactedLog(logging.Filter):
 
 
 REDACTED_LOG = RedactedLog()
+
+
+def redact_tracebacks() -> None:
+    """Take secrets out of the traceback that Python prints of an exception that nobody has caught."""
+
+    def say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+    sys.excepthook = say
 
 
 def redacted_override(text: str) -> str:

@@ -192,7 +192,7 @@ def test_the_package_finds_its_own_configuration() -> None:
 
 
 SCRIPT = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from litdiffusion.configuration import entry_point, validate
 
@@ -200,7 +200,7 @@ from litdiffusion.configuration import entry_point, validate
 def main(cfg):
     validate(cfg)
     if cfg.seed == 1:
-        raise RuntimeError("a bug")
+        raise RuntimeError(f"a bug that knows {os.environ['DB_PASS']}")
     print("running", flush=True)
     time.sleep(60)
 
@@ -212,7 +212,10 @@ if __name__ == "__main__":
 def start(tree: Path, *arguments: str) -> "subprocess.Popen[str]":
     script = tree.parent / "train.py"
     script.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(Path(litdiffusion.__file__).parents[1])}
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(litdiffusion.__file__).parents[1]),
+        "DB_PASS": "s3cr3t-pass",
+    }
     return subprocess.Popen(
         [sys.executable, str(script), str(tree), *arguments],
         stdout=subprocess.PIPE,
@@ -240,4 +243,21 @@ def test_as_processes(tree: Path) -> None:
     _, err = buggy.communicate()
     assert buggy.returncode == 1
     assert "Traceback" in err
-    assert err.splitlines()[-1] == "RuntimeError: a bug"
+    assert err.splitlines()[-1] == "RuntimeError: a bug that knows ***"
+
+
+def test_ctrl_c_while_the_libraries_are_imported(tmp_path: Path) -> None:
+    (tmp_path / "hydra.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "litdiffusion.train", "debug=tiny"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == -signal.SIGINT

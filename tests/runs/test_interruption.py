@@ -12,8 +12,6 @@ import torch
 from commands import run
 from interrupted_runs import COMMAND, differences, finish, kill, rows, start, wait_for
 
-TWO = "trainer=ddp_cpu"
-
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -42,6 +40,7 @@ def test_killed_and_repeated(uninterrupted: Path, tmp_path: Path) -> None:
     assert differences(uninterrupted, tmp_path) == []
 
 
+@pytest.mark.slow
 def test_asked_to_stop_twice_and_repeated(uninterrupted: Path, tmp_path: Path) -> None:
     for signum, lines in ((signal.SIGTERM, 3), (signal.SIGINT, 8)):
         process = start(tmp_path)
@@ -66,21 +65,6 @@ def test_out_of_time_in_the_middle_of_a_validation(uninterrupted: Path, tmp_path
     assert "Continuing from step 21" in finish(run_dir, *overrides)
     if trainer == "cpu":
         assert differences(uninterrupted, run_dir) == []
-
-
-def test_two_processes_lose_one_and_are_repeated(tmp_path: Path) -> None:
-    finish(tmp_path / "whole", TWO)
-    run_dir = tmp_path / "run"
-    process = start(run_dir, TWO)
-    wait_for((run_dir / "checkpoints" / "previous.ckpt").exists, process)
-    children = subprocess.run(["pgrep", "--parent", str(process.pid)], capture_output=True, text=True).stdout
-    os.kill(int(children.split()[0]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2, output
-    assert "error: another process of this run was lost" in output
-    assert "Traceback" not in output
-    assert "Continuing from step" in finish(run_dir, TWO)
-    assert differences(tmp_path / "whole", run_dir) == []
 
 
 def test_a_finished_run_is_left_alone(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:

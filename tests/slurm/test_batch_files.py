@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from interrupted_runs import COMMAND, differences, finish, rows
-from offline_wandb import offline_history
+from offline_wandb import told_wandb
 from slurm_world import Slurm, wait_until
 
 pytestmark = pytest.mark.slurm
@@ -41,8 +41,7 @@ def assert_one_whole_wandb_run(run_dir: Path) -> None:
     names = {file.stem for file in (run_dir / "wandb").glob("offline-run-*/*.wandb")}
     assert names == {f"run-{(run_dir / 'wandb' / 'run_id').read_text()}"}
     for key in ("train/loss", "val/loss"):
-        logged = [row["images_seen"] for row in offline_history(run_dir) if key in row]
-        assert logged == [int(row["images_seen"]) for row in rows(run_dir) if row[key]]
+        assert told_wandb(run_dir, key) == [row["images_seen"] for row in rows(run_dir) if row[key]]
 
 
 def test_requeued(slurm: Slurm, peaceful: Path, tmp_path: Path) -> None:

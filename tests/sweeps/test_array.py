@@ -126,11 +126,9 @@ def test_what_is_still_queued_is_waited_for_and_not_handed_in_again(
     squeue.write_text("#!/bin/sh\ncase $* in *=7_[12]*) echo PENDING;; *) exit 1;; esac\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    found: list[str] = []
 
     def slurm_job(folder: str, job_id: str, tasks: range) -> Handle:
         assert (folder, list(tasks)) == (str(tmp_path / "%j"), [0])
-        found.append(job_id)
         return Handle(tmp_path, job_id, returned(JobStatus.FAILED, UserError("of old")))
 
     monkeypatch.setattr(submitit, "SlurmJob", slurm_job)
@@ -138,7 +136,6 @@ def test_what_is_still_queued_is_waited_for_and_not_handed_in_again(
     new = [Handle(tmp_path, f"8_{n}", returned(JobStatus.COMPLETED)) for n in range(2)]
     array = Array(monkeypatch, new)
     array.run(tmp_path, again)
-    assert found == ["7_1"]
     assert "1 of 3 jobs are with the cluster already: 2 (Slurm's 7_1)" in capsys.readouterr().out
     assert [number for _, _, number, *_ in array.handed_in] == [0, 5]
     assert array.begun == [again[0], again[2]]

@@ -232,3 +232,17 @@ def test_a_sweeper_that_is_not_installed_is_named(sweeps, monkeypatch: pytest.Mo
     assert err == (
         "error: hydra-optuna-sweeper is not installed, which this needs: pip install 'litdiffusion[optuna]'\n"
     )
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_what_hydra_writes_of_a_sweep_holds_no_secret(
+    sweeps, monkeypatch: pytest.MonkeyPatch, processes: str
+) -> None:
+    """It writes before anything is refused, such as a sweep on two processes."""
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    code = sweeps("-m", "seed=0,1", "+api_key=abc123456", "+hub.token=xyz123456").code
+    assert code == (0 if processes == "1" else 2)
+    [written] = sweeps.folder.rglob("multirun.yaml")
+    assert "api_key" in written.read_text()
+    assert "abc123456" not in written.read_text()
+    assert "xyz123456" not in written.read_text()

@@ -13,6 +13,7 @@ import torch
 from interrupted_runs import COMMAND, differences, finish, rows, start, wait_for
 
 TWO = ["trainer=ddp_cpu"]
+SHORT = [*TWO, "trainer.max_steps=30"]
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -47,6 +48,21 @@ def test_two_processes_of_8_follow_one_of_16(alone: Path, tmp_path: Path) -> Non
     assert_close(alone, tmp_path, 1e-4)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["images_seen"] == 30 * 16
+
+
+def test_two_processes_lose_one_and_are_repeated(tmp_path: Path) -> None:
+    finish(tmp_path / "whole", *SHORT)
+    run_dir = tmp_path / "run"
+    process = start(run_dir, *SHORT)
+    wait_for((run_dir / "checkpoints" / "previous.ckpt").exists, process)
+    children = subprocess.run(["pgrep", "--parent", str(process.pid)], capture_output=True, text=True).stdout
+    os.kill(int(children.split()[0]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert "error: another process of this run was lost" in output
+    assert "Traceback" not in output
+    assert "Continuing from step" in finish(run_dir, *SHORT)
+    assert differences(tmp_path / "whole", run_dir) == []
 
 
 @pytest.mark.slow

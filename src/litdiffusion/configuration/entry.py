@@ -7,6 +7,7 @@ so it is set here. A user who sets it gets the traceback of the one line as well
 import functools
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -31,7 +32,7 @@ from litdiffusion.configuration.slurm import task_rank
 from litdiffusion.configuration.sweeps import check_sweep, sweep_command
 from litdiffusion.errors import UserError
 from litdiffusion.orphans import end_with_parent
-from litdiffusion.redaction import REDACTED_LOG, redacted
+from litdiffusion.redaction import REDACTED_LOG, redact_tracebacks, redacted
 from litdiffusion.releases import check_releases
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -53,6 +54,9 @@ def entry_point(
             wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
             job = _Job(task, wants_traceback)
             end_with_parent()
+            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of preflight.py
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            redact_tracebacks()
             try:
                 check_releases()
                 with _hydra_raises():

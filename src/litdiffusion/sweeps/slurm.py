@@ -63,8 +63,7 @@ def run_array(
             if handle.done():
                 del waiting[job]
                 ended(job, _outcome(handle))
-                # What the job was called with, as it was typed. It was needed as long as it might be requeued.
-                handle.paths.submitted_pickle.unlink(missing_ok=True)
+                _forget_command(handle)
         if waiting:
             time.sleep(LOOK_SECONDS)
 
@@ -91,15 +90,24 @@ def _with_the_cluster(folder: Path, parameters: Mapping[str, Any], jobs: Sequenc
     import submitit
 
     try:
-        noted = json.loads((folder / HANDED_IN).read_text(encoding="utf-8"))
-        known = {job: noted[str(job.folder)] for job in jobs if str(job.folder) in noted}
-    except (OSError, ValueError, TypeError):  # none, or not ours
+        noted: dict[str, Any] = json.loads((folder / HANDED_IN).read_text(encoding="utf-8"))
+        handed_in = {name: (str(number), shown) for name, (number, shown) in noted.items()}
+    except (OSError, ValueError, TypeError, AttributeError):  # none, or not ours
         return {}
-    return {
-        job: submitit.SlurmJob(folder=parameters["submitit_folder"], job_id=number, tasks=_tasks(parameters))
-        for job, (number, overrides) in known.items()
-        if overrides == _shown(job) and _is_queued(number)
-    }
+    asked = {(str(job.folder), *_shown(job)): job for job in jobs}
+    found = {}
+    for name, (number, shown) in handed_in.items():
+        handle: Any = submitit.SlurmJob(parameters["submitit_folder"], number, _tasks(parameters))
+        if not _is_queued(number):
+            _forget_command(handle)
+        elif job := asked.get((name, *shown)):
+            found[job] = handle
+    return found
+
+
+def _forget_command(handle: Any) -> None:
+    """Remove what a job was called with, as it was typed: it was needed for as long as it might be requeued."""
+    handle.paths.submitted_pickle.unlink(missing_ok=True)
 
 
 def _shown(job: Job) -> list[str]:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
@@ -15,7 +16,7 @@ from litdiffusion.configuration.slurm import num_tasks
 from litdiffusion.configuration.sweeps import SweepCommand, current_sweep
 from litdiffusion.errors import UserError
 from litdiffusion.files import write_text
-from litdiffusion.redaction import without_secrets
+from litdiffusion.redaction import redacted_override, without_secrets
 from litdiffusion.reporting.report import duration
 from litdiffusion.runs.folder import absolute, writable_folder
 from litdiffusion.runs.lock import RunLock, is_locked
@@ -62,6 +63,7 @@ class Sweep:
         Raises:
             UserError: this is one of several processes.
         """
+        self._hide_secrets()
         setup_globals()
         configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 or num_tasks() > 1:
@@ -96,12 +98,18 @@ class Sweep:
 
     def _begin(self) -> None:
         writable_folder("hydra.sweep.dir", str(self.folder))
-        written = self.folder / "multirun.yaml"  # by Hydra's sweeper, whoever has the lock
-        if written.exists():
-            cfg = OmegaConf.to_container(self._config)
-            write_text(written, OmegaConf.to_yaml(OmegaConf.create(without_secrets(cfg))))
         self._lock.take()
         self._command.report = self._report
+
+    def _hide_secrets(self) -> None:
+        """Hydra's sweeper has written the command by now, whoever has the lock, and whatever will be refused."""
+        written = self.folder / "multirun.yaml"
+        if written.exists():
+            cfg: Any = OmegaConf.to_container(self._config)
+            typed = cfg["hydra"]["overrides"]["task"]
+            cfg["hydra"]["overrides"]["task"] = [redacted_override(text) for text in typed]
+            cfg["hydra"]["job"].pop("override_dirname", None)  # the same once more, in one word
+            write_text(written, OmegaConf.to_yaml(OmegaConf.create(without_secrets(cfg))))
 
     def _left_of(self, jobs: Sequence[Job]) -> list[Job]:
         """Return the jobs that are not finished, and say how many are."""

@@ -12,10 +12,14 @@ from litdiffusion.runs.folder import RunFolder
 def check_weights(trainer: Trainer) -> None:
     """Stop the run if a weight, or the average of one, is not finite: nothing good can be saved, shown or measured.
 
+    All processes call this: what one sees, where each holds a part of the weights, stops all.
+
     Raises:
         UserError: naming the step.
     """
-    if not all(bool(torch.isfinite(p).all()) for p in trainer.lightning_module.parameters()):
+    sound = all(bool(torch.isfinite(p).all()) for p in trainer.lightning_module.parameters())
+    astray = torch.tensor(float(not sound), device=trainer.strategy.root_device)
+    if trainer.strategy.reduce(astray, reduce_op="max"):
         raise diverged(trainer, "a weight", trainer.global_step)
 
 

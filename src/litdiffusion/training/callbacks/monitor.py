@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from litdiffusion.evaluation.held_out import BINS
@@ -75,6 +76,8 @@ class Monitor(Callback):
         if (trainer.global_step + 1) % self.every_n_steps == 0:
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+            if isinstance(trainer.strategy, FSDPStrategy):  # each process holds a part of each gradient
+                self.grad_norm = trainer.strategy.reduce(self.grad_norm.square(), reduce_op="sum").sqrt()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
