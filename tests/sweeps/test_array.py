@@ -144,3 +144,27 @@ def test_what_is_still_queued_is_waited_for_and_not_handed_in_again(
         2: Outcome("failed", "of old"),
         5: Outcome("finished"),
     }
+
+
+def test_the_command_of_a_job_that_is_about_to_leave_the_queue_goes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
+) -> None:
+    import submitit
+
+    handles = [Handle(tmp_path, f"7_{n}", returned(JobStatus.COMPLETED)) for n in range(3)]
+    Array(monkeypatch, handles).run(tmp_path, jobs)
+
+    # The first job is finished, so that nobody asks for it; Slurm lists it once more, as COMPLETING.
+    squeue, looked = tmp_path / "squeue", tmp_path / "looked"
+    squeue.write_text(f"#!/bin/sh\ncase $* in *=7_0*) mkdir {looked} && echo COMPLETING;; *) exit 1;; esac\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(
+        submitit, "SlurmJob", lambda folder, job_id, tasks: Handle(tmp_path, job_id, RuntimeError())
+    )
+    new = [Handle(tmp_path, f"8_{n}", returned(JobStatus.COMPLETED)) for n in range(2)]
+    array = Array(monkeypatch, new)
+    array.run(tmp_path, jobs[1:])
+    assert looked.exists()
+    assert [number for _, _, number, *_ in array.handed_in] == [2, 5]
+    assert not list(tmp_path.glob("*.pkl"))

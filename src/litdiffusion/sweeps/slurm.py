@@ -47,7 +47,7 @@ def run_array(
         begun: called when a job is handed in.
         ended: called when a job has ended.
     """
-    waiting = _with_the_cluster(folder, parameters, jobs)
+    waiting, leaving = _with_the_cluster(folder, parameters, jobs)
     if waiting:
         numbers = ", ".join(f"{job.number} (Slurm's {handle.job_id})" for job, handle in waiting.items())
         print(f"{len(waiting)} of {len(jobs)} jobs are with the cluster already: {numbers}", flush=True)
@@ -55,7 +55,7 @@ def run_array(
     if missing:
         handles = _hand_in(_executor(cluster, parameters), task, folder.name, missing)
         waiting |= dict(zip(missing, handles, strict=True))
-        _note_handed_in(folder, waiting)
+        _note_handed_in(folder, waiting, leaving)
     for job in missing:
         begun(job)
     while waiting:
@@ -66,6 +66,9 @@ def run_array(
                 _forget_command(handle)
         if waiting:
             time.sleep(LOOK_SECONDS)
+    for handle in leaving.values():
+        if not _is_queued(handle.job_id):
+            _forget_command(handle)
 
 
 def _hand_in(executor: Any, task: Callable[..., JobReturn], sweep: str, jobs: Sequence[Job]) -> list[Any]:
@@ -80,29 +83,39 @@ def _hand_in(executor: Any, task: Callable[..., JobReturn], sweep: str, jobs: Se
             os.environ[SWEEP] = before
 
 
-def _note_handed_in(folder: Path, handles: Mapping[Job, Any]) -> None:
-    noted = {str(job.folder): [handle.job_id, _shown(job)] for job, handle in handles.items()}
+def _note_handed_in(folder: Path, waiting: Mapping[Job, Any], leaving: Mapping[str, Any]) -> None:
+    noted = {name: [handle.job_id, []] for name, handle in leaving.items()}
+    noted |= {str(job.folder): [handle.job_id, _shown(job)] for job, handle in waiting.items()}
     write_text(folder / HANDED_IN, json.dumps(noted, indent=2) + "\n")
 
 
-def _with_the_cluster(folder: Path, parameters: Mapping[str, Any], jobs: Sequence[Job]) -> dict[Job, Any]:
-    """Return submitit's handle of each job that an earlier command has handed in and that has not ended."""
+def _with_the_cluster(
+    folder: Path, parameters: Mapping[str, Any], jobs: Sequence[Job]
+) -> tuple[dict[Job, Any], dict[str, Any]]:
+    """Return submitit's handles of what an earlier command has handed in and the queue still lists.
+
+    Returns:
+        those of the jobs asked for, and by folder those of the others: finished and about to leave, or asked for
+        no longer.
+    """
     import submitit
 
     try:
         noted: dict[str, Any] = json.loads((folder / HANDED_IN).read_text(encoding="utf-8"))
         handed_in = {name: (str(number), shown) for name, (number, shown) in noted.items()}
     except (OSError, ValueError, TypeError, AttributeError):  # none, or not ours
-        return {}
+        return {}, {}
     asked = {(str(job.folder), *_shown(job)): job for job in jobs}
-    found = {}
+    waiting, leaving = {}, {}
     for name, (number, shown) in handed_in.items():
         handle: Any = submitit.SlurmJob(parameters["submitit_folder"], number, _tasks(parameters))
         if not _is_queued(number):
             _forget_command(handle)
         elif job := asked.get((name, *shown)):
-            found[job] = handle
-    return found
+            waiting[job] = handle
+        else:
+            leaving[name] = handle
+    return waiting, leaving
 
 
 def _forget_command(handle: Any) -> None:
