@@ -87,8 +87,12 @@ def the_blog_with_our_allocator(plan: Plan) -> Seconds:
     return the_blog(plan)
 
 
-def ours(precision: str) -> Callable[[Plan], Seconds]:
-    """The step of ``experiment=fashion_mnist``, through the same configuration, modules and trainer as ``train``."""
+def ours(precision: str, trainer: str = "cpu") -> Callable[[Plan], Seconds]:
+    """The step of ``experiment=fashion_mnist``, through the same configuration, modules and trainer as ``train``.
+
+    Where the trainer has several processes, Lightning starts this program once more for each of the others. All
+    train, and sample, on their share of the batch; a sampling step is over when it is over in each of them.
+    """
 
     def measure(plan: Plan) -> Seconds:
         from hydra import compose, initialize_config_dir
@@ -97,6 +101,7 @@ def ours(precision: str) -> Callable[[Plan], Seconds]:
         from litdiffusion.configuration.entry import config_folder
         from litdiffusion.configuration.nodes import build
         from litdiffusion.diffusion import DDIM
+        from litdiffusion.processes import gathered, share_of
         from litdiffusion.training.memory import keep_freed_memory
 
         class Stopwatch(Callback):
@@ -114,7 +119,7 @@ def ours(precision: str) -> Callable[[Plan], Seconds]:
             overrides = [
                 *("experiment=fashion_mnist", "data=digits", f"data.image_size={SIZE}", "data.flip=true"),
                 *(f"datamodule.batch_size={plan.batch_size}", f"run_dir={folder}"),
-                *("trainer=cpu", f"trainer.precision={precision}", f"trainer.max_steps={plan.total}"),
+                *(f"trainer={trainer}", f"trainer.precision={precision}", f"trainer.max_steps={plan.total}"),
                 "lr_scheduler.warmup_steps=1",
             ]
             with initialize_config_dir(str(config_folder()), version_base="1.3"):
@@ -129,9 +134,11 @@ def ours(precision: str) -> Callable[[Plan], Seconds]:
         denoiser = module.best_denoiser.eval()
         # The first moment comes before the image has moved, the last without a call of the network: between
         # them, each is one whole step.
-        moments = DDIM(num_steps=plan.total + 1).steps(denoiser, plan.batch())
+        images = plan.batch()[share_of(plan.batch_size)]
+        moments = DDIM(num_steps=plan.total + 1).steps(denoiser, images)
         next(moments)
-        return Seconds(train, between_ticks(islice(moments, plan.total), plan))
+        ends = (gathered(None) for _ in islice(moments, plan.total))
+        return Seconds(train, between_ticks(ends, plan))
 
     return measure
 
@@ -219,6 +226,10 @@ CONTENDERS = {
         "the blog's code, float32, with our allocator setting", the_blog_with_our_allocator
     ),
     "ours": Contender("litdiffusion, float32", ours("32-true")),
+    "ours_ddp": Contender(
+        "litdiffusion, float32, the batch shared by two processes (`trainer=ddp_cpu`)",
+        ours("32-true", "ddp_cpu"),
+    ),
     "ours_bf16": Contender("litdiffusion, bf16-mixed", ours("bf16-mixed"), without_bfloat16),
     "ddpm_pytorch": Contender(
         "denoising-diffusion-pytorch, float32",
@@ -249,7 +260,9 @@ def main() -> None:
     if arguments.key == "input":
         print(json.dumps({"batch": input_pipeline(plan)}))
     else:
-        print(json.dumps(asdict(CONTENDERS[arguments.key].measure(plan))))
+        seconds = CONTENDERS[arguments.key].measure(plan)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(json.dumps(asdict(seconds)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from blog_weights import carry_over
-from litdiffusion.nn.attention import Attention, LinearAttention
+from litdiffusion.nn.attention import Attention, LinearAttention, softmax_attention
 from peers import blog_unet
 from small_worlds import normal, randomized
 
@@ -65,3 +66,15 @@ def test_full_attention_is_the_formula():
     weights = (q @ k.T / 5**0.5).softmax(-1)
     expected = (weights @ v) @ ours.to_out.weight[..., 0, 0].T + ours.to_out.bias
     torch.testing.assert_close(ours(x)[0].flatten(1).T, expected)
+
+
+def test_full_attention_under_bfloat16_is_that_of_float32_rounded():
+    q, k, v = (normal(2, 3, 6, 4, seed=seed).bfloat16().requires_grad_() for seed in range(3))
+    expected = functional.scaled_dot_product_attention(
+        *(each.detach().float() for each in (q, k, v))
+    ).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = softmax_attention(q, k, v)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+    output.sum().backward()
+    assert {each.grad.dtype for each in (q, k, v)} == {torch.bfloat16}

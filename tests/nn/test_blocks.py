@@ -8,6 +8,7 @@ from litdiffusion.nn import UNet
 from litdiffusion.nn.blocks import (
     Block,
     Downsample,
+    GroupNorm,
     ResnetBlock,
     Upsample,
     WeightStandardizedConv2d,
@@ -69,6 +70,22 @@ def test_standardization_is_float32_with_one_eps_under_autocast():
     )  # only the convolution itself is in bfloat16
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_group_norm_computes_in_float32_whatever_the_precision_of_its_input(dtype):
+    norm = randomized(GroupNorm(2, 8))
+    x = normal(2, 8, 5, 7).to(dtype).requires_grad_()
+    expected = functional.group_norm(x.detach().float(), 2, norm.weight, norm.bias, norm.eps).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = norm(x)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+    output.sum().backward()
+    assert x.grad.dtype == dtype
+    assert norm.weight.grad.dtype == torch.float32
+    assert norm.to(dtype)(x).dtype == dtype
+    assert norm.double()(x.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("time", [False, True])

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from litdiffusion.nn.attention import Attention, LinearAttention
-from litdiffusion.nn.blocks import Downsample, ResnetBlock, Upsample
+from litdiffusion.nn.blocks import Downsample, GroupNorm, ResnetBlock, Upsample
 from litdiffusion.nn.embeddings import TimeEmbedding
 
 AttentionKind = Literal["linear", "full", "none"]
@@ -36,7 +36,7 @@ class Residual(nn.Module):
     def __init__(self, dim: int, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self.norm = nn.GroupNorm(1, dim)
+        self.norm = GroupNorm(1, dim)
 
     def forward(self, x: Float[Tensor, "batch dim h w"]) -> Float[Tensor, "batch dim h w"]:
         """Apply the layer and add its input."""
