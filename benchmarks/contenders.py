@@ -87,11 +87,11 @@ def the_blog_with_our_allocator(plan: Plan) -> Seconds:
     return the_blog(plan)
 
 
-def ours(precision: str, trainer: str = "cpu") -> Callable[[Plan], Seconds]:
+def ours(precision: str, preset: str = "cpu") -> Callable[[Plan], Seconds]:
     """The step of ``experiment=fashion_mnist``, through the same configuration, modules and trainer as ``train``.
 
-    Where the trainer has several processes, Lightning starts this program once more for each of the others. All
-    train, and sample, on their share of the batch; a sampling step is over when it is over in each of them.
+    Where ``trainer=preset`` has several processes, Lightning starts this program once more for each of the
+    others. All train, and sample, on their share of the batch; a step is over when it is over in each of them.
     """
 
     def measure(plan: Plan) -> Seconds:
@@ -119,7 +119,7 @@ def ours(precision: str, trainer: str = "cpu") -> Callable[[Plan], Seconds]:
             overrides = [
                 *("experiment=fashion_mnist", "data=digits", f"data.image_size={SIZE}", "data.flip=true"),
                 *(f"datamodule.batch_size={plan.batch_size}", f"run_dir={folder}"),
-                *(f"trainer={trainer}", f"trainer.precision={precision}", f"trainer.max_steps={plan.total}"),
+                *(f"trainer={preset}", f"trainer.precision={precision}", f"trainer.max_steps={plan.total}"),
                 "lr_scheduler.warmup_steps=1",
             ]
             with initialize_config_dir(str(config_folder()), version_base="1.3"):
@@ -128,17 +128,19 @@ def ours(precision: str, trainer: str = "cpu") -> Callable[[Plan], Seconds]:
             module = build(cfg.module, "module")
             watch = Stopwatch()
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-            build(cfg.trainer, "trainer", callbacks=[watch], **quiet).fit(module, datamodule=datamodule)
+            trainer = build(cfg.trainer, "trainer", callbacks=[watch], **quiet)
+            trainer.fit(module, datamodule=datamodule)
         stamps = watch.stamps
         train = [stop - start for start, stop in pairwise(stamps)][plan.warmup :]
         denoiser = module.best_denoiser.eval()
         # The first moment comes before the image has moved, the last without a call of the network: between
         # them, each is one whole step.
         images = plan.batch()[share_of(plan.batch_size)]
-        moments = DDIM(num_steps=plan.total + 1).steps(denoiser, images)
-        next(moments)
-        ends = (gathered(None) for _ in islice(moments, plan.total))
-        return Seconds(train, between_ticks(ends, plan))
+        with trainer.precision_plugin.forward_context():  # as the samples of a training are made
+            moments = DDIM(num_steps=plan.total + 1).steps(denoiser, images)
+            next(moments)
+            ends = (gathered(None) for _ in islice(moments, plan.total))
+            return Seconds(train, between_ticks(ends, plan))
 
     return measure
 
