@@ -39,3 +39,11 @@ class EndlessValidation(Callback):
             self.begun.touch()
             time.sleep(PATIENCE_SECONDS)
             raise AssertionError("nothing has ended it")
+
+
+class SlowToLeave(Callback):
+    """The first process takes its time, as a logger may that still has to upload something."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.is_global_zero:
+            time.sleep(12)

@@ -19,6 +19,7 @@ from litdiffusion.configuration.nodes import build
 from litdiffusion.configuration.resolvers import chosen_experiment
 from litdiffusion.configuration.targets import check_targets
 from litdiffusion.errors import UserError
+from litdiffusion.orphans import children_end_with_this
 from litdiffusion.redaction import SECRET_KEY, without_secrets
 from litdiffusion.reporting.curves import curves
 from litdiffusion.reporting.report import paragraph
@@ -31,7 +32,7 @@ from litdiffusion.training.callbacks import Interrupted, Monitor, SampleImages, 
 from litdiffusion.training.callbacks.attached import datamodule_of, find, images_seen
 from litdiffusion.training.callbacks.interruption import stopping_at_once
 from litdiffusion.training.checkpoint_io import WholeCheckpointIO
-from litdiffusion.training.cluster import cluster_environment, leave
+from litdiffusion.training.cluster import cluster_environment, leave, leave_in_peace
 from litdiffusion.training.loggers import close_loggers, describe_run, resume_loggers
 from litdiffusion.training.memory import keep_freed_memory
 from litdiffusion.training.module import LitDiffusion
@@ -120,7 +121,8 @@ def train(
         resume_loggers(trainer.loggers, resumption.step if resumption else 0)
         describe_run(trainer.loggers, config, overrides())
         checkpoint = resumption.checkpoint if resumption else None
-        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+        with children_end_with_this():
+            trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         with stopping_at_once(trainer):
             finish(trainer, module, run, config, started)
     except Interrupted as interrupted:
@@ -128,6 +130,7 @@ def train(
             log.warning("%s: the same command with run_dir=%s continues", interrupted, run.path)
         stopped_by = interrupted.signum
     finally:
+        leave_in_peace()
         close_loggers(trainer.loggers)
     return stopped_by
 

@@ -97,6 +97,8 @@ def command(
             raise KeyboardInterrupt
         if cfg.seed == 1003:
             raise UserError("seed: 1003 is unlucky;\n    take another")
+        if cfg.seed == 1004:
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
         print(cfg.run_dir, cfg.seed, cfg.schedule._target_.rpartition(".")[2], type(net).__name__)
 
     def run(*arguments: str) -> Outcome:

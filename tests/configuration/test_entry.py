@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import litdiffusion
-from litdiffusion.configuration import config_folder
+from litdiffusion.configuration import config_folder, entry
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -114,13 +114,20 @@ def test_interruption_is_quiet(command: Command) -> None:
     assert (code, err) == (130, "")
 
 
-def test_only_the_first_process_speaks(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert command("net.dim=abc")[::2] == (2, "")
-    assert command("schedule=liner")[::2] == (2, "")
+def test_the_first_process_speaks_and_the_others_when_they_have_had_time_to_be_ended(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(entry.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", "0")
-    assert command("net.dim=abc")[2] != ""
+    code, _, said = command("net.dim=abc")
+    assert (code, waited) == (2, [])
+    monkeypatch.setenv("RANK", "3")
+    assert command("net.dim=abc")[::2] == (2, said.replace("error:", "error (process 3):"))
+    assert waited == [entry.OTHERS_WAIT_SECONDS]
+    assert command("schedule=liner")[::2] == (2, "")  # they all have the same command line
+    assert command("seed=1004")[::2] == (2, "")  # the cause was lost elsewhere
+    assert waited == [entry.OTHERS_WAIT_SECONDS]
 
 
 def test_traceback_on_request(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

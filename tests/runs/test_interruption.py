@@ -5,12 +5,15 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from lightning import LightningModule, Trainer
 
 from commands import run
 from interrupted_runs import COMMAND, differences, finish, kill, rows, start, wait_for
+from litdiffusion.training.callbacks import StopCleanly, interruption
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +88,60 @@ def test_continued_for_longer(tmp_path: Path) -> None:
         for name in ("at once", "in two")
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Processes:
+    """A trainer of two processes as ``StopCleanly`` sees it: the other one says ``others``; a step takes 0.1 s."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.trainer = Mock(
+            spec=Trainer, world_size=2, accumulate_grad_batches=1, global_step=0, callbacks=[]
+        )
+        self.trainer.strategy = Mock(root_device=torch.device("cpu"), reduce=self._reduce)
+        self.others, self.meanwhile = (0.0, 0.0), lambda: None
+        self.agreed: list[int] = []
+        monkeypatch.setattr(interruption.time, "monotonic", lambda: 0.1 * self.trainer.global_step)
+
+    def _reduce(self, mine: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        assert reduce_op == "max"
+        self.agreed.append(self.trainer.global_step)
+        self.meanwhile()
+        return torch.maximum(mine, torch.tensor(self.others))
+
+    def step(self, stop: StopCleanly, times: int = 1) -> None:
+        for _ in range(times):
+            stop.on_train_batch_start(
+                self.trainer, Mock(spec=LightningModule), None, self.trainer.global_step
+            )
+            self.trainer.global_step += 1
+
+
+def test_a_signal_that_comes_in_while_the_processes_agree_counts_the_next_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stop, trainer = StopCleanly(), Processes(monkeypatch)
+    trainer.step(stop)
+    trainer.meanwhile = lambda: stop._note(signal.SIGTERM, None)
+    trainer.step(stop)
+    trainer.meanwhile = lambda: None
+    with pytest.raises(interruption.Interrupted, match="SIGTERM after step 8"):
+        trainer.step(stop, 20)
+
+
+def test_what_reached_another_process_stops_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, trainer = StopCleanly(), Processes(monkeypatch)
+    trainer.others = (float(signal.SIGUSR1), 0.0)
+    with pytest.raises(interruption.Interrupted, match="SIGUSR1 after step 0"):
+        trainer.step(stop)
+
+
+def test_processes_agree_at_every_step_where_one_of_them_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, trainer = StopCleanly(), Processes(monkeypatch)
+    trainer.step(stop, 25)
+    assert trainer.agreed == [0, 1, 8, 16, 24]
+    trainer.others = (0.0, 2.0)
+    trainer.step(stop, 10)
+    assert trainer.agreed == [0, 1, 8, 16, 24, 32, 33, 34]
+    trainer.others = (0.0, 0.0)
+    trainer.step(stop, 10)
+    assert trainer.agreed[8:] == [35, 40]

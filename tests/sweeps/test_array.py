@@ -37,8 +37,12 @@ class Handle:
     """A job of submitit's that is done when it is looked at for the third time."""
 
     def __init__(self, folder: Path, job_id: str, returned: JobReturn | Exception, said: str = "") -> None:
-        self.job_id, self.paths = job_id, SimpleNamespace(submitted_pickle=folder / f"{job_id}.pkl")
+        self.job_id, self.paths = (
+            job_id,
+            SimpleNamespace(folder=folder, submitted_pickle=folder / f"{job_id}_submitted.pkl"),
+        )
         self.paths.submitted_pickle.touch()
+        (folder / f"{job_id}_0_result.pkl").touch()
         self._returned, self._said, self._looks = returned, said, 0
 
     def done(self) -> bool:
@@ -65,6 +69,14 @@ def jobs(tmp_path: Path) -> list[Job]:
     return [
         Job(n, (f"seed={n}",), tmp_path / str(n), tmp_path / str(n) / "summary.json", ()) for n in (0, 2, 5)
     ]
+
+
+def play_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    """Put a ``squeue`` before the real one, if there is one, that answers by a line of shell."""
+    squeue = folder / "squeue"
+    squeue.write_text(f"#!/bin/sh\n{answer}\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
 
 class Array:
@@ -121,11 +133,8 @@ def test_what_is_still_queued_is_waited_for_and_not_handed_in_again(
     handles = {n: Handle(tmp_path, f"7_{n}", returned(JobStatus.COMPLETED)) for n in range(3)}
     Array(monkeypatch, list(handles.values())).run(tmp_path, jobs)
 
-    # Of these, Slurm has the second one only, and the sweep asks for something else in the third one's folder.
-    squeue = tmp_path / "squeue"
-    squeue.write_text("#!/bin/sh\ncase $* in *=7_[12]*) echo PENDING;; *) exit 1;; esac\n")
-    squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    # Of these, Slurm has two; the sweep asks for something else in the folder of one of them.
+    play_squeue(tmp_path, monkeypatch, "printf '7_1\\n7_2\\n'")
 
     def slurm_job(folder: str, job_id: str, tasks: range) -> Handle:
         assert (folder, list(tasks)) == (str(tmp_path / "%j"), [0])
@@ -146,6 +155,77 @@ def test_what_is_still_queued_is_waited_for_and_not_handed_in_again(
     }
 
 
+def test_a_job_not_asked_for_meanwhile_is_waited_for_when_it_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
+) -> None:
+    import submitit
+
+    handles = [Handle(tmp_path, f"7_{n}", returned(JobStatus.COMPLETED)) for n in range(2)]
+    Array(monkeypatch, handles).run(tmp_path, jobs[:2])
+    play_squeue(tmp_path, monkeypatch, "echo 7_1")
+    monkeypatch.setattr(
+        submitit,
+        "SlurmJob",
+        lambda folder, number, tasks: Handle(tmp_path, number, returned(JobStatus.COMPLETED)),
+    )
+    Array(monkeypatch, [Handle(tmp_path, "8_0", returned(JobStatus.COMPLETED))]).run(tmp_path, jobs[2:])
+    array = Array(monkeypatch, [])
+    array.run(tmp_path, jobs[1:2])
+    assert array.handed_in == []
+    assert array.outcomes == {2: Outcome("finished")}
+
+
+def test_a_job_that_leaves_the_queue_without_a_result_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
+) -> None:
+    """As after scancel or kill -9, where the cluster keeps no accounts that submitit could ask."""
+    lost = Handle(tmp_path, "7_1", returned(JobStatus.COMPLETED), "error: of its last words\n")
+    fine = Handle(tmp_path, "7_0", returned(JobStatus.COMPLETED))
+    fine.done, lost.done = lambda: True, lambda: False
+    monkeypatch.setattr(slurm, "QUEUE_SECONDS", -1.0)
+    asked = tmp_path / "asked"
+    answer = f"echo >> {asked}; case $(wc -l < {asked}) in 1|3) echo 7_1;; 5) exit 1;; esac"
+    play_squeue(tmp_path, monkeypatch, answer)
+    array = Array(monkeypatch, [fine, lost])
+    array.run(tmp_path, jobs[:2])
+    assert array.outcomes == {0: Outcome("finished"), 2: Outcome("failed", "of its last words")}
+    assert (
+        len(asked.read_text().splitlines()) == 6
+    )  # missing for the second time, or Slurm would not say, but: 4, 6
+
+
+def test_nothing_is_done_while_slurm_does_not_say_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
+) -> None:
+    handles = [Handle(tmp_path, f"7_{n}", returned(JobStatus.COMPLETED)) for n in range(3)]
+    Array(monkeypatch, handles).run(tmp_path, jobs)
+    commands = [Handle(tmp_path, f"7_{n}", RuntimeError()).paths.submitted_pickle for n in range(3)]
+    play_squeue(tmp_path, monkeypatch, "echo slurm_load_jobs error: Unable to contact >&2; exit 1")
+    array = Array(monkeypatch, [])
+    with pytest.raises(
+        UserError, match=r"squeue does not say .*\(slurm_load_jobs error: Unable to contact\)"
+    ):
+        array.run(tmp_path, jobs)
+    assert array.handed_in == []
+    assert all(path.exists() for path in commands)
+
+
+@pytest.mark.parametrize(
+    "written", ['{"0": ["../../elsewhere", []]}', '{"0": ["7_0/../8", ["seed=0"]]}', "[1]", '{"0": 1}', "{"]
+)
+def test_what_is_noted_may_come_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: list[Job], written: str
+) -> None:
+    import submitit
+
+    (tmp_path / "handed_in.json").write_text(written)
+    play_squeue(tmp_path, monkeypatch, "echo 7_0")
+    monkeypatch.setattr(submitit, "SlurmJob", lambda *arguments: pytest.fail(str(arguments)))
+    array = Array(monkeypatch, [Handle(tmp_path, "9_0", returned(JobStatus.COMPLETED))])
+    array.run(tmp_path, jobs[:1])
+    assert array.outcomes == {0: Outcome("finished")}
+
+
 def test_the_command_of_a_job_that_is_about_to_leave_the_queue_goes_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
 ) -> None:
@@ -155,10 +235,8 @@ def test_the_command_of_a_job_that_is_about_to_leave_the_queue_goes_too(
     Array(monkeypatch, handles).run(tmp_path, jobs)
 
     # The first job is finished, so that nobody asks for it; Slurm lists it once more, as COMPLETING.
-    squeue, looked = tmp_path / "squeue", tmp_path / "looked"
-    squeue.write_text(f"#!/bin/sh\ncase $* in *=7_0*) mkdir {looked} && echo COMPLETING;; *) exit 1;; esac\n")
-    squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    looked = tmp_path / "looked"
+    play_squeue(tmp_path, monkeypatch, f"mkdir {looked} 2> /dev/null && echo 7_0 || true")
     monkeypatch.setattr(
         submitit, "SlurmJob", lambda folder, job_id, tasks: Handle(tmp_path, job_id, RuntimeError())
     )

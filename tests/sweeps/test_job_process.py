@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from litdiffusion.configuration.messages import PROCESS_LOST
 from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.machine import Share
 from litdiffusion.sweeps.process import Outcome, RunningJob, reason
@@ -36,6 +37,9 @@ TRACEBACK = """
         (1, TRACEBACK.format(""), "ValueError: second"),
         (1, TRACEBACK.format("[rank1]: "), "ValueError: second"),
         (2, TRACEBACK.format("") + "error: seed: too small\n", "seed: too small"),
+        (2, f"error (process 3): its rows\nerror: {PROCESS_LOST} (...)\n", "its rows"),
+        (2, TRACEBACK.format("") + f"error: {PROCESS_LOST} (...)\n", "ValueError: second"),
+        (2, f"error: {PROCESS_LOST} (...)\n", f"{PROCESS_LOST} (...)"),
         (-9, "", "killed by SIGKILL, as the system does when memory runs out"),
         (-9, TRACEBACK.format("[rank1]: "), "killed by SIGKILL; before that: ValueError: second"),
         (-11, "\n", "killed by SIGSEGV"),

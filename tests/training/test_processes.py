@@ -65,6 +65,25 @@ def test_two_processes_lose_one_and_are_repeated(tmp_path: Path) -> None:
     assert differences(tmp_path / "whole", run_dir) == []
 
 
+def test_none_is_left_behind_when_the_first_is_killed_while_they_start(tmp_path: Path) -> None:
+    process = start(tmp_path, *SHORT)
+    children = ["pgrep", "--parent", str(process.pid), "--full", "litdiffusion.train"]
+    wait_for(lambda: subprocess.run(children, capture_output=True).stdout, process)
+    process.kill()
+    process.communicate(timeout=60)  # until the last of them that could write there is gone
+
+
+@pytest.mark.slow
+def test_the_first_is_not_killed_because_the_other_has_left_before_it(tmp_path: Path) -> None:
+    """Lightning, which has started the other one, looks every five seconds, and answers an exit code with SIGKILL."""
+    process = start(tmp_path, *SHORT, "+callbacks.slow._target_=hold.SlowToLeave")
+    wait_for((tmp_path / "checkpoints" / "last.ckpt").exists, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "stopped by SIGTERM after step" in output
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_moves_to_another_number_of_processes(alone: Path, tmp_path: Path) -> None:

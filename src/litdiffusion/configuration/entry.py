@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from argparse import Namespace
@@ -25,7 +26,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 import litdiffusion
-from litdiffusion.configuration.messages import one_line, user_error
+from litdiffusion.configuration.messages import PROCESS_LOST, one_line, user_error
 from litdiffusion.configuration.overrides import CommandLine, find_fault
 from litdiffusion.configuration.resolvers import is_sweep
 from litdiffusion.configuration.slurm import task_rank
@@ -36,6 +37,8 @@ from litdiffusion.redaction import REDACTED_LOG, redact_tracebacks, redacted
 from litdiffusion.releases import check_releases
 
 USER_ERROR, INTERRUPTED = 2, 130
+OTHERS_WAIT_SECONDS = 5.0
+"""How long all but the first process of a run keep to themselves what stops them."""
 
 
 def entry_point(
@@ -67,7 +70,8 @@ def entry_point(
                 # Lightning answers an interruption by tidying up and leaving with 1.
                 sys.exit(INTERRUPTED if isinstance(leaving.__context__, KeyboardInterrupt) else leaving.code)
             except UserError as error:
-                complain(one_line(error), wants_traceback)
+                if process_rank() == 0:  # the command line is the same for all
+                    complain(one_line(error), wants_traceback)
                 sys.exit(USER_ERROR)
             if job.failed:
                 sys.exit(USER_ERROR)
@@ -227,11 +231,20 @@ def _deleted(error: Exception) -> str | None:
 
 
 def complain(line: str, with_traceback: bool = False) -> None:
-    """Print one line on stderr, from the first process alone; after the traceback of the error being handled."""
-    if process_rank() == 0:
-        if with_traceback:
-            print(redacted(traceback.format_exc()), file=sys.stderr)
-        print(f"error: {redacted(line)}", file=sys.stderr, flush=True)
+    """Print one line on stderr, after the traceback of the error being handled.
+
+    Several processes mostly stumble over the same, and the first says it for all. The others wait meanwhile: who has
+    started them ends them when the first one leaves. What is theirs alone, they say themselves.
+    """
+    rank = process_rank()
+    if rank > 0:
+        if line.startswith(PROCESS_LOST):
+            return
+        time.sleep(OTHERS_WAIT_SECONDS)
+    if with_traceback:
+        print(redacted(traceback.format_exc()), file=sys.stderr)
+    who = f" (process {rank})" if rank else ""
+    print(f"error{who}: {redacted(line)}", file=sys.stderr, flush=True)
 
 
 def process_rank() -> int:

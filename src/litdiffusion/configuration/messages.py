@@ -16,6 +16,9 @@ from litdiffusion.configuration.nearest import suggestion
 from litdiffusion.errors import UserError
 from litdiffusion.files import WriteError
 
+PROCESS_LOST = "another process of this run was lost"
+"""How the line begins that says no more than this: the cause is for another process to say."""
+
 _WAYS_OUT = {
     errno.ENOSPC: "free space",
     errno.EDQUOT: "free space, or have the quota raised",
@@ -66,7 +69,7 @@ def user_error(error: BaseException) -> str | None:
             )
         if isinstance(cause, RuntimeError) and (lost := _LOST_CONNECTION.search(_flat(str(cause)))):
             return (
-                f"another process of this run was lost ({lost[1].lower()}); if it had something to say, that is"
+                f"{PROCESS_LOST} ({lost[1].lower()}); if it had something to say, that is"
                 " above. The same command continues"
             )
         cause = cause.__cause__

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import Any, Protocol, runtime_checkable
 
+from litdiffusion.configuration.messages import PROCESS_LOST
 from litdiffusion.redaction import redacted
 from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.machine import Share, bind
@@ -19,6 +20,8 @@ from litdiffusion.sweeps.machine import Share, bind
 TAIL_CHARACTERS = 2**16
 GRACE_SECONDS = 5.0
 """For what a job leaves behind (a logger's process that sends its last lines), and for its last words."""
+
+_ERROR = re.compile(r"error(?: \(process \d+\))?: ")
 
 FINISHED, SKIPPED, FAILED, STOPPED, WAITING = "finished", "skipped-finished", "failed", "stopped", "waiting"
 
@@ -137,10 +140,12 @@ def reason(code: int, output: str) -> str:
     """Say in one line why a process has ended with ``code``, from the last of what it said.
 
     That is its last line ``error: ...``, or else what its last traceback ends with; a signal is named in any case.
+    That another process of the run was lost is the reason only where that one has left no other.
     """
     lines = [re.sub(r"\A\[rank\d+\]: ", "", line.rstrip()) for line in re.split(r"[\r\n]+", output)]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    said = errors[-1] if errors else _raised(lines)
+    errors = [line[match.end() :] for line in lines if (match := _ERROR.match(line))]
+    causes = [text for text in errors if not text.startswith(PROCESS_LOST)]
+    said = causes[-1] if causes else _raised(lines) or (errors[-1] if errors else "")
     if code < 0 or code > 128:
         name, ended = _signal_name(-code if code < 0 else code - 128), "killed" if code < 0 else "stopped"
         hint = ", as the system does when memory runs out" if name == "SIGKILL" and not said else ""

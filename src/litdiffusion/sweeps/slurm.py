@@ -6,9 +6,11 @@ repeated while some of them are still queued, or run, waits for those instead of
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 
 from litdiffusion.configuration.messages import one_line
+from litdiffusion.errors import UserError
 from litdiffusion.files import write_text
 from litdiffusion.redaction import redacted, redacted_override
 from litdiffusion.sweeps.jobs import Job
@@ -25,6 +28,11 @@ from litdiffusion.sweeps.process import FAILED, FINISHED, Outcome, reason
 
 HANDED_IN = "handed_in.json"
 LOOK_SECONDS = 2.0
+QUEUE_SECONDS = 30.0
+
+_NUMBER = re.compile(r"\d+(_\d+)?")
+_Noted = tuple[Any, list[str]]
+"""Submitit's handle of a job, and its overrides as they are shown."""
 
 
 def run_array(
@@ -58,17 +66,39 @@ def run_array(
         _note_handed_in(folder, waiting, leaving)
     for job in missing:
         begun(job)
+    queue = _Queue()
     while waiting:
         for job, handle in list(waiting.items()):
-            if handle.done():
+            done = handle.done()
+            if done or queue.has_lost(handle.job_id):
                 del waiting[job]
-                ended(job, _outcome(handle))
+                ended(job, _outcome(handle) if done else _without_result(handle))
                 _forget_command(handle)
         if waiting:
             time.sleep(LOOK_SECONDS)
-    for handle in leaving.values():
-        if not _is_queued(handle.job_id):
+    listed = _listed() if leaving else frozenset()
+    for handle, _ in leaving.values():
+        if handle.job_id not in listed:
             _forget_command(handle)
+
+
+class _Queue:
+    """What Slurm lists, asked now and then.
+
+    A job that was killed leaves no result, and only a cluster with accounting says so to submitit.
+    """
+
+    def __init__(self) -> None:
+        self._listed: list[frozenset[str]] = []
+        self._asked = time.monotonic()
+
+    def has_lost(self, number: str) -> bool:
+        """Whether a job was missing twice in a row: it has left, and its result would be there by now."""
+        if time.monotonic() - self._asked > QUEUE_SECONDS:
+            self._asked = time.monotonic()
+            with suppress(UserError):  # the next time, then
+                self._listed = [*self._listed[-1:], _listed()]
+        return len(self._listed) == 2 and not any(number in listed for listed in self._listed)
 
 
 def _hand_in(executor: Any, task: Callable[..., JobReturn], sweep: str, jobs: Sequence[Job]) -> list[Any]:
@@ -83,44 +113,52 @@ def _hand_in(executor: Any, task: Callable[..., JobReturn], sweep: str, jobs: Se
             os.environ[SWEEP] = before
 
 
-def _note_handed_in(folder: Path, waiting: Mapping[Job, Any], leaving: Mapping[str, Any]) -> None:
-    noted = {name: [handle.job_id, []] for name, handle in leaving.items()}
+def _note_handed_in(folder: Path, waiting: Mapping[Job, Any], leaving: Mapping[str, _Noted]) -> None:
+    noted = {name: [handle.job_id, shown] for name, (handle, shown) in leaving.items()}
     noted |= {str(job.folder): [handle.job_id, _shown(job)] for job, handle in waiting.items()}
     write_text(folder / HANDED_IN, json.dumps(noted, indent=2) + "\n")
 
 
 def _with_the_cluster(
     folder: Path, parameters: Mapping[str, Any], jobs: Sequence[Job]
-) -> tuple[dict[Job, Any], dict[str, Any]]:
+) -> tuple[dict[Job, Any], dict[str, _Noted]]:
     """Return submitit's handles of what an earlier command has handed in and the queue still lists.
 
     Returns:
-        those of the jobs asked for, and by folder those of the others: finished and about to leave, or asked for
-        no longer.
+        those of the jobs asked for, and by folder what is noted of the others: finished and about to leave, or not
+        asked for by this command.
+
+    Raises:
+        UserError: Slurm does not say what it has.
     """
     import submitit
 
     try:
         noted: dict[str, Any] = json.loads((folder / HANDED_IN).read_text(encoding="utf-8"))
-        handed_in = {name: (str(number), shown) for name, (number, shown) in noted.items()}
+        handed_in = {name: (str(number), [*map(str, shown)]) for name, (number, shown) in noted.items()}
     except (OSError, ValueError, TypeError, AttributeError):  # none, or not ours
         return {}, {}
     asked = {(str(job.folder), *_shown(job)): job for job in jobs}
     waiting, leaving = {}, {}
+    listed = _listed()
     for name, (number, shown) in handed_in.items():
+        if not _NUMBER.fullmatch(number):  # it becomes part of a path
+            continue
         handle: Any = submitit.SlurmJob(parameters["submitit_folder"], number, _tasks(parameters))
-        if not _is_queued(number):
+        if number not in listed:
             _forget_command(handle)
         elif job := asked.get((name, *shown)):
             waiting[job] = handle
         else:
-            leaving[name] = handle
+            leaving[name] = handle, shown
     return waiting, leaving
 
 
 def _forget_command(handle: Any) -> None:
-    """Remove what a job was called with, as it was typed: it was needed for as long as it might be requeued."""
+    """Remove what holds the job's command as it was typed: it was needed for as long as it might be requeued."""
     handle.paths.submitted_pickle.unlink(missing_ok=True)
+    for result in handle.paths.folder.glob(f"{handle.job_id}_*_result.pkl"):
+        result.unlink(missing_ok=True)
 
 
 def _shown(job: Job) -> list[str]:
@@ -131,14 +169,22 @@ def _tasks(parameters: Mapping[str, Any]) -> range:
     return range((parameters.get("nodes") or 1) * (parameters.get("tasks_per_node") or 1))
 
 
-def _is_queued(number: str) -> bool:
-    """Whether Slurm has a job still before it, or at work."""
-    squeue = ["squeue", "--noheader", "--array", f"--jobs={number}", "--format=%T"]
+def _listed() -> frozenset[str]:
+    """Return the numbers of this user's jobs that Slurm has still before it, or at work.
+
+    Raises:
+        UserError: it does not say.
+    """
+    squeue = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
     try:
-        listed = subprocess.run(squeue, capture_output=True, text=True)
-    except FileNotFoundError:
-        return False
-    return listed.returncode == 0 and bool(listed.stdout.strip())
+        answer = subprocess.run(squeue, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = one_line(error) if isinstance(error, OSError) else " ".join(error.stderr.split())
+        raise UserError(
+            f"hydra/launcher=slurm: squeue does not say which jobs are queued ({said});"
+            " repeat the command when it does"
+        ) from error
+    return frozenset(answer.stdout.split())
 
 
 def _executor(cluster: str, parameters: Mapping[str, Any]) -> Any:
@@ -168,8 +214,13 @@ def _arguments(job: Job) -> tuple[Any, ...]:
 def _outcome(handle: Any) -> Outcome:
     try:
         returned: JobReturn = handle.results()[0]
-    except Exception:  # killed, or cut off: what it last said is in its log
-        return Outcome(FAILED, redacted(reason(1, handle.stderr() or "")))
+    except Exception:  # killed, or cut off
+        return _without_result(handle)
     if returned.status == JobStatus.FAILED:
         return Outcome(FAILED, redacted(one_line(returned._return_value)))
     return Outcome(FINISHED)
+
+
+def _without_result(handle: Any) -> Outcome:
+    """What a job last said is in its log."""
+    return Outcome(FAILED, redacted(reason(1, handle.stderr() or "")))

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from typing import NoReturn
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -32,6 +33,17 @@ def cluster_environment() -> ClusterEnvironment | None:
         return SlurmTasks()
     # One task of a job may start processes of its own. Lightning would wait for srun to do it.
     return LightningEnvironment() if "SLURM_NTASKS" in os.environ else None
+
+
+def leave_in_peace() -> None:
+    """Have Lightning watch the processes no longer that it has started from this one: the run is over.
+
+    As soon as it sees that one has left with an exit code, as after a signal, it kills all of them, this one first
+    of all, even while this one still closes its loggers.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._child_processes = []  # type: ignore[attr-defined]
 
 
 def leave(signum: int) -> NoReturn:

@@ -4,7 +4,9 @@ What comes between two steps, a validation or sampling, may take longer than the
 stops in the middle of it, and goes on from its last checkpoint: to be killed would mean not to be requeued.
 """
 
+import math
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -17,9 +19,13 @@ from lightning.pytorch.callbacks import Callback
 from litdiffusion.processes import STOP_SIGNALS
 from litdiffusion.training.callbacks.attached import find
 from litdiffusion.training.callbacks.checkpoints import SaveCheckpoints
+from litdiffusion.training.cluster import leave_in_peace
 
 AGREE_EVERY = 8
 """Steps between two looks at what has reached the other processes, where there are any: looking waits for them."""
+
+SLOW_SECONDS = 1.0
+"""Where a step of any of them takes longer, they look at each: waiting is cheap then, and the time limit near."""
 
 
 class Interrupted(BaseException):
@@ -49,6 +55,8 @@ class StopCleanly(Callback):
             raise ValueError(f"grace_seconds={grace_seconds}: must be above 0")
         self.grace_seconds = grace_seconds
         self.received: int | None = None
+        self._agree_every = 1
+        self._agreed_at: tuple[int, float] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have our handlers installed in place of Lightning's, which leave without a word and without saving.
@@ -76,16 +84,17 @@ class StopCleanly(Callback):
         Raises:
             Interrupted: after saving, if a signal has come in.
         """
-        alone = trainer.world_size == 1
-        if batch_idx % trainer.accumulate_grad_batches or (trainer.global_step % AGREE_EVERY and not alone):
+        if batch_idx % trainer.accumulate_grad_batches:
             return
-        self._agree(trainer)
-        if self.received is None:
+        if trainer.world_size > 1 and trainer.global_step % self._agree_every:
+            return
+        signum = self._agree(trainer)
+        if signum is None:
             return
         signal.setitimer(signal.ITIMER_REAL, 0)
         if saving := find(trainer, SaveCheckpoints):
             saving.save(trainer)
-        raise Interrupted(self.received, trainer.global_step)
+        raise Interrupted(signum, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the last step there is one more chance to agree."""
@@ -95,6 +104,7 @@ class StopCleanly(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Whatever ends the training, nothing interrupts how it leaves."""
         signal.setitimer(signal.ITIMER_REAL, 0)
+        leave_in_peace()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop after the last step as after any other: by now it is saved.
@@ -106,11 +116,28 @@ class StopCleanly(Callback):
         if stage == "fit" and self.received is not None:
             raise Interrupted(self.received, trainer.global_step)
 
-    def _agree(self, trainer: Trainer) -> None:
-        """A signal that has reached one process counts for all: they must stop after the same step."""
-        if trainer.world_size > 1:
-            mine = torch.tensor(float(self.received or 0), device=trainer.strategy.root_device)
-            self.received = int(trainer.strategy.reduce(mine, reduce_op="max")) or None
+    def _agree(self, trainer: Trainer) -> int | None:
+        """Return the signal on which all processes stop here, after the same step: one has received it.
+
+        What comes in while they agree is not forgotten: it counts the next time.
+        """
+        if trainer.world_size == 1:
+            return self.received
+        mine = [float(self.received or 0), self._seconds_per_step(trainer.global_step)]
+        agreed, slowest = trainer.strategy.reduce(
+            torch.tensor(mine, device=trainer.strategy.root_device), reduce_op="max"
+        ).tolist()
+        self._agree_every = 1 if slowest > SLOW_SECONDS else AGREE_EVERY
+        self.received = int(agreed) or self.received
+        return int(agreed) or None
+
+    def _seconds_per_step(self, step: int) -> float:
+        """Return the time since the last agreement by the steps since then; infinity, where there are none."""
+        now = time.monotonic()
+        before, self._agreed_at = self._agreed_at, (step, now)
+        if before is None or step == before[0]:
+            return math.inf
+        return (now - before[1]) / (step - before[0])
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.received is None:
