@@ -19,22 +19,23 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 HELD, NEVER = 25, 1000
 
 
-def test_a_sweep_is_killed_and_repeated_and_one_job_preempted(slurm: Slurm, tmp_path: Path) -> None:
-    peaceful, sweep, output = tmp_path / "peaceful", tmp_path / "sweep", tmp_path / "output"
-    finish(peaceful)
-    command = [
+def typed(sweep: Path) -> list[str]:
+    """A sweep of two jobs, of which the first waits for a signal in its middle."""
+    return [
         *(sys.executable, "-m", "litdiffusion.train", "-m", *COMMAND),
         *("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", f"hydra.sweep.dir={sweep}"),
         *("+callbacks.hold._target_=hold.Hold", f"+callbacks.hold.step={HELD},{NEVER}"),
     ]
 
-    def start() -> subprocess.Popen[str]:
-        with output.open("w") as file:
-            return subprocess.Popen(
-                command, env=slurm.environment, cwd=TESTS.parent, stdout=file, stderr=file, text=True
-            )
 
-    started = start()
+def begin(slurm: Slurm, sweep: Path, output: Path) -> subprocess.Popen[str]:
+    with output.open("w") as file:
+        return subprocess.Popen(
+            typed(sweep), env=slurm.environment, cwd=TESTS.parent, stdout=file, stderr=file, text=True
+        )
+
+
+def wait_for_the_middle(sweep: Path, started: subprocess.Popen[str], output: Path) -> None:
     table = sweep / "0" / "metrics.csv"
     wait_until(
         lambda: (
@@ -43,14 +44,31 @@ def test_a_sweep_is_killed_and_repeated_and_one_job_preempted(slurm: Slurm, tmp_
         f"step {HELD} of the first job",
     )
     assert started.poll() is None, output.read_text()
+
+
+def array_in_the_queue(slurm: Slurm) -> str:
+    [array] = {line.partition("_")[0] for line in slurm.run("squeue", "--noheader", "--format=%i").split()}
+    return array
+
+
+def table(sweep: Path) -> list[dict[str, str]]:
+    with (sweep / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_sweep_is_killed_and_repeated_and_one_job_preempted(slurm: Slurm, tmp_path: Path) -> None:
+    peaceful, sweep, output = tmp_path / "peaceful", tmp_path / "sweep", tmp_path / "output"
+    finish(peaceful)
+    started = begin(slurm, sweep, output)
+    wait_for_the_middle(sweep, started, output)
     started.kill()
     started.wait()
-    started = start()
+    started = begin(slurm, sweep, output)
     wait_until(
         lambda: "jobs are with the cluster already: 0" in output.read_text() or started.poll() is not None,
         "the repeated sweep",
     )
-    [array] = {line.partition("_")[0] for line in slurm.run("squeue", "--noheader", "--format=%i").split()}
+    array = array_in_the_queue(slurm)
     slurm.run("scancel", "--signal=USR2", f"{array}_0")  # what submitit asks for before the time limit
     assert started.wait(PATIENCE_SECONDS) == 0, output.read_text()
 
@@ -58,8 +76,18 @@ def test_a_sweep_is_killed_and_repeated_and_one_job_preempted(slurm: Slurm, tmp_
     assert f"stopped by SIGUSR2 after step {HELD + 1}" in said
     assert f"Continuing from step {HELD + 1}" in said
     assert slurm.describe(f"{array}_0")["Restarts"] == "1"
-    assert not list((sweep / ".submitit").rglob("*_submitted.pkl"))  # as it was typed
+    assert not list((sweep / ".submitit").rglob("*.pkl"))  # as it was typed
     for number in ("0", "1"):
         assert differences(peaceful, sweep / number) == []
-    with (sweep / "sweep.csv").open() as file:
-        assert [row["status"] for row in csv.DictReader(file)] == ["finished", "finished"]
+    assert [row["status"] for row in table(sweep)] == ["finished", "finished"]
+
+
+def test_a_job_that_is_killed_is_listed_as_failed(slurm: Slurm, tmp_path: Path) -> None:
+    """This Slurm keeps no accounts, so that only the queue says that a job is gone."""
+    sweep, output = tmp_path / "sweep", tmp_path / "output"
+    started = begin(slurm, sweep, output)
+    wait_for_the_middle(sweep, started, output)
+    slurm.run("scancel", "--signal=KILL", f"{array_in_the_queue(slurm)}_0")
+    assert started.wait(PATIENCE_SECONDS) == 2, output.read_text()
+    assert [row["status"] for row in table(sweep)] == ["failed", "finished"]
+    assert not list((sweep / ".submitit").rglob("*.pkl"))
