@@ -51,7 +51,10 @@ JobRequeue=1
 SlurmdParameters=config_overrides
 GresTypes=gpu
 {nodes}
-PartitionName=all Nodes=ALL Default=YES State=UP MaxTime=INFINITE OverSubscribe=FORCE:8
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES State=UP MaxTime=INFINITE OverSubscribe=FORCE:8 PriorityTier=1
+PartitionName=urgent Nodes=ALL State=UP MaxTime=INFINITE OverSubscribe=EXCLUSIVE PriorityTier=2 PreemptMode=OFF
 """
 # More CPUs and GPUs than there may be: the batch files ask for them, and the jobs are small.
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 Gres=gpu:4 State=UNKNOWN"
@@ -121,6 +124,12 @@ class Slurm:
     def set_time_limit(self, job: str, minutes: int) -> None:
         """Change the limit of a job, be it running or waiting."""
         self.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+
+    def preempt(self, grace_seconds: int) -> None:
+        """Submit a short job that needs both nodes at once, with ``grace_seconds`` for others to leave."""
+        self.run("scontrol", "update", "PartitionName=all", f"GraceTime={grace_seconds}")
+        urgent = ("--partition=urgent", f"--nodes={len(NODES)}", "--output=/dev/null", "--wrap=sleep 1")
+        self.run("sbatch", *urgent)
 
     def has_ended(self, job: str) -> bool:
         """Whether a job has ended, well or badly."""

@@ -57,6 +57,30 @@ def test_requeued(slurm: Slurm, peaceful: Path, tmp_path: Path) -> None:
     assert_one_whole_wandb_run(run_dir)
 
 
+@pytest.mark.parametrize("grace_seconds", [0, 60])
+def test_preempted(slurm: Slurm, peaceful: Path, tmp_path: Path, grace_seconds: int) -> None:
+    """Without grace, Slurm requeues the job itself; one that leaves within its grace has failed, as Slurm sees it."""
+    run_dir, output = tmp_path / "run", tmp_path / "output"
+    job = slurm.submit("one_node.sbatch", [*COMMAND, *HOLD, f"run_dir={run_dir}"], output)
+    wait_until_held(slurm, job, run_dir)
+    slurm.preempt(grace_seconds)
+    assert slurm.wait_for_end(job, output)["Restarts"] == "1"
+    assert f"Continuing from step {HELD + 1}" in output.read_text()
+    assert differences(peaceful, run_dir) == []
+
+
+def test_a_cancelled_job_is_not_requeued(slurm: Slurm, tmp_path: Path) -> None:
+    run_dir, output = tmp_path / "run", tmp_path / "output"
+    job = slurm.submit("one_node.sbatch", [*COMMAND, *HOLD, f"run_dir={run_dir}"], output)
+    wait_until_held(slurm, job, run_dir)
+    slurm.run("scancel", job)
+    wait_until(
+        lambda: f"stopped by SIGTERM after step {HELD + 1}" in output.read_text(), "the end of the run"
+    )
+    time.sleep(5)
+    assert (slurm.describe(job)["JobState"], slurm.describe(job)["Restarts"]) == ("CANCELLED", "0")
+
+
 @pytest.mark.slow  # Slurm looks at its clock twice a minute
 def test_out_of_time(slurm: Slurm, peaceful: Path, tmp_path: Path) -> None:
     run_dir, output = tmp_path / "run", tmp_path / "output"

@@ -1,7 +1,9 @@
 """Who has started the processes of a run, and how each of them leaves when the run was asked to stop."""
 
 import os
+import re
 import signal
+import subprocess
 import sys
 import threading
 from typing import NoReturn
@@ -12,6 +14,9 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from litdiffusion.configuration.slurm import num_tasks
+
+SLURM_SECONDS = 10.0
+"""For an answer of Slurm's, while a job is asked to leave."""
 
 
 class SlurmTasks(SLURMEnvironment):
@@ -51,9 +56,28 @@ def leave(signum: int) -> NoReturn:
 
     submitit installs a handler that requeues the job and leaves; it runs now, when there is something to continue.
     Everybody else, ``scripts/slurm`` among them, reads 128 + the signal from the exit code, as a shell does.
+
+    Slurm sends SIGTERM to a job that makes room for another. One that leaves by itself within its partition's
+    ``GraceTime`` counts as failed: it has to be requeued as one that is out of time.
     """
-    requeue = signal.getsignal(signum)
-    if signum in (signal.SIGUSR1, signal.SIGUSR2) and callable(requeue):
-        requeue(signum, None)
-        sys.exit(0)  # the first task requeues; the others must not look like a failure meanwhile
+    if signum == signal.SIGTERM and _is_preempted():
+        signum = signal.SIGUSR1
+    if signum in (signal.SIGUSR1, signal.SIGUSR2):
+        for announced in (signal.SIGUSR1, signal.SIGUSR2):
+            requeue = signal.getsignal(announced)
+            if callable(requeue):
+                requeue(announced, None)
+                sys.exit(0)  # the first task requeues; the others must not look like a failure meanwhile
     sys.exit(128 + signum)
+
+
+def _is_preempted() -> bool:
+    """Whether Slurm has asked this job to make room; a job that somebody cancels is asked in the same way."""
+    show = ["scontrol", "show", "job", os.environ.get("SLURM_JOB_ID", "")]
+    if not show[-1]:
+        return False
+    try:
+        answer = subprocess.run(show, capture_output=True, text=True, timeout=SLURM_SECONDS).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return re.search(r"\bPreemptTime=\d", answer) is not None
