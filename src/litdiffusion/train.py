@@ -5,6 +5,7 @@ import litdiffusion.preflight  # noqa: F401  # isort: skip
 import logging
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from litdiffusion.runs.provenance import provenance
 from litdiffusion.runs.resume import Resumption, check_same_data, find_resumption, set_damaged_aside
 from litdiffusion.training.callbacks import Interrupted, Monitor, SampleImages, SaveCheckpoints
 from litdiffusion.training.callbacks.attached import datamodule_of, find, images_seen
-from litdiffusion.training.callbacks.interruption import stopping_at_once
+from litdiffusion.training.callbacks.interruption import ending_at_once, stopping_at_once
 from litdiffusion.training.checkpoint_io import WholeCheckpointIO
 from litdiffusion.training.cluster import cluster_environment, leave, leave_in_peace
 from litdiffusion.training.loggers import close_loggers, describe_run, resume_loggers
@@ -121,7 +122,7 @@ def train(
         resume_loggers(trainer.loggers, resumption.step if resumption else 0)
         describe_run(trainer.loggers, config, overrides())
         checkpoint = resumption.checkpoint if resumption else None
-        with children_end_with_this():
+        with children_end_with_this(), ending_at_once() if trainer.world_size > 1 else nullcontext():
             trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         with stopping_at_once(trainer):
             finish(trainer, module, run, config, started)

@@ -18,6 +18,8 @@ from litdiffusion.configuration import resolvers
 from litdiffusion.errors import UserError
 from litdiffusion.processes import STOP_SIGNALS
 from litdiffusion.runs.metrics import MetricsTable, read_rows
+from litdiffusion.training.loggers import close_loggers, describe_run
+from litdiffusion.training.wandb_files import told
 from litdiffusion.training.wandb_logger import wandb_logger
 from offline_wandb import offline_history, offline_records
 
@@ -57,11 +59,11 @@ def test_wandb_falls_to_offline_and_keeps_its_run(tmp_path: Path, caplog: pytest
     assert [row["images_seen"] for row in by_key["train/loss"]] == [32, 64, 96]
     for key in ("samples/grid", "samples/noised_strip", "samples/denoising"):
         assert by_key[key], key
-    told = re.findall(
+    named = re.findall(
         r"`((?:train|val|samples)/\w+)`", README[README.index("| question |") :].partition("\n\n")[0]
     )
-    assert len(told) > 8
-    assert set(told) <= by_key.keys()
+    assert len(named) > 8
+    assert set(named) <= by_key.keys()
     updates = {
         item.key
         for file in files
@@ -92,7 +94,6 @@ def test_a_wandb_run_is_grouped_by_its_sweep_and_tagged_by_its_experiment(
 
 @pytest.mark.usefixtures("no_account")
 def test_what_a_killed_run_had_told_wandb_is_not_told_again(tmp_path: Path) -> None:
-    """But for the last step, of which W&B may not have heard all."""
     run_dir, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
     often = ("logger=wandb", "callbacks.monitor.every_n_steps=2", "callbacks.sample_images.every_n_steps=2")
     train_tiny(run_dir, *often)
@@ -102,10 +103,10 @@ def test_what_a_killed_run_had_told_wandb_is_not_told_again(tmp_path: Path) -> N
     (run_dir / "checkpoints" / "previous.ckpt").unlink(missing_ok=True)
     train_tiny(run_dir, *often, "trainer.max_steps=8")
     deadline = time.monotonic() + 20
-    while len(rows := offline_history(run_dir)) < 17 and time.monotonic() < deadline:
+    while len(rows := offline_history(run_dir)) < 15 and time.monotonic() < deadline:
         time.sleep(0.2)
     losses = [row["images_seen"] for row in rows if "train/loss" in row]
-    assert losses == [32, 64, 96, 128, 128]
+    assert losses == [32, 64, 96, 128]
     assert [float(row["step"]) for row in read_rows(run_dir / "metrics.csv") if "train/loss" in row] == [
         2,
         4,
@@ -113,7 +114,56 @@ def test_what_a_killed_run_had_told_wandb_is_not_told_again(tmp_path: Path) -> N
         8,
     ]
     grids = [row["images_seen"] for row in rows if "samples/grid" in row]
-    assert grids == [32, 64, 96, 128, 128]
+    assert grids == [32, 64, 96, 128]
+
+
+@pytest.fixture(scope="module")
+def long_wandb_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of 400 rows, which fill several blocks."""
+    folder = tmp_path_factory.mktemp("long")
+    logger = wandb_logger(str(folder), mode="offline")
+    describe_run([logger], {"seed": 3})
+    for step in range(400):
+        logger.log_metrics({"x": step, f"{'y' * 100}{step % 3}": step}, step=step)
+    close_loggers([logger])
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 20
+    while len(offline_history(folder)) < 400:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return file
+
+
+def test_what_wandb_was_told_is_read_from_its_file_however_it_ends(
+    long_wandb_file: Path, tmp_path: Path
+) -> None:
+    run_id = long_wandb_file.stem.removeprefix("run-")
+    folder = long_wandb_file.parents[1]
+    whole = told(folder, run_id)
+    assert list(whole) == list(range(400))
+    assert all({"x", f"{'y' * 100}{step % 3}"} <= keys for step, keys in whole.items())
+    assert told(folder, "another") == {}
+    data = long_wandb_file.read_bytes()
+    assert len(data) > 2 * 2**15
+    cut = tmp_path / "offline-run-1" / long_wandb_file.name
+    cut.parent.mkdir()
+    for length in [*range(0, len(data), 997), *range(2**15 - 20, 2**15 + 20)]:
+        cut.write_bytes(data[:length])
+        steps = list(told(tmp_path, run_id))
+        assert steps == list(range(len(steps)))
+        cut.write_bytes(data[:length] + bytes(5000))  # as a machine leaves it that loses its power
+        assert set(told(tmp_path, run_id)) in ({*steps}, {*steps, len(steps)})
+    cut.write_bytes(os.urandom(100_000))
+    assert told(tmp_path, run_id) == {}
+
+
+def test_online_the_last_that_was_told_is_told_again(long_wandb_file: Path) -> None:
+    logger = wandb_logger(str(long_wandb_file.parents[2]), mode="offline")
+    logger.recall()
+    assert max(logger._told) == 399
+    logger._offline = False
+    logger.recall()
+    assert max(logger._told) == 398
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,8 @@ class MetricsTable:
     def __init__(self, path: Path, up_to_step: int | None = None) -> None:
         self.path = path
         self.columns: list[str] = []
-        self.found_step = 0  # the last one in the file, dropped or not
         if path.exists():
             rows = read_rows(path)
-            self.found_step = int(max((row["step"] for row in rows), default=0))
             kept = [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
             self.columns = list(dict.fromkeys(name for row in kept for name in row))
             self._rewrite(kept)

@@ -41,10 +41,9 @@ class CSVLogger(Logger):
         """The run folder holds the configuration already."""
 
     @rank_zero_only
-    def resume_at(self, step: int) -> int:
-        """Drop what lies beyond ``step``: the resumed run will log it again. Return the last step there was."""
+    def resume_at(self, step: int) -> None:
+        """Drop what lies beyond ``step``: the resumed run will log it again."""
         self._table = MetricsTable(self._path, up_to_step=step)
-        return self._table.found_step
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -59,7 +58,7 @@ def log_image(logger: Logger, key: str, image: Image, step: int, images_seen: in
     if isinstance(logger, LastingWandbLogger):
         import wandb
 
-        logger.log_media(lambda: {key: wandb.Image(image)}, step, images_seen)
+        logger.log_media(key, lambda: wandb.Image(image), step, images_seen)
     elif isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(key, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
@@ -69,7 +68,7 @@ def log_gif(logger: Logger, key: str, path: Path, step: int, images_seen: int) -
     if isinstance(logger, LastingWandbLogger):
         import wandb
 
-        logger.log_media(lambda: {key: wandb.Video(str(path), format="gif")}, step, images_seen)
+        logger.log_media(key, lambda: wandb.Video(str(path), format="gif"), step, images_seen)
 
 
 def describe_run(loggers: list[Logger], config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
@@ -89,11 +88,11 @@ def describe_run(loggers: list[Logger], config: dict[str, Any], overrides: Seque
 
 def resume_loggers(loggers: list[Logger], step: int) -> None:
     """Tell the loggers where the run continues, before they are described: what they were told beyond is repeated."""
-    found = [logger.resume_at(step) for logger in loggers if isinstance(logger, CSVLogger)]
-    logged = max((last or step for last in found), default=step)  # None on other processes than the first
     for logger in loggers:
-        if isinstance(logger, LastingWandbLogger):
-            logger.resume_at(logged)
+        if isinstance(logger, CSVLogger):
+            logger.resume_at(step)
+        elif isinstance(logger, LastingWandbLogger):
+            logger.recall()
         elif isinstance(logger, TensorBoardLogger) and step > 0:
             logger._kwargs["purge_step"] = step + 1
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from litdiffusion.errors import UserError
 from litdiffusion.files import write_text
 from litdiffusion.processes import STOP_SIGNALS
+from litdiffusion.training.wandb_files import STEP, told
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class LastingWandbLogger(WandbLogger):
     def __init__(self, folder: Path, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._folder = folder
-        self._known_before = 0
+        self._told: dict[int, set[str]] = {}
         self._wandb_init.pop("anonymous", None)  # W&B warns of it, even where it is not set
         self._config: dict[str, Any] = {}
         self._given_up = False
@@ -55,27 +56,30 @@ class LastingWandbLogger(WandbLogger):
             raise UserError(f"logger.wandb: {error}; logger.wandb.mode=offline needs neither") from error
 
     @rank_zero_only
-    def resume_at(self, last_step: int) -> None:
-        """Leave out what the run has been told before it was killed, which is what a resumed training repeats.
+    def recall(self) -> None:
+        """Leave out what the run has been told before it was stopped: a resumed training repeats some of it.
 
-        What belongs to ``last_step``, the last one logged, may have been lost, and is told again.
+        Online, the last of it may not have arrived, and is told again.
         """
-        self._known_before = last_step if (self._folder / "run_id").exists() else 0
+        if (self._folder / "run_id").exists():
+            self._told = told(self._folder, _run_id(self._folder))
+        if self._told and not self._offline:
+            del self._told[max(self._told)]
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Add a row of numbers."""
-        if step is not None and step < self._known_before:
+        if step is not None and metrics.keys() <= self._told.get(step, set()):
             return
         self._insist(lambda: super(LastingWandbLogger, self).log_metrics(metrics, step))
 
     @rank_zero_only
-    def log_media(self, make: Callable[[], dict[str, Any]], step: int, images_seen: int) -> None:
-        """Add a row of pictures, which ``make`` makes anew for a run opened anew."""
-        if step < self._known_before:
+    def log_media(self, key: str, make: Callable[[], Any], step: int, images_seen: int) -> None:
+        """Add a picture, which ``make`` makes anew for a run opened anew."""
+        if key in self._told.get(step, set()):
             return
-        at = {"images_seen": images_seen, "trainer/global_step": step}
-        self._insist(lambda: self.experiment.log({**make(), **at}))
+        at = {"images_seen": images_seen, STEP: step}
+        self._insist(lambda: self.experiment.log({key: make(), **at}))
 
     @rank_zero_only
     def close(self) -> None:

@@ -162,6 +162,19 @@ class StopCleanly(Callback):
 
 
 @contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Leave a Ctrl-C to the kernel, as other signals are until ``StopCleanly`` listens.
+
+    Processes that wait for each other do so in C++, where Python's own handler would not be heard.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def stopping_at_once(trainer: Trainer) -> Iterator[None]:
     """Raise ``Interrupted`` on the spot where there is no step to finish: everything trained is saved."""
 

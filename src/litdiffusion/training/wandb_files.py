@@ -1,0 +1,68 @@
+"""What W&B's client has written down of a run: its own files, which it has no reader for.
+
+A file is a log in LevelDB's format (github.com/google/leveldb, doc/log_format.md): after a header of W&B's, records
+in blocks of 32 KiB, each a protobuf message, or a part of one where a block ends.
+"""
+
+import struct
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+BLOCK = 32 * 1024
+OF_FILE, OF_RECORD = 7, 7
+"""Bytes of the headers."""
+WHOLE, LAST = 1, 4
+"""Kinds of parts with which a record is complete."""
+
+STEP = "trainer/global_step"
+
+
+def told(folder: Path, run_id: str) -> dict[int, set[str]]:
+    """Return which numbers and pictures a run was told, by step: what its files hold, however they end.
+
+    Args:
+        folder: W&B's in the run folder.
+        run_id: the run's; each of its starts has a file.
+    """
+    found: defaultdict[int, set[str]] = defaultdict(set)
+    for file in sorted(folder.glob(f"*run-*/run-{run_id}.wandb")):
+        if file.is_file():
+            for row in _history(file.read_bytes()):
+                if (step := row.pop(STEP, "")).isdecimal():
+                    found[int(step)] |= row.keys()
+    return dict(found)
+
+
+def _history(data: bytes) -> Iterator[dict[str, str]]:
+    """The rows, each value as JSON, up to the end or to where a kill has cut the file."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto import wandb_internal_pb2
+
+    for record in _records(data):
+        message: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]  # made when it is imported
+        try:
+            message.ParseFromString(record)
+        except DecodeError:
+            return
+        if message.HasField("history"):
+            items = message.history.item
+            yield {(item.nested_key[0] if item.nested_key else item.key): item.value_json for item in items}
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    place, record = OF_FILE, b""
+    while place + OF_RECORD <= len(data):
+        if BLOCK - place % BLOCK < OF_RECORD:  # no header fits the rest of a block
+            place += BLOCK - place % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + OF_RECORD])
+        place += OF_RECORD
+        if place + length > len(data):
+            return
+        record += data[place : place + length]
+        place += length
+        if kind in (WHOLE, LAST):
+            yield record
+            record = b""
