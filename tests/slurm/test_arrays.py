@@ -93,13 +93,14 @@ def test_a_job_that_is_killed_is_listed_as_failed(slurm: Slurm, tmp_path: Path) 
     assert not list((sweep / ".submitit").rglob("*.pkl"))
 
 
-def test_a_job_that_is_preempted_goes_on(slurm: Slurm, tmp_path: Path) -> None:
-    """With time to leave: then it is not Slurm that requeues it."""
+@pytest.mark.parametrize("grace_seconds", [0, 60])
+def test_a_job_that_is_preempted_goes_on(slurm: Slurm, tmp_path: Path, grace_seconds: int) -> None:
+    """With time to leave, it is not Slurm that requeues it."""
     sweep, output = tmp_path / "sweep", tmp_path / "output"
     started = begin(slurm, sweep, output)
     wait_for_the_middle(sweep, started, output)
     array = array_in_the_queue(slurm)
-    slurm.preempt(grace_seconds=60)
+    slurm.preempt(grace_seconds)
     assert started.wait(PATIENCE_SECONDS) == 0, output.read_text()
     said = "".join(path.read_text() for path in (sweep / ".submitit").rglob("*_0_0_log.*"))
     assert f"stopped by SIGTERM after step {HELD + 1}" in said

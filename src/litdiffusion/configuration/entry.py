@@ -233,8 +233,9 @@ def _deleted(error: Exception) -> str | None:
 def complain(line: str, with_traceback: bool = False) -> None:
     """Print one line on stderr, after the traceback of the error being handled.
 
-    Several processes mostly stumble over the same, and the first says it for all. The others wait meanwhile: who has
-    started them ends them when the first one leaves. What is theirs alone, they say themselves.
+    Several processes mostly stumble over the same, and the first says it for all. The others wait meanwhile:
+    Lightning and torchrun end them when the first one leaves. What is theirs alone, they say themselves. (Under
+    srun, which waits for all, each says it.)
     """
     rank = process_rank()
     if rank > 0:

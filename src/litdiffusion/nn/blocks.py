@@ -49,15 +49,15 @@ class WeightStandardizedConv2d(nn.Conv2d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm (Wu & He, 1803.08494), computed in float32 where x has half precision, and returned as x came.
+    """Group norm (Wu & He, 1803.08494), on the CPU in float32 where x has half precision, and returned as x came.
 
-    Autocast has that in mind as well, but for GPUs only; on the CPU, torch's bfloat16 kernel takes twice as long
-    as its float32 one with both conversions.
+    There torch's bfloat16 kernel takes twice as long as its float32 one with both conversions. On GPUs autocast
+    computes it in float32 by itself.
     """
 
     def forward(self, x: Float[Tensor, "batch dim h w"]) -> Float[Tensor, "batch dim h w"]:
         """Normalize."""
-        if x.dtype not in (torch.bfloat16, torch.float16):
+        if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.float(), self.bias.float()

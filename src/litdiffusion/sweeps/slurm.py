@@ -55,7 +55,7 @@ def run_array(
         begun: called when a job is handed in.
         ended: called when a job has ended.
     """
-    waiting, leaving = _with_the_cluster(folder, parameters, jobs)
+    waiting, others = _with_the_cluster(folder, parameters, jobs)
     if waiting:
         numbers = ", ".join(f"{job.number} (Slurm's {handle.job_id})" for job, handle in waiting.items())
         print(f"{len(waiting)} of {len(jobs)} jobs are with the cluster already: {numbers}", flush=True)
@@ -63,7 +63,7 @@ def run_array(
     if missing:
         handles = _hand_in(_executor(cluster, parameters), task, folder.name, missing)
         waiting |= dict(zip(missing, handles, strict=True))
-        _note_handed_in(folder, waiting, leaving)
+        _note_handed_in(folder, waiting, others)
     for job in missing:
         begun(job)
     queue = _Queue()
@@ -76,10 +76,12 @@ def run_array(
                 _forget_command(handle)
         if waiting:
             time.sleep(LOOK_SECONDS)
-    listed = _listed() if leaving else frozenset()
-    for handle, _ in leaving.values():
-        if handle.job_id not in listed:
-            _forget_command(handle)
+    if others:
+        with suppress(UserError):  # a repeated command looks again
+            listed = _listed()
+            for handle, _ in others.values():
+                if handle.job_id not in listed:
+                    _forget_command(handle)
 
 
 class _Queue:
@@ -113,8 +115,8 @@ def _hand_in(executor: Any, task: Callable[..., JobReturn], sweep: str, jobs: Se
             os.environ[SWEEP] = before
 
 
-def _note_handed_in(folder: Path, waiting: Mapping[Job, Any], leaving: Mapping[str, _Noted]) -> None:
-    noted = {name: [handle.job_id, shown] for name, (handle, shown) in leaving.items()}
+def _note_handed_in(folder: Path, waiting: Mapping[Job, Any], others: Mapping[str, _Noted]) -> None:
+    noted = {name: [handle.job_id, shown] for name, (handle, shown) in others.items()}
     noted |= {str(job.folder): [handle.job_id, _shown(job)] for job, handle in waiting.items()}
     write_text(folder / HANDED_IN, json.dumps(noted, indent=2) + "\n")
 
@@ -139,8 +141,8 @@ def _with_the_cluster(
     except (OSError, ValueError, TypeError, AttributeError):  # none, or not ours
         return {}, {}
     asked = {(str(job.folder), *_shown(job)): job for job in jobs}
-    waiting, leaving = {}, {}
-    listed = _listed()
+    waiting, others = {}, {}
+    listed = _listed(tries=5)
     for name, (number, shown) in handed_in.items():
         if not _NUMBER.fullmatch(number):  # it becomes part of a path
             continue
@@ -150,8 +152,8 @@ def _with_the_cluster(
         elif job := asked.get((name, *shown)):
             waiting[job] = handle
         else:
-            leaving[name] = handle, shown
-    return waiting, leaving
+            others[name] = handle, shown
+    return waiting, others
 
 
 def _forget_command(handle: Any) -> None:
@@ -169,16 +171,20 @@ def _tasks(parameters: Mapping[str, Any]) -> range:
     return range((parameters.get("nodes") or 1) * (parameters.get("tasks_per_node") or 1))
 
 
-def _listed() -> frozenset[str]:
+def _listed(tries: int = 1) -> frozenset[str]:
     """Return the numbers of this user's jobs that Slurm has still before it, or at work.
 
     Raises:
         UserError: it does not say.
     """
-    squeue = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+    squeue = ["squeue", "--me", "--all", "--noheader", "--array", "--format=%i"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
-        answer = subprocess.run(squeue, capture_output=True, text=True, check=True)
+        answer = subprocess.run(squeue, env=environment, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
+        if tries > 1:
+            time.sleep(LOOK_SECONDS)
+            return _listed(tries - 1)
         said = one_line(error) if isinstance(error, OSError) else " ".join(error.stderr.split())
         raise UserError(
             f"hydra/launcher=slurm: squeue does not say which jobs are queued ({said});"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from typing import NoReturn
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -13,7 +14,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from litdiffusion.configuration.slurm import num_tasks
+from litdiffusion.configuration.slurm import num_tasks, task_rank
 
 SLURM_SECONDS = 10.0
 """For an answer of Slurm's, while a job is asked to leave."""
@@ -58,26 +59,32 @@ def leave(signum: int) -> NoReturn:
     Everybody else, ``scripts/slurm`` among them, reads 128 + the signal from the exit code, as a shell does.
 
     Slurm sends SIGTERM to a job that makes room for another. One that leaves by itself within its partition's
-    ``GraceTime`` counts as failed: it has to be requeued as one that is out of time.
+    ``GraceTime`` counts as failed: it has to be requeued as one that is out of time. The first task finds out; the
+    others leave with the lower of the two codes, since srun returns the highest.
     """
-    if signum == signal.SIGTERM and _is_preempted():
-        signum = signal.SIGUSR1
+    if signum == signal.SIGTERM and "SLURM_STEP_NUM_TASKS" in os.environ:
+        if task_rank() > 0:
+            sys.exit(128 + signal.SIGUSR1)
+        if _has_to_make_room():
+            signum = signal.SIGUSR1
     if signum in (signal.SIGUSR1, signal.SIGUSR2):
         for announced in (signal.SIGUSR1, signal.SIGUSR2):
             requeue = signal.getsignal(announced)
             if callable(requeue):
-                requeue(announced, None)
+                with suppress(subprocess.CalledProcessError):  # somebody else was faster
+                    requeue(announced, None)
                 sys.exit(0)  # the first task requeues; the others must not look like a failure meanwhile
     sys.exit(128 + signum)
 
 
-def _is_preempted() -> bool:
-    """Whether Slurm has asked this job to make room; a job that somebody cancels is asked in the same way."""
-    show = ["scontrol", "show", "job", os.environ.get("SLURM_JOB_ID", "")]
-    if not show[-1]:
-        return False
+def _has_to_make_room() -> bool:
+    """Whether Slurm is about to preempt this job: one that it has requeued, or somebody cancelled, runs no longer."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if "SLURM_ARRAY_TASK_ID" in os.environ:  # for one of its jobs, the number is that of the whole array
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    show = ["scontrol", "show", "job", job, "--oneliner"]
     try:
         answer = subprocess.run(show, capture_output=True, text=True, timeout=SLURM_SECONDS).stdout
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return re.search(r"\bPreemptTime=\d", answer) is not None
+    return "JobState=RUNNING" in answer and re.search(r"\bPreemptTime=\d", answer) is not None
