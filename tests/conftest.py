@@ -48,3 +48,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands in this process compute as on a machine without bfloat16, so that they can be compared to rounding."""
+    monkeypatch.setattr("litdiffusion.configuration.hardware.native_precision", lambda accelerator: "32-true")

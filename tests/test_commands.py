@@ -74,6 +74,7 @@ def test_run_folder(trained: Path) -> None:
     assert "API_KEY" not in json.dumps(provenance)
 
 
+@pytest.mark.usefixtures("in_float32")
 def test_sample_writes_what_load_model_draws(trained: Path, tmp_path: Path) -> None:
     ckpt = trained / "checkpoints" / "last.ckpt"
     overrides = [

@@ -119,6 +119,7 @@ def test_a_path_leads_from_one_image_to_another(edit, options, ckpt, pictures, t
     assert report.items() >= {"edit": edit, "image2": str(ends[1])}.items()
 
 
+@pytest.mark.usefixtures("in_float32")
 def test_classes_are_drawn_in_turn_or_as_named(ckpt, tmp_path):
     model = load_model(ckpt, device="cpu")
 
