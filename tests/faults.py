@@ -129,7 +129,10 @@ def strike(process: subprocess.Popen[str], blow: str, moments: random.Random) ->
         if "Traceback" in output:
             wrong.append(f"a traceback after {blow}")
         # One that has finished meanwhile ends with 0; one that was still starting had no handlers yet.
-        allowed = {0, 2, -signal.SIGKILL} if blow == KILL_ONE else leaving(signal.Signals[blow])
+        if blow == KILL_ONE:
+            allowed = {0, 2, -signal.SIGKILL}
+        else:
+            allowed = {0, 128 + signal.Signals[blow], -signal.Signals[blow]}
         if process.returncode not in allowed:
             wrong.append(f"exit code {process.returncode} after {blow}")
     except subprocess.TimeoutExpired:
@@ -142,10 +145,6 @@ def strike(process: subprocess.Popen[str], blow: str, moments: random.Random) ->
         wrong.append(f"left processes behind after {blow}")
         os.killpg(process.pid, signal.SIGKILL)
     return wrong
-
-
-def leaving(signum: signal.Signals) -> set[int]:
-    return {0, 128 + signum, -signum}
 
 
 def mistold(run_dir: Path) -> list[str]:

@@ -175,6 +175,28 @@ def test_a_job_not_asked_for_meanwhile_is_waited_for_when_it_is_asked_for_again(
     assert array.outcomes == {2: Outcome("finished")}
 
 
+def test_a_folders_older_job_is_waited_for_when_it_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
+) -> None:
+    """Of two commands for the same folder both jobs are kept in mind."""
+    import submitit
+
+    other = [replace(jobs[0], overrides=("seed=9",))]
+    play_squeue(tmp_path, monkeypatch, "printf '7_0\\n8_0\\n'")
+    monkeypatch.setattr(
+        submitit,
+        "SlurmJob",
+        lambda folder, number, tasks: Handle(tmp_path, number, returned(JobStatus.FAILED, UserError(number))),
+    )
+    for number, asked in (("7_0", jobs[:1]), ("8_0", other)):
+        Array(monkeypatch, [Handle(tmp_path, number, returned(JobStatus.COMPLETED))]).run(tmp_path, asked)
+    for number, asked in (("7_0", jobs[:1]), ("8_0", other)):
+        array = Array(monkeypatch, [])
+        array.run(tmp_path, asked)
+        assert array.handed_in == []
+        assert array.outcomes == {0: Outcome("failed", number)}
+
+
 def test_a_job_that_leaves_the_queue_without_a_result_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
 ) -> None:
@@ -211,7 +233,7 @@ def test_nothing_is_done_while_slurm_does_not_say_what_it_has(
 
 
 @pytest.mark.parametrize(
-    "written", ['{"0": ["../../elsewhere", []]}', '{"0": ["7_0/../8", ["seed=0"]]}', "[1]", '{"0": 1}', "{"]
+    "written", ['{"../../elsewhere": ["0", []]}', '{"7_0/../8": ["0", ["seed=0"]]}', "[1]", '{"7_0": 1}', "{"]
 )
 def test_what_is_noted_may_come_from_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: list[Job], written: str

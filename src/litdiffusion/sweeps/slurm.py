@@ -1,7 +1,7 @@
 """Jobs as a Slurm array, through submitit: hand them in, and wait for each.
 
-``handed_in.json`` in the sweep's folder says under which numbers they are in the cluster's hands. A sweep that is
-repeated while some of them are still queued, or run, waits for those instead of handing them in again.
+``handed_in.json`` in the sweep's folder says under which numbers what is in the cluster's hands. A sweep that is
+repeated while some of its jobs are still queued, or run, waits for those instead of handing them in again.
 """
 
 import json
@@ -31,8 +31,8 @@ LOOK_SECONDS = 2.0
 QUEUE_SECONDS = 30.0
 
 _NUMBER = re.compile(r"\d+(_\d+)?")
-_Noted = tuple[Any, list[str]]
-"""Submitit's handle of a job, and its overrides as they are shown."""
+_Noted = tuple[str, tuple[str, ...]]
+"""A job's folder, and its overrides as they are shown."""
 
 
 def run_array(
@@ -48,7 +48,7 @@ def run_array(
 
     Args:
         task: submitit's launcher, which runs on a node what Hydra has composed.
-        cluster: ``slurm``, or ``local`` for processes of this machine.
+        cluster: submitit's name of it: ``slurm``.
         parameters: of ``hydra.launcher``.
         folder: of the sweep; its name is the sweep's.
         jobs: what to run.
@@ -79,9 +79,8 @@ def run_array(
     if others:
         with suppress(UserError):  # a repeated command looks again
             listed = _listed()
-            for handle, _ in others.values():
-                if handle.job_id not in listed:
-                    _forget_command(handle)
+            for number in others.keys() - listed:
+                _forget_command(_handle(parameters, number))
 
 
 class _Queue:
@@ -116,8 +115,7 @@ def _hand_in(executor: Any, task: Callable[..., JobReturn], sweep: str, jobs: Se
 
 
 def _note_handed_in(folder: Path, waiting: Mapping[Job, Any], others: Mapping[str, _Noted]) -> None:
-    noted = {name: [handle.job_id, shown] for name, (handle, shown) in others.items()}
-    noted |= {str(job.folder): [handle.job_id, _shown(job)] for job, handle in waiting.items()}
+    noted = {**others, **{handle.job_id: _noted(job) for job, handle in waiting.items()}}
     write_text(folder / HANDED_IN, json.dumps(noted, indent=2) + "\n")
 
 
@@ -127,33 +125,38 @@ def _with_the_cluster(
     """Return submitit's handles of what an earlier command has handed in and the queue still lists.
 
     Returns:
-        those of the jobs asked for, and by folder what is noted of the others: finished and about to leave, or not
+        those of the jobs asked for, and by number what is noted of the others: finished and about to leave, or not
         asked for by this command.
 
     Raises:
         UserError: Slurm does not say what it has.
     """
-    import submitit
-
     try:
         noted: dict[str, Any] = json.loads((folder / HANDED_IN).read_text(encoding="utf-8"))
-        handed_in = {name: (str(number), [*map(str, shown)]) for name, (number, shown) in noted.items()}
+        handed_in = {number: (str(name), tuple(map(str, shown))) for number, (name, shown) in noted.items()}
     except (OSError, ValueError, TypeError, AttributeError):  # none, or not ours
         return {}, {}
-    asked = {(str(job.folder), *_shown(job)): job for job in jobs}
+    asked = dict(zip(map(_noted, jobs), jobs, strict=True))
     waiting, others = {}, {}
     listed = _listed(tries=5)
-    for name, (number, shown) in handed_in.items():
+    for number, of_job in handed_in.items():
         if not _NUMBER.fullmatch(number):  # it becomes part of a path
             continue
-        handle: Any = submitit.SlurmJob(parameters["submitit_folder"], number, _tasks(parameters))
         if number not in listed:
-            _forget_command(handle)
-        elif job := asked.get((name, *shown)):
-            waiting[job] = handle
+            _forget_command(_handle(parameters, number))
+        elif job := asked.get(of_job):
+            waiting[job] = _handle(parameters, number)
         else:
-            others[name] = handle, shown
+            others[number] = of_job
     return waiting, others
+
+
+def _handle(parameters: Mapping[str, Any], number: str) -> Any:
+    """Submitit's, of a job that an earlier command has handed in."""
+    import submitit
+
+    tasks = (parameters.get("nodes") or 1) * (parameters.get("tasks_per_node") or 1)
+    return submitit.SlurmJob(parameters["submitit_folder"], number, range(tasks))
 
 
 def _forget_command(handle: Any) -> None:
@@ -163,12 +166,8 @@ def _forget_command(handle: Any) -> None:
         result.unlink(missing_ok=True)
 
 
-def _shown(job: Job) -> list[str]:
-    return [redacted_override(text) for text in job.overrides]
-
-
-def _tasks(parameters: Mapping[str, Any]) -> range:
-    return range((parameters.get("nodes") or 1) * (parameters.get("tasks_per_node") or 1))
+def _noted(job: Job) -> _Noted:
+    return str(job.folder), tuple(redacted_override(text) for text in job.overrides)
 
 
 def _listed(tries: int = 1) -> frozenset[str]:

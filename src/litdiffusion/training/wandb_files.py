@@ -19,18 +19,21 @@ WHOLE, LAST = 1, 4
 STEP = "trainer/global_step"
 
 
-def told(folder: Path, run_id: str) -> dict[int, set[str]]:
+def told(folder: Path, run_id: str, but_for_seconds: float = 0.0) -> dict[int, set[str]]:
     """Return which numbers and pictures a run was told, by step: what its files hold, however they end.
 
     Args:
         folder: W&B's in the run folder.
         run_id: the run's; each of its starts has a file.
+        but_for_seconds: what each start was told in its last seconds is left out.
     """
     found: defaultdict[int, set[str]] = defaultdict(set)
     for file in sorted(folder.glob(f"*run-*/run-{run_id}.wandb")):
         if file.is_file():
-            for row in _history(file.read_bytes()):
-                if (step := row.pop(STEP, "")).isdecimal():
+            rows = list(_history(file.read_bytes()))
+            end = max(map(_time, rows), default=0.0) - but_for_seconds
+            for row in rows:
+                if (step := row.get(STEP, "")).isdecimal() and _time(row) <= end:
                     found[int(step)] |= row.keys()
     return dict(found)
 
@@ -49,6 +52,14 @@ def _history(data: bytes) -> Iterator[dict[str, str]]:
         if message.HasField("history"):
             items = message.history.item
             yield {(item.nested_key[0] if item.nested_key else item.key): item.value_json for item in items}
+
+
+def _time(row: dict[str, str]) -> float:
+    """When it was told, in seconds."""
+    try:
+        return float(row["_timestamp"])
+    except (KeyError, ValueError):
+        return 0.0
 
 
 def _records(data: bytes) -> Iterator[bytes]:

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 FLUSH_EVERY = 0.01
 """Seconds after which W&B's own process writes what it was told. What it has not written by then ends with it."""
 
+SEND_SECONDS = 30.0
+"""Within which it has sent what it has written; it sends every 15 seconds."""
+
 
 class LastingWandbLogger(WandbLogger):
     """Lightning's logger, which outlives the process that W&B writes with.
@@ -62,9 +65,8 @@ class LastingWandbLogger(WandbLogger):
         Online, the last of it may not have arrived, and is told again.
         """
         if (self._folder / "run_id").exists():
-            self._told = told(self._folder, _run_id(self._folder))
-        if self._told and not self._offline:
-            del self._told[max(self._told)]
+            on_its_way = 0.0 if self._offline else SEND_SECONDS
+            self._told = told(self._folder, _run_id(self._folder), but_for_seconds=on_its_way)
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
