@@ -54,6 +54,10 @@ def test_interpolation_that_leads_nowhere_is_not_its_own_remedy() -> None:
     assert str(caught.value) == "denoiser.net: Interpolation key 'net' not found"
 
 
+def test_all_held_out_images_may_be_asked_for() -> None:
+    check_config(OmegaConf.create({"ckpt": "a", "num_images": 10**13, "data": None}))
+
+
 def test_keys_may_be_absent() -> None:
     validate(OmegaConf.create({}))
     validate(OmegaConf.create({"ckpt": "a", "num_images": 3, "sampler": None, "data": None}))
@@ -107,6 +111,15 @@ def test_keys_may_be_absent() -> None:
         ({"trainer__devices": 0}, ["trainer.devices=0"]),
         ({"trainer__devices": "many"}, ["trainer.devices='many'", "auto"]),
         ({"datamodule__batch_size": 0}, ["datamodule.batch_size=0"]),
+        (
+            {"datamodule__batch_size": 10**12},
+            [f"datamodule.batch_size={10**12}", "2,920,628 GiB", "use fewer"],
+        ),
+        ({"batch_size": 10**10}, [f"batch_size={10**10}", "GiB"]),
+        ({"num_images": 10**13}, [f"num_images={10**13}", "GiB"]),
+        ({"optimizer__lr": float("nan")}, ["optimizer.lr=nan: must be a finite number"]),
+        ({"optimizer__lr": float("inf")}, ["optimizer.lr=inf: must be a finite number"]),
+        ({"trainer__accelerator": "tpu"}, ["trainer.accelerator=tpu", "trainer=cpu"]),
         ({"datamodule__batch_size": "big"}, ["datamodule.batch_size=big"]),
         ({"trainer__precision": "16-mixed"}, ["trainer.precision=16-mixed", "GPU"]),
         ({"trainer__precision": 16}, ["trainer.precision=16", "GPU"]),

@@ -15,7 +15,7 @@ from interrupted_runs import COMMAND, differences, finish, rows, start, wait_for
 TWO = ["trainer=ddp_cpu"]
 TO_ROUNDING = ["net.dropout=0", "trainer.precision=32-true"]
 """Dropout is drawn by each process for itself: it alone is not the same on two. Bfloat16 rounds too early."""
-SHORT = [*TWO, "trainer.max_steps=30"]
+SHORT = [*TWO, *TO_ROUNDING, "trainer.max_steps=30"]
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -43,16 +43,21 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_two_processes_of_8_follow_one_of_16(alone: Path, tmp_path: Path) -> None:
-    output = finish(tmp_path, *TO_ROUNDING, "trainer.max_steps=30", *TWO)
-    assert output.count("Training 30 steps") == 1  # and one of them speaks
-    assert_close(alone, tmp_path, 1e-4)
-    summary = json.loads((tmp_path / "summary.json").read_text())
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "together"
+    output = finish(run_dir, *SHORT)
+    assert output.count("Training 30 steps") == 1  # one of them speaks
+    return run_dir
+
+
+def test_two_processes_of_8_follow_one_of_16(alone: Path, together: Path) -> None:
+    assert_close(alone, together, 1e-4)
+    summary = json.loads((together / "summary.json").read_text())
     assert summary["images_seen"] == 30 * 16
 
 
-def test_two_processes_lose_one_and_are_repeated(tmp_path: Path) -> None:
-    finish(tmp_path / "whole", *SHORT)
+def test_two_processes_lose_one_and_are_repeated(together: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = start(run_dir, *SHORT)
     wait_for((run_dir / "checkpoints" / "previous.ckpt").exists, process)
@@ -63,7 +68,7 @@ def test_two_processes_lose_one_and_are_repeated(tmp_path: Path) -> None:
     assert "error: another process of this run was lost" in output
     assert "Traceback" not in output
     assert "Continuing from step" in finish(run_dir, *SHORT)
-    assert differences(tmp_path / "whole", run_dir) == []
+    assert differences(together, run_dir) == []
 
 
 def test_none_is_left_behind_when_the_first_is_killed_while_they_start(tmp_path: Path) -> None:

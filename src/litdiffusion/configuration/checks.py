@@ -1,5 +1,6 @@
 """Combinations that cannot work, found in the configuration alone: before data is read or anything is built."""
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -8,7 +9,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from litdiffusion.configuration.choices import check_choices, check_words
-from litdiffusion.configuration.hardware import num_devices, resolve_hardware
+from litdiffusion.configuration.hardware import machine_memory, num_devices, resolve_hardware
 from litdiffusion.configuration.messages import needs_value, one_line
 from litdiffusion.configuration.nearest import dotted_keys, suggestion
 from litdiffusion.configuration.nodes import arguments_of, check_nodes, locate
@@ -19,6 +20,8 @@ from litdiffusion.errors import UserError
 
 MAX_SEED = 2**63 - 1
 """What torch's generators and every file format take."""
+FLOAT_BYTES = 4
+"""Of a pixel as it is trained on, and drawn."""
 
 
 def validate(cfg: DictConfig, supplied: Mapping[str, Collection[str]] | None = None) -> None:
@@ -81,7 +84,9 @@ def check_config(cfg: DictConfig) -> None:
     _check_variance(cfg)
     _check_length(cfg)
     _check_fsdp(cfg)
+    _check_optimizer(cfg)
     _check_batch(cfg)
+    _check_memory(cfg)
 
 
 def _check_net(cfg: DictConfig) -> None:
@@ -230,6 +235,13 @@ def _check_length(cfg: DictConfig) -> None:
         )
 
 
+def _check_optimizer(cfg: DictConfig) -> None:
+    """What torch's optimizers accept, and what then ends a training at its first steps."""
+    lr = arguments_of(cfg, "optimizer").get("lr")
+    if isinstance(lr, int | float) and not 0 <= lr < math.inf:
+        raise UserError(f"optimizer.lr={lr}: must be a finite number, at least 0")
+
+
 def _check_batch(cfg: DictConfig) -> None:
     _check_whole(cfg, "datamodule.batch_size", 1)
     batch_size = OmegaConf.select(cfg, "datamodule.batch_size")
@@ -246,6 +258,24 @@ def _check_batch(cfg: DictConfig) -> None:
             f"datamodule.batch_size={batch_size}: the global batch must divide among {processes} processes "
             f"(trainer.devices x trainer.num_nodes); use datamodule.batch_size={rounded}"
         )
+
+
+def _check_memory(cfg: DictConfig) -> None:
+    """A process that asks for far more memory than there is would be ended without a word."""
+    data = arguments_of(cfg, "data")
+    shape = [data.get("channels"), *_sides(data.get("image_size"))]
+    image_bytes = FLOAT_BYTES * math.prod(size for size in shape if _is_whole(size))
+    memory = machine_memory() * (OmegaConf.select(cfg, "trainer.num_nodes") or 1)
+    keys = ["datamodule.batch_size", "batch_size", "callbacks.sample_images.num_images"]
+    if "sampler" in cfg:  # what draws images returns them all; "evaluate" has them batch by batch
+        keys.append("num_images")
+    for key in keys:
+        number = OmegaConf.select(cfg, key)
+        if _is_whole(number) and number * image_bytes > memory:
+            raise UserError(
+                f"{key}={number}: the images alone would take {number * image_bytes / 2**30:,.0f} GiB of memory, of"
+                f" which there are {memory / 2**30:,.0f}; use fewer"
+            )
 
 
 def _check_whole(cfg: DictConfig, key: str, least: int, most: int | None = None) -> None:

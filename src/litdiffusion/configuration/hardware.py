@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ def resolve_hardware(cfg: DictConfig) -> None:
         raise UserError(f"trainer.accelerator={accelerator}: this machine has no CUDA GPU; use trainer=cpu")
     if accelerator == "mps" and not torch.backends.mps.is_available():
         raise UserError("trainer.accelerator=mps: this machine has no Apple GPU; use trainer=cpu")
+    if accelerator == "tpu" and find_spec("torch_xla") is None:
+        raise UserError("trainer.accelerator=tpu: this machine has no TPU; use trainer=cpu")
 
     precision = str(trainer.get("precision", "32-true"))
     if precision not in PRECISIONS:
@@ -70,6 +73,11 @@ def resolve_hardware(cfg: DictConfig) -> None:
             f"trainer.precision={precision}: float16 needs a GPU; on a processor use trainer.precision=auto"
         )
     num_devices(trainer.get("devices", "auto"), accelerator)
+
+
+def machine_memory() -> int:
+    """Return how much memory this machine has, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def num_devices(devices: Any, accelerator: str) -> int:

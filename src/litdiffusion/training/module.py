@@ -183,9 +183,12 @@ class LitDiffusion(LightningModule):
         """
         try:
             optimizer = self.optimizer_factory(self.denoiser.net.parameters())
+        except ValueError as error:
+            raise UserError(f"optimizer: {error}") from error
+        try:
             scheduler = self.lr_scheduler_factory(optimizer)
         except ValueError as error:
-            raise UserError(f"optimizer or lr_scheduler: {error}") from error
+            raise UserError(f"lr_scheduler: {error}") from error
         # Lightning takes every fused optimizer for one that unscales float16 gradients itself, and refuses to clip
         # for it, under bfloat16 as well, where nothing is scaled.
         if getattr(optimizer, "_step_supports_amp_scaling", False):
