@@ -196,7 +196,14 @@ REFUSED = {
     "a float for steps": (["trainer.max_steps=1e3"], ["error: trainer.max_steps: 1000.0"]),
     "a number for a switch": (["schedule=linear", "rescale_betas=3"], ["error: rescale_betas: 3"]),
     "a sampler's range": (["sampler.eta=2"], ["error: sampler: eta=2"]),
-    "a sampler's number that is none": (["debug=tiny", "sampler.eta=nan"], ["error: sampler: eta=nan"]),
+    "a sampler's number that is none": (
+        ["debug=tiny", "sampler.eta=nan"],
+        ["error: sampler.eta=nan: must be"],
+    ),
+    "a sampler's range, which callbacks take too": (
+        ["debug=tiny", "sampler.eta=2"],
+        ["error: sampler: eta=2"],
+    ),
     "an optimizer's range": (["debug=tiny", "optimizer.betas=[0.9,1.5]"], ["error: optimizer: ", "1.5"]),
     "a learning-rate schedule's range": (
         ["debug=tiny", "lr_scheduler.final_factor=2"],

@@ -55,6 +55,19 @@ def shown(images: torch.Tensor) -> np.ndarray:
     return to_uint8(images).permute(0, 2, 3, 1).numpy()
 
 
+def test_weights_that_are_no_numbers_draw_no_pictures(ckpt, tmp_path):
+    checkpoint = torch.load(ckpt, weights_only=True)
+    for name, value in checkpoint["state_dict"].items():
+        if value.is_floating_point():
+            checkpoint["state_dict"][name] = torch.full_like(value, torch.nan)
+    torch.save(checkpoint, tmp_path / "nan.ckpt")
+    typed = type_command("sample", f"ckpt={tmp_path / 'nan.ckpt'}", f"out={tmp_path / 'out'}", *FEW)
+    assert typed.code == 2
+    assert "nan.ckpt: its images came out infinite or NaN" in typed.err
+    assert "Traceback" not in typed.err
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_part_of_an_image_is_drawn_anew(ckpt, pictures, tmp_path):
     image, mask = pictures / "cat.png", pictures / "mask.png"
     drawn, report = sampled(ckpt, tmp_path, "edit=inpaint", f"image={image}", f"mask={mask}", "repeats=2")

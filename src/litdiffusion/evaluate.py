@@ -41,11 +41,11 @@ def main(cfg: DictConfig) -> None:
     check_bits(cfg)
     device = torch_device(cfg.device)
     keep_freed_memory()
-    model = load_model(absolute(cfg.ckpt), cfg.weights, device)
+    model = load_model(absolute(cfg.ckpt, "ckpt"), cfg.weights, device)
     denoiser = model.denoiser
     variance = bits_variance(cfg.bits_per_dim_variance, denoiser)
     source = data_source(cfg, model)
-    out = writable_folder("out", absolute(cfg.out))
+    out = writable_folder("out", absolute(cfg.out, "out"))
 
     started = time.perf_counter()
     held_out = HeldOut(source, denoiser, cfg.num_images, cfg.batch_size)
@@ -58,7 +58,7 @@ def main(cfg: DictConfig) -> None:
         }
     report = {
         **metrics,
-        "ckpt": absolute(cfg.ckpt),
+        "ckpt": absolute(cfg.ckpt, "ckpt"),
         "step": model.step,
         "weights": model.weights,
         "data": source.name,

@@ -48,18 +48,23 @@ def main(cfg: DictConfig) -> None:
     guidance = guidance_options(cfg)
     device = torch_device(cfg.device)
     keep_freed_memory()
-    model = load_model(absolute(cfg.ckpt), cfg.weights, device)
+    model = load_model(absolute(cfg.ckpt, "ckpt"), cfg.weights, device)
     sampler: Sampler = build(cfg.sampler, "sampler") if cfg.get("sampler") else model.default_sampler
     given = read_pictures(cfg, model)
     edit: Edit | None = build(cfg.edit, "edit", **given) if cfg.edit else None
     times = frame_times(model, sampler, edit)
     model.check(sampler, **guidance)
-    out = writable_folder("out", absolute(cfg.out))
+    out = writable_folder("out", absolute(cfg.out, "out"))
 
     started = time.perf_counter()
     with together(device), native_autocast(device) as precision:
         images, frames = draw(model, sampler, cfg, times, edit=edit, **guidance)
     seconds = time.perf_counter() - started
+    if not images.isfinite().all():
+        raise UserError(
+            f"ckpt={cfg.ckpt}: its images came out infinite or NaN, as from weights that are; use an earlier"
+            " checkpoint, or the other weights (ema, raw)"
+        )
     if process_rank() > 0:
         return
 
@@ -68,7 +73,7 @@ def main(cfg: DictConfig) -> None:
     with whole_file(out / "samples.npz") as temporary:
         np.savez_compressed(temporary, images=to_uint8(images).permute(0, 2, 3, 1).numpy())
     report = {
-        "ckpt": absolute(cfg.ckpt),
+        "ckpt": absolute(cfg.ckpt, "ckpt"),
         "step": model.step,
         "weights": model.weights,
         "sampler": type(sampler).__name__,
@@ -176,7 +181,7 @@ def read_pictures(cfg: DictConfig, model: TrainedModel) -> dict[str, Tensor]:
     """
     named = {key: plain(cfg[key]) for key in PICTURES if cfg[key] is not None}
     paths = {
-        key: [Path(absolute(each)) for each in (value if isinstance(value, list) else [value])]
+        key: [Path(absolute(each, key)) for each in (value if isinstance(value, list) else [value])]
         for key, value in named.items()
     }
     return read_given(paths, model.denoiser.image_shape)

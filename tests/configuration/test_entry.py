@@ -31,6 +31,14 @@ def test_default_run_folder_is_named_after_the_experiment(command: Command) -> N
     assert command()[1].startswith("logs/default/")
 
 
+def test_overrides_may_stand_on_both_sides_of_an_option(command: Command) -> None:
+    code, out, err = command(
+        "experiment=small", IN_THIS_PROCESS, "-m", "seed=1,2", "run_dir=${hydra:job.num}"
+    )
+    assert (code, err) == (0, "")
+    assert [line.split()[1] for line in out.splitlines() if line.endswith("UNet")] == ["1", "2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

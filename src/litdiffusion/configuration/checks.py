@@ -66,6 +66,8 @@ def check_config(cfg: DictConfig) -> None:
     if is_sweep():
         hydra_cfg = HydraConfig.get()
         check_sweep(hydra_cfg.overrides.task, hydra_cfg.sweeper.get("params") or ())
+    for key in _no_numbers(cfg):
+        raise UserError(f"{key}=nan: must be a number")
     for key, least, most in (
         *(("seed", 0, MAX_SEED), ("num_images", 1, None)),
         *(("batch_size", 1, None), ("frames", 2, None)),
@@ -288,6 +290,17 @@ def _check_whole(cfg: DictConfig, key: str, least: int, most: int | None = None)
 
 def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _no_numbers(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
+    """The keys of what is "not a number": no comparison with a bound finds it. Copies are passed over."""
+    for name in range(len(cfg)) if isinstance(cfg, ListConfig) else list(cfg):
+        if not OmegaConf.is_interpolation(cfg, name) and not OmegaConf.is_missing(cfg, name):
+            value = cfg[name]
+            if OmegaConf.is_config(value):
+                yield from _no_numbers(value, f"{prefix}{name}.")
+            elif isinstance(value, float) and math.isnan(value):
+                yield f"{prefix}{name}"
 
 
 def _missing(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:

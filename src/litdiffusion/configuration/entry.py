@@ -190,17 +190,27 @@ def _explained(error: Exception, command: CommandLine) -> str | None:
 def _parse_command_line() -> Namespace:
     """Parse as Hydra will; argparse's complaints become one line.
 
+    Overrides may stand on both sides of an option (``a=1 -m b=1,2``). Hydra's own parser gives up there, and finds
+    the options first.
+
     Raises:
         UserError: an option that does not exist.
     """
     with redirect_stderr(StringIO()) as complaint:
         try:
-            return get_args_parser().parse_args()
+            arguments = get_args_parser().parse_intermixed_args()
         except SystemExit as leaving:
             if not leaving.code:
                 raise
-    text = complaint.getvalue().strip().splitlines()[-1].partition("error: ")[2]
-    raise UserError(f"{text}; overrides are written key=value, without dashes; --help lists the options")
+            text = complaint.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+            raise UserError(
+                f"{text}; overrides are written key=value, without dashes; --help lists the options"
+            ) from None
+    options = list(sys.argv[1:])
+    for override in arguments.overrides:
+        options.remove(override)
+    sys.argv[1:] = [*arguments.overrides, *options]
+    return arguments
 
 
 def _options(arguments: Namespace) -> list[str]:

@@ -181,14 +181,16 @@ def _unwritable(key: str, folder: Path, error: OSError) -> UserError:
     return UserError(f"{key}={folder} cannot be written ({error.strerror}): choose another folder")
 
 
-def absolute(path: object) -> str:
+def absolute(path: object, key: str = "run_dir") -> str:
     """Return a path as the user meant it: relative to where the command was typed, ``~`` for home.
+
+    Args:
+        path: as it was given.
+        key: for what.
 
     Raises:
         UserError: the path is null or empty.
     """
     if path is None or not str(path).strip():
-        raise UserError(
-            f"run_dir, ckpt and out each need a path, not {'null' if path is None else 'an empty word'}"
-        )
+        raise UserError(f"{key} needs a path, not {'null' if path is None else 'an empty word'}")
     return str(Path(str(path)).expanduser().absolute())

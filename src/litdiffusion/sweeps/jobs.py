@@ -105,7 +105,7 @@ class Job:
             "ckpt="
         )
         try:
-            sources = [self._note, *([Path(absolute(checkpoint.strip("'\"")))] if checkpoint else [])]
+            sources = [self._note, *([Path(absolute(checkpoint.strip("'\""), "ckpt"))] if checkpoint else [])]
             newest = max(source.stat().st_mtime_ns for source in sources)
             return (
                 self._note.read_text(encoding="utf-8") == self._text
