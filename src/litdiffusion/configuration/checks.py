@@ -293,7 +293,7 @@ def _is_whole(value: Any) -> TypeGuard[int]:
 
 
 def _no_numbers(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
-    """The keys of what is "not a number": no comparison with a bound finds it. Copies are passed over."""
+    """The keys of what is NaN, which comparisons with a bound let through. Copies (``${...}``) are passed over."""
     for name in range(len(cfg)) if isinstance(cfg, ListConfig) else list(cfg):
         if not OmegaConf.is_interpolation(cfg, name) and not OmegaConf.is_missing(cfg, name):
             value = cfg[name]

@@ -190,8 +190,8 @@ def _explained(error: Exception, command: CommandLine) -> str | None:
 def _parse_command_line() -> Namespace:
     """Parse as Hydra will; argparse's complaints become one line.
 
-    Overrides may stand on both sides of an option (``a=1 -m b=1,2``). Hydra's own parser gives up there, and finds
-    the options first.
+    Overrides may stand on both sides of an option (``a=1 -m b=1,2``). Hydra's own parser gives up there, so it finds
+    the options moved to the end.
 
     Raises:
         UserError: an option that does not exist.
