@@ -144,7 +144,6 @@ def build_trainer(cfg: DictConfig) -> Trainer:
         "ignore", message=".*LeafSpec.* is deprecated"
     )  # Lightning's own, with this torch
     warnings.filterwarnings("ignore", message="The `srun` command is available")  # and need not be used
-    build(cfg.sampler, "sampler")  # a callback's, whose mistakes bear its own name
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
     loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node]
     plugins = [plugin for plugin in (WholeCheckpointIO(), cluster_environment()) if plugin]

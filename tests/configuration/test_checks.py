@@ -9,8 +9,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from litdiffusion.configuration import check_config, native_accelerator, native_precision, validate
-from litdiffusion.configuration.checks import check_values
 from litdiffusion.configuration.hardware import num_devices, resolve_hardware, torch_device
+from litdiffusion.configuration.values import check_values
 from litdiffusion.errors import UserError
 
 SOUND: dict[str, Any] = {

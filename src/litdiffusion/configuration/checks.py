@@ -6,16 +6,14 @@ from typing import Any, TypeGuard
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from litdiffusion.configuration.choices import check_choices, check_words
 from litdiffusion.configuration.hardware import machine_memory, num_devices, resolve_hardware
-from litdiffusion.configuration.messages import needs_value, one_line
-from litdiffusion.configuration.nearest import dotted_keys, suggestion
 from litdiffusion.configuration.nodes import arguments_of, check_nodes, locate
 from litdiffusion.configuration.resolvers import is_sweep
 from litdiffusion.configuration.slurm import check_tasks
 from litdiffusion.configuration.sweeps import check_sweep
+from litdiffusion.configuration.values import check_values
 from litdiffusion.errors import UserError
 
 MAX_SEED = 2**63 - 1
@@ -39,24 +37,6 @@ def validate(cfg: DictConfig, supplied: Mapping[str, Collection[str]] | None = N
     OmegaConf.resolve(cfg)
 
 
-def check_values(cfg: DictConfig) -> None:
-    """Check that every mandatory value is there and every interpolation leads somewhere.
-
-    Raises:
-        UserError: one is missing, or does not.
-    """
-    for key in _missing(cfg):
-        raise UserError(needs_value(key))
-    try:
-        OmegaConf.to_container(cfg, resolve=True)
-    except InterpolationKeyError as error:
-        sought = str(error).partition("'")[2].partition("'")[0]
-        keys = set(dotted_keys(OmegaConf.to_container(cfg, resolve=False))) - {error.full_key}
-        raise UserError(f"{one_line(error)}{suggestion(sought, keys, listed=0)}") from error
-    except OmegaConfBaseException as error:
-        raise UserError(one_line(error)) from error
-
-
 def check_config(cfg: DictConfig) -> None:
     """Check what no single constructor can see. Keys that a configuration lacks are not asked for.
 
@@ -66,8 +46,6 @@ def check_config(cfg: DictConfig) -> None:
     if is_sweep():
         hydra_cfg = HydraConfig.get()
         check_sweep(hydra_cfg.overrides.task, hydra_cfg.sweeper.get("params") or ())
-    for key in _no_numbers(cfg):
-        raise UserError(f"{key}=nan: must be a number")
     for key, least, most in (
         *(("seed", 0, MAX_SEED), ("num_images", 1, None)),
         *(("batch_size", 1, None), ("frames", 2, None)),
@@ -290,24 +268,3 @@ def _check_whole(cfg: DictConfig, key: str, least: int, most: int | None = None)
 
 def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _no_numbers(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
-    """The keys of what is NaN, which comparisons with a bound let through. Copies (``${...}``) are passed over."""
-    for name in range(len(cfg)) if isinstance(cfg, ListConfig) else list(cfg):
-        if not OmegaConf.is_interpolation(cfg, name) and not OmegaConf.is_missing(cfg, name):
-            value = cfg[name]
-            if OmegaConf.is_config(value):
-                yield from _no_numbers(value, f"{prefix}{name}.")
-            elif isinstance(value, float) and math.isnan(value):
-                yield f"{prefix}{name}"
-
-
-def _missing(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
-    names = list(range(len(cfg))) if isinstance(cfg, ListConfig) else list(cfg)
-    for name in names:
-        key = f"{prefix}{name}"
-        if OmegaConf.is_missing(cfg, name):
-            yield key
-        elif not OmegaConf.is_interpolation(cfg, name) and OmegaConf.is_config(cfg[name]):
-            yield from _missing(cfg[name], f"{key}.")

@@ -2,17 +2,18 @@
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pkgutil import resolve_name
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from litdiffusion.configuration.annotations import accepts, could_accept, hints_of, spelled
 from litdiffusion.configuration.messages import one_line
 from litdiffusion.configuration.nearest import suggestion
+from litdiffusion.configuration.values import written
 from litdiffusion.errors import UserError
 
 _SPECIAL = {"_target_", "_args_", "_convert_", "_partial_", "_recursive_"}
@@ -30,8 +31,9 @@ def check_nodes(cfg: DictConfig, supplied: Mapping[str, Collection[str]] | None 
     Raises:
         UserError: the first argument that the constructor would not take.
     """
-    for key, node in _nodes(cfg):
-        _check(key, node, (supplied or {}).get(key, ()))
+    for key, node in written(cfg):
+        if isinstance(node, DictConfig) and "_target_" in node:
+            _check(key, node, (supplied or {}).get(key, ()))
 
 
 def build(node: DictConfig, name: str, **overrides: Any) -> Any:
@@ -106,20 +108,6 @@ def takes(node: DictConfig, name: str) -> bool:
     except UserError:
         return False
     return signature is not None and name in signature.parameters
-
-
-def _nodes(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
-    """Yield every node with ``_target_`` where it is written, outer before inner."""
-    names = list(range(len(cfg))) if isinstance(cfg, ListConfig) else list(cfg)
-    for name in names:
-        if OmegaConf.is_missing(cfg, name) or OmegaConf.is_interpolation(cfg, name):
-            continue
-        child = cfg[name]
-        key = f"{prefix}{name}"
-        if isinstance(child, DictConfig) and "_target_" in child:
-            yield key, child
-        if isinstance(child, DictConfig | ListConfig):
-            yield from _nodes(child, f"{key}.")
 
 
 def _check(key: str, node: DictConfig, supplied: Collection[str]) -> None:
