@@ -16,32 +16,38 @@ pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-HELD, NEVER = 25, 1000
+HELD, HELD_LATER, NEVER = 25, 30, 1000
+"""Steps at which a line is logged, and one that there is not."""
 
 
-def typed(sweep: Path) -> list[str]:
-    """A sweep of two jobs, of which the first waits for a signal in its middle."""
+def typed(sweep: Path, second_held: int) -> list[str]:
+    """A sweep of two jobs, which wait for a signal: the first in its middle, the second after ``second_held``."""
     return [
         *(sys.executable, "-m", "litdiffusion.train", "-m", *COMMAND),
         *("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", f"hydra.sweep.dir={sweep}"),
-        *("+callbacks.hold._target_=hold.Hold", f"+callbacks.hold.step={HELD},{NEVER}"),
+        *("+callbacks.hold._target_=hold.Hold", f"+callbacks.hold.step={HELD},{second_held}"),
     ]
 
 
-def begin(slurm: Slurm, sweep: Path, output: Path) -> subprocess.Popen[str]:
+def begin(slurm: Slurm, sweep: Path, output: Path, second_held: int = NEVER) -> subprocess.Popen[str]:
+    command = typed(sweep, second_held)
     with output.open("w") as file:
         return subprocess.Popen(
-            typed(sweep), env=slurm.environment, cwd=TESTS.parent, stdout=file, stderr=file, text=True
+            command, env=slurm.environment, cwd=TESTS.parent, stdout=file, stderr=file, text=True
         )
 
 
-def wait_for_the_middle(sweep: Path, started: subprocess.Popen[str], output: Path) -> None:
-    table = sweep / "0" / "metrics.csv"
+def wait_for_the_middle(
+    sweep: Path, started: subprocess.Popen[str], output: Path, second: int = HELD
+) -> None:
+    """Both jobs have come so far that a signal finds them at their steps, not at their imports."""
+
+    def reached(job: str, step: int) -> bool:
+        return (sweep / job / "metrics.csv").exists() and int(rows(sweep / job)[-1]["step"]) >= step
+
     wait_until(
-        lambda: (
-            (table.exists() and int(rows(table.parent)[-1]["step"]) >= HELD) or started.poll() is not None
-        ),
-        f"step {HELD} of the first job",
+        lambda: (reached("0", HELD) and reached("1", second)) or started.poll() is not None,
+        f"step {HELD} of the first job and {second} of the second",
     )
     assert started.poll() is None, output.read_text()
 
@@ -56,29 +62,32 @@ def table(sweep: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_sweep_is_killed_and_repeated_and_one_job_preempted(slurm: Slurm, tmp_path: Path) -> None:
+def test_a_sweep_is_killed_and_repeated_and_its_jobs_are_told_to_stop(slurm: Slurm, tmp_path: Path) -> None:
     peaceful, sweep, output = tmp_path / "peaceful", tmp_path / "sweep", tmp_path / "output"
     finish(peaceful)
-    started = begin(slurm, sweep, output)
-    wait_for_the_middle(sweep, started, output)
+    started = begin(slurm, sweep, output, HELD_LATER)
+    wait_for_the_middle(sweep, started, output, HELD_LATER)
     started.kill()
     started.wait()
-    started = begin(slurm, sweep, output)
+    started = begin(slurm, sweep, output, HELD_LATER)
     wait_until(
-        lambda: "jobs are with the cluster already: 0" in output.read_text() or started.poll() is not None,
+        lambda: "jobs are with the cluster already" in output.read_text() or started.poll() is not None,
         "the repeated sweep",
     )
     array = array_in_the_queue(slurm)
-    slurm.run("scancel", "--signal=USR2", f"{array}_0")  # what submitit asks for before the time limit
+    waits_for = f"2 of 2 jobs are with the cluster already: 0 (Slurm's {array}_0), 1 (Slurm's {array}_1)"
+    assert waits_for in output.read_text()
+    slurm.run("scancel", "--signal=USR2", array)  # what submitit asks for before the time limit
     assert started.wait(PATIENCE_SECONDS) == 0, output.read_text()
 
-    said = "".join(path.read_text() for path in (sweep / ".submitit").rglob("*_0_0_log.*"))
-    assert f"stopped by SIGUSR2 after step {HELD + 1}" in said
-    assert f"Continuing from step {HELD + 1}" in said
-    assert slurm.describe(f"{array}_0")["Restarts"] == "1"
-    assert not list((sweep / ".submitit").rglob("*.pkl"))  # as it was typed
-    for number in ("0", "1"):
+    for number, held in (("0", HELD), ("1", HELD_LATER)):
+        logs = (sweep / ".submitit").rglob(f"*_{number}_0_log.*")
+        said = "".join(path.read_text() for path in logs)
+        assert f"stopped by SIGUSR2 after step {held + 1}" in said
+        assert f"Continuing from step {held + 1}" in said
+        assert slurm.describe(f"{array}_{number}")["Restarts"] == "1"
         assert differences(peaceful, sweep / number) == []
+    assert not list((sweep / ".submitit").rglob("*.pkl"))  # as it was typed
     assert [row["status"] for row in table(sweep)] == ["finished", "finished"]
 
 
