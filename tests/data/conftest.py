@@ -1,5 +1,8 @@
 """What the tests of the data room share: the real data set, and machines that lack something."""
 
+import socketserver
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -30,10 +33,23 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 @pytest.fixture
-def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Hub that cannot be reached, on a machine with a network too: nothing listens on port 9."""
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A Hub that hangs up on whoever calls, on a machine with a network too; return what was asked so far."""
+    asked: list[str] = []
+
+    class HangUp(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            asked.append(self.request.recv(65536).decode().partition("\r\n")[0])
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), HangUp) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
+        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield asked
+        server.shutdown()
 
 
 @pytest.fixture
