@@ -68,7 +68,8 @@ if behaviour == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 print(f"job of seed {seed}")
 lr = float(given.get("optimizer.lr", 1))
-summary = {"steps": max_steps, "val_loss": lr / (1 + seed), "wall_seconds": 1.5, "device": "cpu", "grid": "x"}
+summary = {"steps": max_steps, "val_loss": lr / (1 + seed), "val_bits_per_dim": 9 - lr, "wall_seconds": 1.5,
+           "device": "cpu", "grid": "x"}
 (out / ("summary.json" if "run_dir" in given else "sample.json")).write_text(json.dumps(summary))
 """
 """A command that needs no time: it notes how it was started, and ends as ``behaviour`` says."""

@@ -205,7 +205,7 @@ def test_optuna_learns_the_results_and_asks_again_for_the_same(sweeps) -> None:
     assert {row["status"] for row in rows} == {"finished", "failed"}
     assert code == 2
     (results,) = sweeps.folder.rglob("optimization_results.yaml")
-    best = min(float(row["val_loss"]) for row in rows if row["val_loss"])
+    best = min(float(row["val_bits_per_dim"]) for row in rows if row["val_bits_per_dim"])
     assert f"best_value: {best}" in results.read_text()
     sweeps(*command)
     assert [row["optimizer.lr"] for row in sweeps.table()] == [row["optimizer.lr"] for row in rows]
@@ -217,7 +217,7 @@ def test_optuna_is_told_of_a_metric_that_is_not_there(sweeps) -> None:
     code, out, err = sweeps("sweep=optuna", "hydra.sweeper.n_trials=1", "optimized_metric=fid")
     assert code == 2
     assert "optimized_metric=fid" in out + err
-    assert "it has: steps, val_loss, wall_seconds" in out + err
+    assert "it has: steps, val_loss, val_bits_per_dim, wall_seconds" in out + err
 
 
 def test_a_sweeper_that_is_not_installed_is_named(sweeps, monkeypatch: pytest.MonkeyPatch) -> None:
