@@ -144,6 +144,9 @@ def build_trainer(cfg: DictConfig) -> Trainer:
         "ignore", message=".*LeafSpec.* is deprecated"
     )  # Lightning's own, with this torch
     warnings.filterwarnings("ignore", message="The `srun` command is available")  # and need not be used
+    # DDP compares strides of 1x1 convolutions, where channels last and first are the same order in memory.
+    strides = r"(?s)Grad strides do not match.*grad\.sizes\(\) = \[\d+, \d+, 1, 1\]"
+    warnings.filterwarnings("ignore", message=strides)
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
     loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node]
     plugins = [plugin for plugin in (WholeCheckpointIO(), cluster_environment()) if plugin]
