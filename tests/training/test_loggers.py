@@ -303,3 +303,12 @@ def test_metrics_table_survives_kills_and_new_columns(tmp_path: Path) -> None:
     resumed.append({"step": 3, "train/loss": 1 / 3})
     assert read_rows(path) == [{"step": step, "train/loss": pytest.approx(1 / step)} for step in (1, 2, 3)]
     assert path.read_text().splitlines()[0] == "step,train/loss"
+
+
+def test_a_validation_that_a_resumed_run_repeats_is_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    trained, validated = {"step": 12, "train/loss": 0.7}, {"step": 12, "val/loss": 0.1 + 0.2}
+    for row in (trained, validated):
+        MetricsTable(path).append(row)
+    MetricsTable(path, up_to_step=12).append(validated)  # killed before the checkpoint that remembers it
+    assert read_rows(path) == [trained, validated]
