@@ -73,6 +73,11 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
         ]
 
 
+def has_come_to(run_dir: Path, step: int) -> bool:
+    """Whether this step has logged a row, or a later one has."""
+    return (run_dir / "metrics.csv").exists() and int(rows(run_dir)[-1]["step"]) >= step
+
+
 def differences(one: Path, other: Path) -> list[str]:
     """What two finished runs do not share: weights, averages, optimizer, callbacks, numbers, pictures."""
     first, second = (

@@ -2,7 +2,8 @@
 
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import datasets
@@ -32,24 +33,38 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     return cache
 
 
+Serve = Callable[[type[socketserver.BaseRequestHandler]], None]
+
+
 @pytest.fixture
-def no_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A Hub that hangs up on whoever calls, on a machine with a network too; return what was asked so far."""
+def serve_as_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    """Return what lets a handler answer in the Hub's place, on a machine with a network too."""
+    with ExitStack() as servers:
+
+        def serve(handler: type[socketserver.BaseRequestHandler]) -> None:
+            server = servers.enter_context(socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            servers.callback(server.shutdown)
+            address = f"http://127.0.0.1:{server.server_address[1]}"
+            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+            monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
+            template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+            monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+        yield serve
+
+
+@pytest.fixture
+def no_hub(serve_as_hub: Serve) -> list[str]:
+    """A Hub that hangs up on whoever calls; return what was asked so far."""
     asked: list[str] = []
 
     class HangUp(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             asked.append(self.request.recv(65536).decode().partition("\r\n")[0])
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), HangUp) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_address[1]}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
-        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        yield asked
-        server.shutdown()
+    serve_as_hub(HangUp)
+    return asked
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 import http.server
 import io
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -229,17 +228,10 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def answering_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        yield
-        server.shutdown()
-
-
-@pytest.mark.usefixtures("answering_hub")
-def test_an_unknown_a_gated_and_a_malformed_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_a_gated_and_a_malformed_name_are_told_apart(
+    serve_as_hub: Callable[[type], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve_as_hub(FakeHub)
     for name, message in {
         "owner/nothing": "the Hub has no data set 'owner/nothing'",
         "owner/gated": "owner/gated is gated: ask for access",

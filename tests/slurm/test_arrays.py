@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from interrupted_runs import COMMAND, differences, finish, rows
+from interrupted_runs import COMMAND, differences, finish, has_come_to
 from slurm_world import PATIENCE_SECONDS, TESTS, Slurm, wait_until
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
@@ -41,12 +41,11 @@ def wait_for_the_middle(
     sweep: Path, started: subprocess.Popen[str], output: Path, second: int = HELD
 ) -> None:
     """Both jobs have come so far that a signal finds them at their steps, not at their imports."""
-
-    def reached(job: str, step: int) -> bool:
-        return (sweep / job / "metrics.csv").exists() and int(rows(sweep / job)[-1]["step"]) >= step
-
     wait_until(
-        lambda: (reached("0", HELD) and reached("1", second)) or started.poll() is not None,
+        lambda: (
+            (has_come_to(sweep / "0", HELD) and has_come_to(sweep / "1", second))
+            or started.poll() is not None
+        ),
         f"step {HELD} of the first job and {second} of the second",
     )
     assert started.poll() is None, output.read_text()

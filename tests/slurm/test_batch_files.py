@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from interrupted_runs import COMMAND, differences, finish, rows
+from interrupted_runs import COMMAND, differences, finish, has_come_to, rows
 from offline_wandb import told_wandb
 from slurm_world import Slurm, wait_until
 
@@ -29,10 +29,7 @@ def peaceful(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wait_until_held(slurm: Slurm, job: str, run_dir: Path) -> None:
-    def held() -> bool:
-        return (run_dir / "metrics.csv").exists() and int(rows(run_dir)[-1]["step"]) >= HELD
-
-    wait_until(lambda: held() or slurm.has_ended(job), f"step {HELD} of job {job}")
+    wait_until(lambda: has_come_to(run_dir, HELD) or slurm.has_ended(job), f"step {HELD} of job {job}")
     time.sleep(0.5)  # W&B's process has been told after metrics.csv, and writes now
 
 
