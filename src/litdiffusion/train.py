@@ -24,7 +24,7 @@ from litdiffusion.orphans import children_end_with_this
 from litdiffusion.redaction import SECRET_KEY, without_secrets
 from litdiffusion.reporting.curves import curves
 from litdiffusion.reporting.report import paragraph
-from litdiffusion.runs.folder import RunFolder, absolute, read_json
+from litdiffusion.runs.folder import RunFolder, absolute
 from litdiffusion.runs.lock import RunLock
 from litdiffusion.runs.model import MODEL_PARTS
 from litdiffusion.runs.provenance import provenance
@@ -69,11 +69,12 @@ def train(
     if resumption:
         resumption.check_model(model_config)
     if resumption and resumption.step >= cfg.trainer.max_steps:
-        if run.summary.exists():
+        if run.has_ended_at(cfg.trainer.max_steps):
+            summary = run.read_summary()
             say(
-                f"This run is finished, at step {resumption.step:,}; a larger trainer.max_steps continues it."
+                f"This run is finished, at step {summary['steps']:,}; a larger trainer.max_steps continues it."
             )
-            say(paragraph(read_json(run.summary, dict), run.path))
+            say(paragraph(summary, run.path))
             return None
         if resumption.checkpoint.parent != run.checkpoints:
             raise UserError(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from commands import train_tiny
+from litdiffusion.runs.folder import RunFolder
 from litdiffusion.runs.metrics import read_rows
 from litdiffusion.training.callbacks import Monitor, SampleImages, SaveCheckpoints
 from litdiffusion.training.module import LitDiffusion
@@ -44,6 +45,11 @@ def numbers(run_dir: Path) -> dict[str, Any]:
     return {name: summary[name] for name in ("steps", "images_seen", "train_loss", "val_loss")}
 
 
+def saved_step(run_dir: Path) -> int:
+    saved: int = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    return saved
+
+
 def rows(run_dir: Path) -> list[dict[str, float]]:
     return [
         {name: value for name, value in row.items() if "per_second" not in name}
@@ -72,21 +78,57 @@ def once(monkeypatch: pytest.MonkeyPatch, kind: type, method: str, act: Callable
     monkeypatch.setattr(kind, method, wrapped)
 
 
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches ``kill -9``."""
+
+
+def kill(*args: Any) -> None:
+    raise Killed
+
+
 def test_killed_after_the_last_step(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
-        pass
-
-    def kill(*args: Any) -> None:
-        raise Killed
-
     once(monkeypatch, SampleImages, "finish", kill)
     with pytest.raises(Killed):
         train_tiny(tmp_path)
     assert not (tmp_path / "summary.json").exists()
     train_tiny(tmp_path)
     assert_same_end(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(SampleImages, "finish"), (RunFolder, "write_summary")],
+    ids=["sampling", "summing up"],
+)
+def test_killed_at_its_second_end(
+    kind: type,
+    method: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run continued for longer: what it has written at its first end is not how it ended."""
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    for run_dir in (killed, undisturbed):
+        train_tiny(run_dir, "trainer.max_steps=2")
+    train_tiny(undisturbed)
+    with monkeypatch.context() as patched:
+        once(patched, kind, method, kill)
+        with pytest.raises(Killed):
+            train_tiny(killed)
+    assert saved_step(killed) == LAST_STEP
+    assert numbers(killed)["steps"] == 2
+
+    capsys.readouterr()
+    train_tiny(killed, "trainer.max_steps=2")
+    assert "This run is finished, at step 2;" in capsys.readouterr().out
+    train_tiny(killed)
+    assert_same_end(killed, undisturbed)
+    capsys.readouterr()
+    train_tiny(killed)
+    assert "This run is finished, at step 4;" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -106,8 +148,7 @@ def test_asked_to_stop_when_the_last_step_is(
     assert leaving.value.code == 128 + signum
     assert f"stopped by {signum.name} after step {LAST_STEP}" in caplog.text
     assert not (tmp_path / "samples" / "grid.png").exists()
-    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    assert saved == LAST_STEP
+    assert saved_step(tmp_path) == LAST_STEP
     train_tiny(tmp_path)
     assert_same_end(tmp_path, undisturbed)
 

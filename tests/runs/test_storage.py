@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,9 @@ def test_the_loss_of_a_worker_process_ends_in_one_line(
         stepping(self, trainer, *rest)
         if trainer.global_step == 6:
             os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+            time.sleep(
+                60
+            )  # which the loss ends: anywhere else it might end a check of shapes, to be told as its own
 
     monkeypatch.setattr(Monitor, "on_train_batch_end", deadly)
     line = the_line(type_command("train", *RUN, *workers, f"run_dir={run_dir}"))

@@ -138,6 +138,29 @@ class RunFolder:
         """Write down how the run ended."""
         write_text(self.summary, json.dumps(summary, indent=2) + "\n")
 
+    def read_summary(self) -> dict[str, Any]:
+        """Return how the run ended, {} where it has not.
+
+        Raises:
+            UserError: the file is damaged, or holds something else.
+        """
+        if not self.summary.exists():
+            return {}
+        summary: dict[str, Any] = read_json(self.summary, dict)
+        if not isinstance(summary.get("steps"), int):
+            raise UserError(f"{self.summary} is not what a run writes there: move it away")
+        return summary
+
+    def has_ended_at(self, step: int) -> bool:
+        """Whether the run has been brought to an end, at this step or a later one.
+
+        A run that is continued for longer keeps the summary of its earlier end until it comes to the next one.
+
+        Raises:
+            UserError: the summary is damaged.
+        """
+        return int(self.read_summary().get("steps", -1)) >= step
+
 
 def read_json(path: Path, kind: type[T]) -> T:
     """Read what a run has written about itself.

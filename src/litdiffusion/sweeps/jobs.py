@@ -89,11 +89,11 @@ class Job:
         return values[0] if len(values) == 1 else values
 
     def _is_trained(self) -> bool:
-        results, config = self.results(), self.config or {}
+        run, config = RunFolder(self.folder), self.config or {}
         try:
-            if results["steps"] < config["trainer"]["max_steps"]:
+            if not run.has_ended_at(config["trainer"]["max_steps"]):
                 return False
-            old = OmegaConf.to_container(OmegaConf.load(RunFolder(self.folder).config), resolve=False)
+            old = OmegaConf.to_container(OmegaConf.load(run.config), resolve=False)
             assert isinstance(old, dict)
             return not differences({str(key): value for key, value in old.items()}, without_secrets(config))
         except Exception:  # damaged, or another's: the job refuses in so many words
