@@ -12,13 +12,15 @@ BLOCK, HEADER = 32 * 1024, 7
 
 
 def offline_records(file: Path) -> Iterator[Any]:
-    """Read W&B's offline file: LevelDB's log format, one protobuf a record."""
+    """Read W&B's offline file: LevelDB's log format, one protobuf a record; the last one may be cut short."""
     data, place, record = file.read_bytes(), HEADER, b""
     while place + HEADER <= len(data):
         if BLOCK - place % BLOCK < HEADER:  # no header fits the rest of a block
             place += BLOCK - place % BLOCK
             continue
         _, length, kind = struct.unpack("<IHB", data[place : place + HEADER])
+        if place + HEADER + length > len(data):
+            return
         record += data[place + HEADER : place + HEADER + length]
         place += HEADER + length
         if kind in (1, 4):  # a whole record, or the last part of one

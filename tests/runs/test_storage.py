@@ -199,9 +199,8 @@ def test_the_loss_of_a_worker_process_ends_in_one_line(
         stepping(self, trainer, *rest)
         if trainer.global_step == 6:
             os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
-            time.sleep(
-                60
-            )  # which the loss ends: anywhere else it might end a check of shapes, to be told as its own
+            # The loss ends this; anywhere else it might end a check of shapes, which would tell it as its own.
+            time.sleep(60)
 
     monkeypatch.setattr(Monitor, "on_train_batch_end", deadly)
     line = the_line(type_command("train", *RUN, *workers, f"run_dir={run_dir}"))

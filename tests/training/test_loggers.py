@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ from litdiffusion.errors import UserError
 from litdiffusion.processes import STOP_SIGNALS
 from litdiffusion.runs.metrics import MetricsTable, read_rows
 from litdiffusion.training.loggers import close_loggers, describe_run
-from litdiffusion.training.wandb_files import told
+from litdiffusion.training.wandb_files import SENT, STEP, note_all_sent, told
 from litdiffusion.training.wandb_logger import wandb_logger
 from offline_wandb import offline_history, offline_records
 
@@ -164,52 +166,153 @@ def test_online_what_may_not_have_arrived_is_told_again(long_wandb_file: Path) -
     assert len(times) == 400
     assert list(told(folder, run_id, but_for_seconds=times[-1] - times[300] + 1e-6)) == list(range(300))
     logger = wandb_logger(str(folder.parent), mode="offline")
-    logger.recall()
+    logger._recall()
     assert len(logger._told) == 400
     logger._offline = False
-    logger.recall()
+    logger._recall()
     assert logger._told == {}  # all within the last seconds
+    note_all_sent(folder)  # which W&B's client has waited for
+    logger._recall()
+    assert len(logger._told) == 400
+    (folder / SENT).unlink()
+
+
+LOGGING = """
+import sys
+from pathlib import Path
+from PIL import Image
+from litdiffusion.training.loggers import CSVLogger, close_loggers, describe_run, log_image
+from litdiffusion.training.wandb_logger import wandb_logger
+run_dir = Path(sys.argv[1])
+loggers = [CSVLogger(str(run_dir / "metrics.csv")), wandb_logger(str(run_dir), mode="offline")]
+picture = run_dir / "picture.png"
+Image.new("L", (2, 2)).save(picture)
+
+def log_rows(steps):
+    for step in steps:
+        for logger in loggers:
+            logger.log_metrics({"x": step, "images_seen": step}, step=step)
+
+def log_picture(step):
+    log_image(loggers[1], "picture", picture, step=step, images_seen=step)
+
+def when_told():
+    print("ready", flush=True)
+    input()
+
+describe_run(loggers, {"seed": 3})
+"""
+"""A process that logs, as a training does. In each test one of its own, for W&B serves all runs of a process by one
+process of its own."""
+
+
+@contextmanager
+def process_that_logs(run_dir: Path, script: str) -> Iterator[subprocess.Popen[str]]:
+    """Have it done, after ``LOGGING``; wait for the end."""
+    # W&B's process of this test's own would be used instead, where an earlier test has started one.
+    environment = {name: value for name, value in os.environ.items() if "WANDB" not in name}
+    command = [sys.executable, "-c", LOGGING + script, str(run_dir)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        yield process
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert "Traceback" not in errors
+
+
+def await_ready(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+
+
+def go_on(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def signal_wandb(process: subprocess.Popen[str], signum: signal.Signals) -> None:
+    """Send a signal to W&B's process, which writes for another."""
+    found = subprocess.run(
+        ["pgrep", "--parent", str(process.pid), "wandb-core"], capture_output=True, text=True
+    )
+    assert found.stdout
+    for pid in found.stdout.split():
+        os.kill(int(pid), signum)
+
+
+def assert_told(run_dir: Path, steps: Iterable[int], pictures: Iterable[int]) -> None:
+    """Each once, and each start of the run its configuration."""
+    logged = offline_history(run_dir)
+    assert sorted(row["x"] for row in logged if "x" in row) == list(steps)
+    assert sorted(row["images_seen"] for row in logged if "picture" in row) == list(pictures)
+    for file in (run_dir / "wandb").glob("offline-run-*/run-*.wandb"):
+        assert {item.key for record in offline_records(file) for item in record.config.update} >= {"seed"}
 
 
 @pytest.mark.parametrize(
     "signum", [pytest.param(s, marks=() if s == signal.SIGTERM else pytest.mark.slow) for s in STOP_SIGNALS]
 )
 def test_wandb_outlives_a_signal_to_every_process_of_a_run(tmp_path: Path, signum: signal.Signals) -> None:
-    """As Slurm sends it: in a process of its own, for W&B serves all runs of a process by one helper."""
-    script = f"""
-from PIL import Image
-from litdiffusion.training.loggers import close_loggers, describe_run, log_image
-from litdiffusion.training.wandb_logger import wandb_logger
-logger = wandb_logger({str(tmp_path)!r}, mode="offline")
-describe_run([logger], {{"seed": 3}})
-for x in range(20):
-    logger.log_metrics({{"x": x}}, step=x)
-print("logged", flush=True)
-input()
-log_image(logger, "picture", Image.new("L", (2, 2)), step=20, images_seen=20)
-logger.log_metrics({{"x": 20}}, step=20)
-close_loggers([logger])
-"""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    # The helper of this test's own process would be used instead, where an earlier test has started one.
-    environment = {name: value for name, value in os.environ.items() if "WANDB" not in name}
-    with subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "logged\n"
-        children = subprocess.run(
-            ["pgrep", "--parent", str(process.pid)], capture_output=True, text=True
-        ).stdout
-        assert children
+    """As Slurm sends it."""
+    script = "log_rows(range(20)); when_told(); log_picture(20); log_rows([20]); close_loggers(loggers)"
+    with process_that_logs(tmp_path, script) as process:
+        await_ready(process)
         time.sleep(0.5)  # what it was told before is written by now
-        for child in children.split():
-            os.kill(int(child), signum)
-        process.communicate("\n", timeout=60)
-    assert process.returncode == 0
-    logged = offline_history(tmp_path)
-    assert [row["x"] for row in logged if "x" in row] == list(range(21))
-    assert [row["images_seen"] for row in logged if "picture" in row] == [20]
-    for file in (tmp_path / "wandb").glob("offline-run-*/*.wandb"):
-        assert {item.key for record in offline_records(file) for item in record.config.update} >= {"seed"}
+        signal_wandb(process, signum)
+        go_on(process)
+    assert_told(tmp_path, range(21), [20])
+
+
+@pytest.mark.parametrize("more", [range(20, 21), range(0)], ids=["in the middle", "at the end"])
+def test_what_wandb_was_told_as_its_process_ended_is_told_again(tmp_path: Path, more: range) -> None:
+    script = f"""
+log_rows(range(10))
+when_told()
+log_rows(range(10, 20))
+log_picture(19)
+when_told()
+log_rows({more})
+close_loggers(loggers)
+"""
+    with process_that_logs(tmp_path, script) as process:
+        # It stands still, so that it takes nothing up any more; then it ends.
+        for signum in (signal.SIGSTOP, signal.SIGKILL):
+            await_ready(process)
+            signal_wandb(process, signum)
+            go_on(process)
+    assert_told(tmp_path, [*range(20), *more], [19])
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.2], ids=["as it starts", "as it opens the run"])
+def test_wandb_whose_process_ends_before_the_run_is_open(tmp_path: Path, seconds: float) -> None:
+    with process_that_logs(tmp_path, "log_rows(range(3)); close_loggers(loggers)") as process:
+        deadline = time.monotonic() + 60
+        find = ["pgrep", "--parent", str(process.pid), "wandb-core"]
+        while not (found := subprocess.run(find, capture_output=True, text=True).stdout.split()):
+            assert time.monotonic() < deadline
+        time.sleep(seconds)
+        os.kill(int(found[0]), signal.SIGKILL)
+    assert_told(tmp_path, range(3), [])
+
+
+@pytest.mark.usefixtures("no_account")
+def test_what_wandb_has_lost_of_an_earlier_start_is_told_again(tmp_path: Path) -> None:
+    """Numbers and pictures that a kill has kept from W&B's file, while the checkpoint after them was written."""
+    often = ("logger=wandb", "callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=1")
+    train_tiny(tmp_path, *often)
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    rows = offline_history(tmp_path)
+    data = file.read_bytes()
+    file.write_bytes(data[: data.index(b"samples/noised_strip")])
+    assert len(offline_history(tmp_path)) < len(rows)
+    train_tiny(tmp_path, *often, "trainer.max_steps=5")
+    kept = offline_history(tmp_path)
+    for key in ("train/loss", "val/loss"):
+        logged = [row["step"] for row in read_rows(tmp_path / "metrics.csv") if key in row]
+        assert [row[STEP] for row in kept if key in row] == logged
+    assert [row[STEP] for row in kept if "samples/noised_strip" in row] == [0]
+    assert [row[STEP] for row in kept if "samples/grid" in row] == [1, 2, 3, 5]
 
 
 def test_a_dashboard_that_cannot_be_reached_again_does_not_end_the_training(
@@ -310,5 +413,9 @@ def test_a_validation_that_a_resumed_run_repeats_is_one_row(tmp_path: Path) -> N
     trained, validated = {"step": 12, "train/loss": 0.7}, {"step": 12, "val/loss": 0.1 + 0.2}
     for row in (trained, validated):
         MetricsTable(path).append(row)
-    MetricsTable(path, up_to_step=12).append(validated)  # killed before the checkpoint that remembers it
+    resumed = MetricsTable(path, up_to_step=12)  # killed before the checkpoint that remembers it
+    resumed.append(validated | {"val/loss": 0.3})  # on another number of processes
     assert read_rows(path) == [trained, validated]
+    later = {"step": 13, "val/loss": 0.2}
+    resumed.append(later)
+    assert read_rows(path) == [trained, validated, later]

@@ -16,23 +16,25 @@ class MetricsTable:
     Args:
         path: the file; what it holds is kept.
         up_to_step: drop rows of later steps, and a last row that a kill cut short. A row of this very step that is
-            appended once more, as when the kill came between a validation and its checkpoint, is left out.
+            appended once more, as when the kill came between a validation and its checkpoint, is left out: on
+            another number of processes, its numbers are the same only to rounding.
     """
 
     def __init__(self, path: Path, up_to_step: int | None = None) -> None:
         self.path = path
         self.columns: list[str] = []
-        self._known: list[Row] = []
+        self._resumed_at = up_to_step
+        self._known: list[set[str]] = []
         if path.exists():
             rows = read_rows(path)
             kept = [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
             self.columns = list(dict.fromkeys(name for row in kept for name in row))
-            self._known = [row for row in kept if row["step"] == up_to_step]
+            self._known = [set(row) for row in kept if row["step"] == up_to_step]
             self._rewrite(kept)
 
     def append(self, row: Row) -> None:
         """Add a row at the end; a new column rewrites the file."""
-        if row in self._known:
+        if row["step"] == self._resumed_at and set(row) in self._known:
             return
         new = [name for name in row if name not in self.columns]
         if new:

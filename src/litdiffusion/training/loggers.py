@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from PIL.Image import Image
+from PIL import Image
 
 from litdiffusion.redaction import redacted_override, without_secrets
 from litdiffusion.runs.metrics import MetricsTable
@@ -53,14 +53,20 @@ class CSVLogger(Logger):
         self._table.append({"step": step or 0, **metrics})
 
 
-def log_image(logger: Logger, key: str, image: Image, step: int, images_seen: int) -> None:
+def log_image(logger: Logger, key: str, path: Path, step: int, images_seen: int) -> None:
     """Show a picture on a dashboard; loggers without pictures pass."""
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(key, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+    else:
+        recall_image(logger, key, path, step, images_seen)
+
+
+def recall_image(logger: Logger, key: str, path: Path, step: int, images_seen: int) -> None:
+    """Show a picture of an earlier start of the run, where a dashboard knows whether it has it; the others pass."""
     if isinstance(logger, LastingWandbLogger):
         import wandb
 
-        logger.log_media(key, lambda: wandb.Image(image), step, images_seen)
-    elif isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_image(key, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        logger.log_media(key, lambda: wandb.Image(str(path)), step, images_seen)
 
 
 def log_gif(logger: Logger, key: str, path: Path, step: int, images_seen: int) -> None:
@@ -91,8 +97,6 @@ def resume_loggers(loggers: list[Logger], step: int) -> None:
     for logger in loggers:
         if isinstance(logger, CSVLogger):
             logger.resume_at(step)
-        elif isinstance(logger, LastingWandbLogger):
-            logger.recall()
         elif isinstance(logger, TensorBoardLogger) and step > 0:
             logger._kwargs["purge_step"] = step + 1
 

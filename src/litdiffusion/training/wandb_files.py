@@ -5,10 +5,13 @@ in blocks of 32 KiB, each a protobuf message, or a part of one where a block end
 """
 
 import struct
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from litdiffusion.files import write_text
 
 BLOCK = 32 * 1024
 OF_FILE, OF_RECORD = 7, 7
@@ -18,6 +21,9 @@ WHOLE, LAST = 1, 4
 
 STEP = "trainer/global_step"
 
+SENT = "all_sent_until"
+"""The file, beside W&B's, that says when a start of the run has last waited for all to arrive."""
+
 
 def told(folder: Path, run_id: str, but_for_seconds: float = 0.0) -> dict[int, set[str]]:
     """Return which numbers and pictures a run was told, by step: what its files hold, however they end.
@@ -25,17 +31,30 @@ def told(folder: Path, run_id: str, but_for_seconds: float = 0.0) -> dict[int, s
     Args:
         folder: W&B's in the run folder.
         run_id: the run's; each of its starts has a file.
-        but_for_seconds: what each start was told in its last seconds is left out.
+        but_for_seconds: what each start was told in its last seconds is left out, unless all has been sent since.
     """
     found: defaultdict[int, set[str]] = defaultdict(set)
+    sent = _all_sent_until(folder)
     for file in sorted(folder.glob(f"*run-*/run-{run_id}.wandb")):
         if file.is_file():
             rows = list(_history(file.read_bytes()))
-            end = max(map(_time, rows), default=0.0) - but_for_seconds
+            end = max(max(map(_time, rows), default=0.0) - but_for_seconds, sent)
             for row in rows:
                 if (step := row.get(STEP, "")).isdecimal() and _time(row) <= end:
                     found[int(step)] |= row.keys()
     return dict(found)
+
+
+def note_all_sent(folder: Path) -> None:
+    """Write down that what the run has been told so far has arrived."""
+    write_text(folder / SENT, f"{time.time()}\n")
+
+
+def _all_sent_until(folder: Path) -> float:
+    try:
+        return float((folder / SENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
 
 
 def _history(data: bytes) -> Iterator[dict[str, str]]:

@@ -5,8 +5,9 @@ import os
 import re
 import secrets
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from litdiffusion.errors import UserError
 from litdiffusion.files import write_text
 from litdiffusion.processes import STOP_SIGNALS
-from litdiffusion.training.wandb_files import STEP, told
+from litdiffusion.runs.folder import RunFolder
+from litdiffusion.runs.metrics import read_rows
+from litdiffusion.training.wandb_files import STEP, note_all_sent, told
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +30,33 @@ SEND_SECONDS = 30.0
 """Within which it has sent what it has written; it sends every 15 seconds."""
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A row of numbers, or a picture."""
+
+    step: int
+    """The optimizer step that it belongs to."""
+    keys: frozenset[str]
+    """What it says."""
+    values: Callable[[], dict[str, Any]]
+    """Makes what W&B's run is given, anew for a run opened anew."""
+
+
 class LastingWandbLogger(WandbLogger):
     """Lightning's logger, which outlives the process that W&B writes with.
 
     What asks a job to stop reaches all of its processes where Slurm sends it, and W&B's ends at once, while the
     training still has a step to finish and pictures to draw. Then another is started, and the same run goes on; where
     even that fails, the training goes on without.
+
+    What W&B's process is told while it ends is lost without a word. So whenever the run is opened, it is told what
+    the run folder holds and W&B's files do not; and never what they hold, though a resumed training repeats it.
     """
 
-    def __init__(self, folder: Path, **kwargs: Any) -> None:
+    def __init__(self, run: RunFolder, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._folder = folder
+        self._folder, self._table = run.path / "wandb", run.metrics
+        self._pictures: list[Entry] = []
         self._told: dict[int, set[str]] = {}
         self._wandb_init.pop("anonymous", None)  # W&B warns of it, even where it is not set
         self._config: dict[str, Any] = {}
@@ -54,47 +73,42 @@ class LastingWandbLogger(WandbLogger):
 
         self._config = config
         try:
-            self._begin()
-        except wandb.Error as error:
+            self._attempt(self._open)
+        except (wandb.Error, ConnectionError) as error:
             raise UserError(f"logger.wandb: {error}; logger.wandb.mode=offline needs neither") from error
-
-    @rank_zero_only
-    def recall(self) -> None:
-        """Leave out what the run has been told before it was stopped: a resumed training repeats some of it.
-
-        Online, the last of it may not have arrived, and is told again.
-        """
-        if (self._folder / "run_id").exists():
-            on_its_way = 0.0 if self._offline else SEND_SECONDS
-            self._told = told(self._folder, _run_id(self._folder), but_for_seconds=on_its_way)
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Add a row of numbers."""
-        if step is not None and metrics.keys() <= self._told.get(step, set()):
-            return
-        self._insist(lambda: super(LastingWandbLogger, self).log_metrics(metrics, step))
+        self._insist(lambda: self._tell(_row(step or 0, metrics)))
 
     @rank_zero_only
     def log_media(self, key: str, make: Callable[[], Any], step: int, images_seen: int) -> None:
         """Add a picture, which ``make`` makes anew for a run opened anew."""
-        if key in self._told.get(step, set()):
-            return
-        at = {"images_seen": images_seen, STEP: step}
-        self._insist(lambda: self.experiment.log({key: make(), **at}))
+        picture = Entry(step, frozenset({key}), lambda: {key: make(), "images_seen": images_seen})
+        self._pictures.append(picture)
+        self._insist(lambda: self._tell(picture))
 
     @rank_zero_only
     def close(self) -> None:
         """Finish the run, so that the next job of a sweep starts one of its own."""
+        if self._experiment is None:
+            return
         try:
-            if self._experiment is not None:
-                self._experiment.finish()
-        except ConnectionError:  # W&B's process has gone, and had nothing left to write
+            with _losses():
+                self._finish()
+        except ConnectionError:
             self._forget()
+            self._recall()
+            if not all(self._knows(entry) for entry in self._entries()):
+                self._insist(self._finish)
 
-    def _begin(self) -> None:
+    def _open(self) -> None:
         import wandb
 
+        if self._experiment is not None:
+            return
+        self._recall()
         if self._wandb_init["settings"].mode != "disabled":
             self._wandb_init["id"] = self._id = _run_id(self._folder)
             _start_out_of_reach()
@@ -103,27 +117,62 @@ class LastingWandbLogger(WandbLogger):
         self.experiment.define_metric("images_seen")
         self.experiment.define_metric("*", step_metric="images_seen")
         self.log_hyperparams(self._config)
+        for entry in self._entries():
+            self._tell(entry)
+            self._told.setdefault(entry.step, set()).update(entry.keys)
 
-    def _insist(self, send: Callable[[], None]) -> None:
+    def _finish(self) -> None:
+        self._open()
+        self.experiment.finish()
+        if self._wandb_init["settings"].mode == "online":
+            note_all_sent(self._folder)
+
+    def _recall(self) -> None:
+        """Look up what the run has been told; online, the last of it may not have arrived, and is told again."""
+        if (self._folder / "run_id").exists():
+            on_its_way = 0.0 if self._offline else SEND_SECONDS
+            self._told = told(self._folder, _run_id(self._folder), but_for_seconds=on_its_way)
+
+    def _entries(self) -> list[Entry]:
+        """What the run should have been told by now."""
+        rows = read_rows(self._table) if self._table.exists() else []
+        return [*(_row(int(row.pop("step")), row) for row in rows), *self._pictures]
+
+    def _knows(self, entry: Entry) -> bool:
+        return entry.keys <= self._told.get(entry.step, set())
+
+    def _tell(self, entry: Entry) -> None:
+        if not self._knows(entry):
+            self.experiment.log({**entry.values(), STEP: entry.step})
+
+    def _insist(self, act: Callable[[], None]) -> None:
+        """Do it, or say that it cannot be done, which is no reason to end a training."""
         import wandb
 
         if self._given_up:
             return
         try:
-            try:
-                send()
-            except ConnectionError:
-                self._forget()
-                self._begin()
-                send()
-        except (wandb.Error, ConnectionError) as error:  # no reason to end a training
+            self._attempt(act)
+        except (wandb.Error, ConnectionError) as error:
             log.warning("W&B: %s; from here on this start of the run is logged in its folder alone", error)
             self._given_up = True
+            self._forget()
+
+    def _attempt(self, act: Callable[[], None]) -> None:
+        """Do it; where W&B's process has ended, open the run anew and do it once more."""
+        try:
+            with _losses():
+                act()
+        except ConnectionError:
+            self._forget()
+            with _losses():
+                self._open()
+                act()
 
     def _forget(self) -> None:
         import wandb
 
-        with suppress(ConnectionError):
+        with suppress(ConnectionError), _losses():
             wandb.teardown()
         self._experiment = None
 
@@ -149,13 +198,13 @@ def wandb_logger(
     """
     import wandb
 
-    folder = Path(run_dir)
-    settled = _settled(mode, folder / "wandb")
+    run = RunFolder(Path(run_dir))
+    settled = _settled(mode, run.path / "wandb")
     return LastingWandbLogger(
-        folder=folder / "wandb",
-        save_dir=folder,
+        run,
+        save_dir=run.path,
         project=project,
-        name=name or folder.name,
+        name=name or run.path.name,
         group=group or os.environ.get("LITDIFFUSION_SWEEP"),
         tags=tags,
         offline=settled == "offline",
@@ -171,6 +220,29 @@ def wandb_logger(
     )
 
 
+def _row(step: int, metrics: dict[str, float]) -> Entry:
+    return Entry(step, frozenset(metrics), lambda: metrics)
+
+
+@contextmanager
+def _losses() -> Iterator[None]:
+    """Tell the loss of W&B's process in one way, of the several that W&B has.
+
+    Raises:
+        ConnectionError: it has ended.
+    """
+    from wandb.sdk.lib.service.service_port_file import ServicePollForTokenError
+    from wandb.sdk.lib.service.service_token import WandbServiceConnectionError
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+
+    before_its_address, before_its_answer = ServicePollForTokenError, WandbServiceConnectionError
+    later = (HandleAbandonedError, MailboxClosedError, ConnectionError)
+    try:
+        yield
+    except (before_its_address, before_its_answer, *later) as error:
+        raise ConnectionError(f"its process has ended ({error or type(error).__name__})") from error
+
+
 @rank_zero_only
 def _start_out_of_reach() -> None:
     """Start W&B's own process, which writes, deaf to SIGUSR1 and SIGUSR2, which would end it.
@@ -178,7 +250,9 @@ def _start_out_of_reach() -> None:
     It listens to SIGINT and SIGTERM itself, whatever is blocked here: those end it.
     """
     import wandb
+    from wandb.analytics.opentelemetry import opentelemetry_proxy
 
+    opentelemetry_proxy.disable()  # or a process that ends as it starts leaves this one waiting for its own lock
     heard = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         wandb.setup()

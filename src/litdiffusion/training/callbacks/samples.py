@@ -12,7 +12,7 @@ from litdiffusion.reporting.gif import pick_frames, save_gif
 from litdiffusion.sampling import sample_images
 from litdiffusion.training.callbacks.attached import datamodule_of, images_seen
 from litdiffusion.training.callbacks.monitor import check_sound, clock_stopped
-from litdiffusion.training.loggers import log_gif, log_image
+from litdiffusion.training.loggers import log_gif, log_image, recall_image
 from litdiffusion.training.module import LitDiffusion
 
 STRIP_IMAGES = 4
@@ -43,7 +43,10 @@ class SampleImages(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what the network will see: a few training pictures, noised at several t."""
-        if not trainer.is_global_zero or trainer.global_step > 0:
+        if not trainer.is_global_zero:
+            return
+        if trainer.global_step > 0:
+            self._recall(trainer)
             return
         assert isinstance(pl_module, LitDiffusion)
         few = datamodule_of(trainer).examples(STRIP_IMAGES)
@@ -93,7 +96,23 @@ class SampleImages(Callback):
                 log_gif(logger, "samples/denoising", path, trainer.global_step, images_seen(trainer))
 
     def _show(self, trainer: Trainer, name: str, image: Image) -> None:
-        pictures.save(image, self.folder / f"{name}.png")
-        key = "samples/noised_strip" if name == "noised_strip" else "samples/grid"
+        path = self.folder / f"{name}.png"
+        pictures.save(image, path)
         for logger in trainer.loggers:
-            log_image(logger, key, image, trainer.global_step, images_seen(trainer))
+            log_image(logger, _key(name), path, trainer.global_step, images_seen(trainer))
+
+    def _recall(self, trainer: Trainer) -> None:
+        """Show what earlier starts of the run have drawn, where a dashboard has lost it."""
+        drawn = {0: self.folder / "noised_strip.png"}
+        for path in sorted(self.folder.glob("step-*.png")):
+            if (number := path.stem.removeprefix("step-")).isdecimal():
+                drawn[int(number)] = path
+        for step, path in drawn.items():
+            if path.exists() and step <= trainer.global_step:
+                seen = images_seen(trainer) * step // trainer.global_step
+                for logger in trainer.loggers:
+                    recall_image(logger, _key(path.stem), path, step, seen)
+
+
+def _key(name: str) -> str:
+    return "samples/noised_strip" if name == "noised_strip" else "samples/grid"
