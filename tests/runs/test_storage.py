@@ -27,6 +27,7 @@ from litdiffusion.runs.checkpoint import read_checkpoint, write_checkpoint
 from litdiffusion.runs.folder import RunFolder
 from litdiffusion.runs.metrics import MetricsTable, read_rows
 from litdiffusion.training.callbacks import Monitor, SaveCheckpoints
+from offline_wandb import told_wandb
 
 RUN = ["debug=tiny", "trainer.max_steps=12", "callbacks.save_checkpoints.every_n_steps=4"]
 CHECKPOINT = {"state_dict": {"w": torch.zeros(5000)}, "model_config": {}, "data_config": {}, "global_step": 1}
@@ -150,6 +151,32 @@ def test_a_run_whose_disk_fills_up_goes_on_when_there_is_space(peaceful: Path, t
         disk.resize(64)
         assert type_command("train", *RUN, f"run_dir={run_dir}").code == 0
         assert differences(peaceful, run_dir) == []
+
+
+def test_a_disk_that_fills_up_under_a_dashboard_too_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B has a log of its own there, into which it writes many lines."""
+    told = [*RUN, "logger=wandb", "logger.wandb.mode=offline", "callbacks.monitor.every_n_steps=1"]
+    stepping = Monitor.on_train_batch_end
+    with small_disk(tmp_path / "disk", megabytes=32) as disk:
+
+        def filling(self: Monitor, trainer: Any, *rest: Any) -> None:
+            stepping(self, trainer, *rest)
+            if trainer.global_step == 7:
+                disk.fill()
+
+        monkeypatch.setattr(Monitor, "on_train_batch_end", filling)
+        run_dir = disk.path / "run"
+        typed = type_command("train", *told, f"run_dir={run_dir}")
+        assert f"{run_dir}/checkpoints/last.ckpt could not be written (No space left on device)" in the_line(
+            typed
+        )
+        assert len(typed.err.splitlines()) < 10
+        monkeypatch.undo()
+        disk.free()
+        assert type_command("train", *told, f"run_dir={run_dir}").code == 0
+        assert told_wandb(run_dir, "train/loss") == [str(16 * step) for step in range(1, 13)]
 
 
 def test_a_run_folder_that_becomes_read_only_while_running(

@@ -1,5 +1,6 @@
 """What reaches metrics.csv, W&B's offline file and TensorBoard."""
 
+import errno
 import os
 import re
 import signal
@@ -338,6 +339,20 @@ def test_a_dashboard_that_cannot_be_reached_again_does_not_end_the_training(
 
 
 @pytest.mark.usefixtures("no_account")
+def test_a_dashboard_whose_files_cannot_be_finished_hides_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    logger = wandb_logger(str(tmp_path), mode="offline")
+    logger._experiment = SimpleNamespace(finish=full)
+    monkeypatch.setattr(wandb, "teardown", full)
+    close_loggers([logger])
+    [record] = [record for record in caplog.records if "No space left on device" in record.message]
+    assert record.levelname == "WARNING"
+
+
 def test_wandb_may_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     train_tiny(tmp_path, "logger=wandb", "callbacks.sample_images.num_images=1")

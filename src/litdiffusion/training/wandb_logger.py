@@ -102,6 +102,9 @@ class LastingWandbLogger(WandbLogger):
             self._recall()
             if not all(self._knows(entry) for entry in self._entries()):
                 self._insist(self._finish)
+        except OSError as error:  # a full disk, say: what has ended the training is told, not this
+            log.warning("W&B: its files could not be written to their end (%s)", error.strerror)
+            self._forget()
 
     def _open(self) -> None:
         import wandb
@@ -172,7 +175,7 @@ class LastingWandbLogger(WandbLogger):
     def _forget(self) -> None:
         import wandb
 
-        with suppress(ConnectionError), _losses():
+        with suppress(OSError), _losses():
             wandb.teardown()
         self._experiment = None
 
