@@ -1,6 +1,7 @@
 """Full disks, folders that cannot be written, and worker processes that are lost: nothing half-written, one line."""
 
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -165,6 +166,8 @@ def test_a_disk_that_fills_up_under_a_dashboard_too_is_one_line(
             stepping(self, trainer, *rest)
             if trainer.global_step == 7:
                 disk.fill()
+                for _ in range(200):  # more than the last block of the log has room for
+                    logging.getLogger("wandb").info("What W&B writes down about what it does")
 
         monkeypatch.setattr(Monitor, "on_train_batch_end", filling)
         run_dir = disk.path / "run"
