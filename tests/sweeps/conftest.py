@@ -55,11 +55,13 @@ with (out / "starts").open("a") as file:
 def stop(signum, frame):
     print(f"stopped by {signum}", flush=True)
     sys.exit(128 + signum)
-if behaviour == "patient" and not (out / "met").exists():
+def wait():
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, stop)
     (out / "met").touch()
     time.sleep(60)
+if behaviour == "patient" and not (out / "met").exists():
+    wait()
 if behaviour == "refused":
     sys.exit("a line\\nerror: behaviour=refused: choose another\\na last line")
 if behaviour == "bug":
@@ -71,6 +73,8 @@ lr = float(given.get("optimizer.lr", 1))
 summary = {"steps": max_steps, "val_loss": lr / (1 + seed), "val_bits_per_dim": 9 - lr, "wall_seconds": 1.5,
            "device": "cpu", "grid": "x"}
 (out / ("summary.json" if "run_dir" in given else "sample.json")).write_text(json.dumps(summary))
+if behaviour == "leaving":
+    wait()
 """
 """A command that needs no time: it notes how it was started, and ends as ``behaviour`` says."""
 

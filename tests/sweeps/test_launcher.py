@@ -183,6 +183,15 @@ def test_a_signal_stops_the_jobs_and_starts_no_others(sweeps, signum: int, at_on
         assert statuses(sweeps) == ["finished"] * 3
 
 
+def test_a_job_that_is_stopped_when_it_has_written_its_results_has_finished(sweeps) -> None:
+    thread = meanwhile(lambda: len(list(sweeps.folder.rglob("met"))) == 1, signal.SIGTERM)
+    code = sweeps("-m", "behaviour=leaving", "seed=0,1").code
+    thread.join()
+    assert code == 128 + signal.SIGTERM
+    assert statuses(sweeps) == ["finished", "waiting"]
+    assert sweeps.table()[0]["val_loss"]
+
+
 def test_sweeps_of_other_commands(sweeps) -> None:
     assert sweeps("-m", "seed=0,1", "ckpt=a.ckpt", config_name="sample").code == 0
     assert [row["steps"] for row in sweeps.table()] == ["2", "2"]

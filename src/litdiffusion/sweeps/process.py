@@ -112,7 +112,7 @@ class RunningJob:
         self._end_group()
         for echo in self._echoes:
             echo.finish()
-        if code == 0:
+        if code == 0 or (self.asked_to_stop and self.job.is_finished()):  # it was about to leave
             return Outcome(FINISHED)
         signum = -code if code < 0 else code - 128
         if self.asked_to_stop and signum == self.asked_to_stop:
