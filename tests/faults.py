@@ -5,9 +5,9 @@
 Half of the runs have two processes. Each is hit one to three times: by kill -9 of all its processes, kill -9 of one
 of them, SIGTERM, SIGINT, or SIGUSR1 as Slurm sends it before a requeue, to all processes. The moments are drawn over
 the whole length of the run, its start included: in the middle of an epoch, of a checkpoint, of a validation, of
-sampling. Then it is repeated until it is finished. Its weights, averaged weights, optimizer state, logged numbers and
-sample pictures must be those of the other run, bit for bit, and every other run's offline W&B files must hold each
-row of numbers once.
+sampling; half of the time W&B's own process is hit first. Then it is repeated until it is finished. Its weights,
+averaged weights, optimizer state, logged numbers and sample pictures must be those of the other run, bit for bit, and
+every other run's offline W&B files must hold each row of numbers once.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -112,6 +113,10 @@ def try_once(
 
 def strike(process: subprocess.Popen[str], blow: str, moments: random.Random) -> list[str]:
     """Deal the blow, wait until every process of the run is gone, and return what was wrong with how they went."""
+    if blow != KILL_ONE and moments.random() < 0.5:
+        for pid in wandb_processes(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL if blow == KILL else signal.Signals[blow])
     if blow == KILL:
         kill(process)
         return []
@@ -148,11 +153,11 @@ def strike(process: subprocess.Popen[str], blow: str, moments: random.Random) ->
 
 
 def mistold(run_dir: Path) -> list[str]:
-    """What W&B's files do not hold once, or not in order, of the numbers of ``metrics.csv``."""
+    """What W&B's files do not hold once of the numbers of ``metrics.csv``; what was lost at first comes late."""
     wrong = []
     for key in ("train/loss", "val/loss"):
         logged = [row["images_seen"] for row in rows(run_dir) if row[key]]
-        told = told_wandb(run_dir, key)
+        told = sorted(told_wandb(run_dir, key), key=int)
         if told != logged:
             wrong.append(f"W&B was told {key} at {told}, of {logged}")
     return wrong
@@ -162,6 +167,15 @@ def members(group: int) -> list[int]:
     """The living processes of a process group."""
     listed = subprocess.run(
         ["pgrep", "--pgroup", str(group), "python"], capture_output=True, text=True
+    ).stdout
+    return [int(word) for word in listed.split()]
+
+
+def wandb_processes(group: int) -> list[int]:
+    """What W&B writes with, in a group of its own."""
+    parents = ",".join(map(str, members(group)))
+    listed = subprocess.run(
+        ["pgrep", "--parent", parents, "wandb-core"], capture_output=True, text=True
     ).stdout
     return [int(word) for word in listed.split()]
 
