@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from litdiffusion.files import whole_file, write_text
+from litdiffusion.files import second_name, whole_file, write_text
 
 WRITE_AND_DIE = """
 import os, signal, sys
@@ -52,6 +52,19 @@ def test_an_old_file_is_replaced(tmp_path):
     write_text(path, "né")
     assert path.read_bytes() == "né".encode()
     assert names(tmp_path) == ["notes.txt"]
+
+
+def test_a_second_name_outlasts_the_first(tmp_path):
+    path, other = tmp_path / "last.txt", tmp_path / "previous.txt"
+    write_text(path, "first")
+    for _ in range(2):  # the second time it is there already, as after a kill before the next file was whole
+        second_name(path, other)
+        assert names(tmp_path) == ["last.txt", "previous.txt"]
+    write_text(path, "second")
+    assert other.read_text() == "first"
+    second_name(path, other)
+    assert other.read_text() == "second"
+    assert names(tmp_path) == ["last.txt", "previous.txt"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])

@@ -15,8 +15,10 @@ from types import SimpleNamespace
 import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.sdk.lib.service.service_port_file import ServicePollForTokenError
 
 from commands import train_tiny
+from interrupted_runs import finish, has_come_to, kill, start, wait_for
 from litdiffusion.configuration import resolvers
 from litdiffusion.errors import UserError
 from litdiffusion.processes import STOP_SIGNALS
@@ -304,6 +306,9 @@ def test_what_wandb_has_lost_of_an_earlier_start_is_told_again(tmp_path: Path) -
     train_tiny(tmp_path, *often)
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     rows = offline_history(tmp_path)
+    (
+        tmp_path / "samples" / "step-0000002.png"
+    ).unlink()  # nothing can be told of it, and nothing is the worse
     data = file.read_bytes()
     file.write_bytes(data[: data.index(b"samples/noised_strip")])
     assert len(offline_history(tmp_path)) < len(rows)
@@ -313,7 +318,19 @@ def test_what_wandb_has_lost_of_an_earlier_start_is_told_again(tmp_path: Path) -
         logged = [row["step"] for row in read_rows(tmp_path / "metrics.csv") if key in row]
         assert [row[STEP] for row in kept if key in row] == logged
     assert [row[STEP] for row in kept if "samples/noised_strip" in row] == [0]
-    assert [row[STEP] for row in kept if "samples/grid" in row] == [1, 2, 3, 5]
+    assert [row[STEP] for row in kept if "samples/grid" in row] == [1, 3, 5]
+
+
+def test_a_dashboard_whose_process_cannot_live_here_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(**kwargs: object) -> None:
+        raise ServicePollForTokenError("wandb-core exited with code -9")
+
+    monkeypatch.setattr(wandb, "init", killed)
+    logger = wandb_logger(str(tmp_path), mode="offline")
+    with pytest.raises(UserError, match=r"has ended \(wandb-core exited with code -9\), twice; logger=csv"):
+        describe_run([logger], {})
 
 
 def test_a_dashboard_that_cannot_be_reached_again_does_not_end_the_training(
@@ -405,6 +422,22 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
     assert events.Tags()["images"] == ["samples/noised_strip", "samples/grid"]
     assert (tmp_path / "metrics.csv").exists()
+
+
+def test_tensorboard_loses_nothing_and_repeats_nothing_when_a_run_is_killed(tmp_path: Path) -> None:
+    for has_saved in (lambda: has_come_to(tmp_path, 2), (tmp_path / "checkpoints" / "previous.ckpt").exists):
+        process = start(tmp_path, "logger=tensorboard", "callbacks.monitor.every_n_steps=2")
+        wait_for(has_saved, process)
+        kill(process)
+    finish(tmp_path, "logger=tensorboard", "callbacks.monitor.every_n_steps=2")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for key in ("train/loss", "val/loss"):
+        logged = {row["step"]: row[key] for row in read_rows(tmp_path / "metrics.csv") if key in row}
+        shown = events.Scalars(key)
+        assert [event.step for event in shown] == list(logged)
+        assert [event.value for event in shown] == pytest.approx(list(logged.values()))
+    assert [event.step for event in events.Images("samples/noised_strip")] == [0]
 
 
 def test_metrics_table_survives_kills_and_new_columns(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def log_image(logger: Logger, key: str, path: Path, step: int, images_seen: int)
     """Show a picture on a dashboard; loggers without pictures pass."""
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(key, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+        logger.save()
     else:
         recall_image(logger, key, path, step, images_seen)
 
@@ -97,8 +98,8 @@ def resume_loggers(loggers: list[Logger], step: int) -> None:
     for logger in loggers:
         if isinstance(logger, CSVLogger):
             logger.resume_at(step)
-        elif isinstance(logger, TensorBoardLogger) and step > 0:
-            logger._kwargs["purge_step"] = step + 1
+        elif isinstance(logger, TensorBoardLogger):
+            logger._kwargs["purge_step"] = step + 1 if step else 0
 
 
 def close_loggers(loggers: list[Logger]) -> None:

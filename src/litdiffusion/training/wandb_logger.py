@@ -67,14 +67,18 @@ class LastingWandbLogger(WandbLogger):
         """Open the run, give it its configuration and make images seen the axis of its curves.
 
         Raises:
-            UserError: W&B cannot be reached, or does not take the account.
+            UserError: W&B cannot be reached, does not take the account, or cannot run here.
         """
         import wandb
 
         self._config = config
         try:
             self._attempt(self._open)
-        except (wandb.Error, ConnectionError) as error:
+        except ConnectionError as error:
+            raise UserError(
+                f"logger.wandb: {error}, twice; logger=csv or tensorboard does without"
+            ) from error
+        except wandb.Error as error:
             raise UserError(f"logger.wandb: {error}; logger.wandb.mode=offline needs neither") from error
 
     @rank_zero_only
@@ -121,7 +125,8 @@ class LastingWandbLogger(WandbLogger):
         self.experiment.define_metric("*", step_metric="images_seen")
         self.log_hyperparams(self._config)
         for entry in self._entries():
-            self._tell(entry)
+            with suppress(FileNotFoundError):  # a picture that has been removed since
+                self._tell(entry)
             self._told.setdefault(entry.step, set()).update(entry.keys)
 
     def _finish(self) -> None:
@@ -243,7 +248,9 @@ def _losses() -> Iterator[None]:
     try:
         yield
     except (before_its_address, before_its_answer, *later) as error:
-        raise ConnectionError(f"its process has ended ({error or type(error).__name__})") from error
+        raise ConnectionError(
+            f"the process that W&B writes with has ended ({str(error) or type(error).__name__})"
+        ) from error
 
 
 @rank_zero_only
