@@ -122,6 +122,21 @@ def test_what_a_killed_run_had_told_wandb_is_not_told_again(tmp_path: Path) -> N
     assert grids == [32, 64, 96, 128]
 
 
+@pytest.mark.usefixtures("no_account")
+def test_a_run_that_goes_on_with_wandb_brings_along_what_it_has_logged_without(tmp_path: Path) -> None:
+    often = ("callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=1")
+    train_tiny(tmp_path, *often, "trainer.max_steps=3")
+    train_tiny(tmp_path, *often, "logger=wandb")
+    kept = offline_history(tmp_path)
+    logged = read_rows(tmp_path / "metrics.csv")
+    for key in ("train/loss", "val/loss"):
+        assert [(row[STEP], row[key]) for row in kept if key in row] == [
+            (row["step"], row[key]) for row in logged if key in row
+        ]
+    pictures = [(row["images_seen"], row[STEP]) for row in kept if "samples/grid" in row]
+    assert pictures == [(16, 1), (32, 2), (64, 4)]  # no grid is drawn at the step that was once the last
+
+
 @pytest.fixture(scope="module")
 def long_wandb_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of 400 rows, which fill several blocks."""
