@@ -192,8 +192,9 @@ def finish(
         curves(run.metrics, run.curves)
     files = {
         "checkpoint": saving.last if saving else None,
-        "grid": run.samples / "grid.png",
-        "gif": run.samples / "denoising.gif",
+        # Without sampling, the pictures that lie there are of an earlier end of this run.
+        "grid": run.samples / "grid.png" if sampling else None,
+        "gif": run.samples / "denoising.gif" if sampling else None,
         "noised_strip": run.samples / "noised_strip.png",
         "curves": run.curves,
     }

@@ -189,3 +189,11 @@ def test_asked_to_stop_before_the_first_step(
     assert "stopped by SIGTERM after step 0" in caplog.text
     train_tiny(tmp_path)
     assert_same_end(tmp_path, undisturbed)
+
+
+def test_a_summary_names_no_pictures_of_an_earlier_end(tmp_path: Path) -> None:
+    for step, overrides in ((2, ()), (LAST_STEP, ("callbacks.sample_images=null",))):
+        train_tiny(tmp_path, f"trainer.max_steps={step}", *overrides)
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        assert summary["steps"] == step
+        assert [name in summary for name in ("grid", "gif")] == [step < LAST_STEP] * 2
