@@ -126,6 +126,19 @@ def test_what_a_killed_run_had_told_wandb_is_not_told_again(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("no_account")
+def test_what_wandb_has_sent_and_cleaned_away_is_not_told_again(tmp_path: Path) -> None:
+    often = ("logger=wandb", "callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=1")
+    train_tiny(tmp_path, *often)
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    shutil.rmtree(folder)  # wandb sync --clean
+    train_tiny(tmp_path, *often, "trainer.max_steps=6")
+    kept = offline_history(tmp_path)
+    assert [row[STEP] for row in kept if "train/loss" in row] == [5, 6]
+    assert [row[STEP] for row in kept if "samples/grid" in row] == [5, 6]
+    assert not [row for row in kept if "samples/noised_strip" in row]
+
+
+@pytest.mark.usefixtures("no_account")
 def test_a_run_that_goes_on_with_wandb_brings_along_what_it_has_logged_without(tmp_path: Path) -> None:
     often = ("callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=1")
     train_tiny(tmp_path, *often, "trainer.max_steps=3")

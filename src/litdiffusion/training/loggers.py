@@ -96,7 +96,7 @@ def describe_run(loggers: list[Logger], config: dict[str, Any], overrides: Seque
 def resume_loggers(loggers: list[Logger], step: int) -> None:
     """Tell the loggers where the run continues, before they are described: what they were told beyond is repeated."""
     for logger in loggers:
-        if isinstance(logger, CSVLogger):
+        if isinstance(logger, CSVLogger | LastingWandbLogger):
             logger.resume_at(step)
         elif isinstance(logger, TensorBoardLogger):
             logger._kwargs["purge_step"] = step + 1 if step else 0

@@ -24,6 +24,9 @@ STEP = "trainer/global_step"
 SENT = "all_sent_until"
 """The file, beside W&B's, that says when a start of the run has last waited for all to arrive."""
 
+STARTS = "starts"
+"""The file, beside W&B's, that names the folder of each start of the run."""
+
 
 def told(folder: Path, run_id: str, but_for_seconds: float = 0.0) -> dict[int, set[str]]:
     """Return which numbers and pictures a run was told, by step: what its files hold, however they end.
@@ -48,6 +51,23 @@ def told(folder: Path, run_id: str, but_for_seconds: float = 0.0) -> dict[int, s
 def note_all_sent(folder: Path) -> None:
     """Write down that what the run has been told so far has arrived."""
     write_text(folder / SENT, f"{time.time()}\n")
+
+
+def note_start(folder: Path, name: str) -> None:
+    """Write down that the run has been started, with files in a folder of this name."""
+    write_text(folder / STARTS, "".join(f"{each}\n" for each in [*_starts(folder), name]))
+
+
+def starts_are_gone(folder: Path) -> bool:
+    """Whether files of a start have been removed since, as ``wandb sync --clean`` does when it has sent them."""
+    return not all((folder / name).exists() for name in _starts(folder))
+
+
+def _starts(folder: Path) -> list[str]:
+    try:
+        return (folder / STARTS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def _all_sent_until(folder: Path) -> float:

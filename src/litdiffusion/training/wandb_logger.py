@@ -19,7 +19,7 @@ from litdiffusion.files import write_text
 from litdiffusion.processes import STOP_SIGNALS
 from litdiffusion.runs.folder import RunFolder
 from litdiffusion.runs.metrics import read_rows
-from litdiffusion.training.wandb_files import STEP, note_all_sent, told
+from litdiffusion.training.wandb_files import STEP, note_all_sent, note_start, starts_are_gone, told
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ class LastingWandbLogger(WandbLogger):
     even that fails, the training goes on without.
 
     What W&B's process is told while it ends is lost without a word. So whenever the run is opened, it is told what
-    the run folder holds and W&B's files do not; and never what they hold, though a resumed training repeats it.
+    the run folder holds and W&B's files do not; and never what they hold, though a resumed training repeats it. Where
+    files of W&B's have been removed, it counts as told up to where the training is resumed.
     """
 
     def __init__(self, run: RunFolder, **kwargs: Any) -> None:
@@ -58,9 +59,14 @@ class LastingWandbLogger(WandbLogger):
         self._folder, self._table = run.path / "wandb", run.metrics
         self._pictures: list[Entry] = []
         self._told: dict[int, set[str]] = {}
+        self._resumed_at, self._told_until = 0, -1
         self._wandb_init.pop("anonymous", None)  # W&B warns of it, even where it is not set
         self._config: dict[str, Any] = {}
         self._given_up = False
+
+    def resume_at(self, step: int) -> None:
+        """Say where the training is resumed, before the run is described."""
+        self._resumed_at = step
 
     @rank_zero_only
     def describe(self, config: dict[str, Any]) -> None:
@@ -121,6 +127,8 @@ class LastingWandbLogger(WandbLogger):
             _start_out_of_reach()
         # Not left to Lightning, which would take up a run that has lost its process.
         self._experiment = wandb.init(**self._wandb_init)
+        if self._wandb_init["settings"].mode != "disabled":
+            note_start(self._folder, Path(self.experiment.dir).parent.name)
         self.experiment.define_metric("images_seen")
         self.experiment.define_metric("*", step_metric="images_seen")
         self.log_hyperparams(self._config)
@@ -140,6 +148,7 @@ class LastingWandbLogger(WandbLogger):
         if (self._folder / "run_id").exists():
             on_its_way = 0.0 if self._offline else SEND_SECONDS
             self._told = told(self._folder, _run_id(self._folder), but_for_seconds=on_its_way)
+            self._told_until = self._resumed_at if starts_are_gone(self._folder) else -1
 
     def _entries(self) -> list[Entry]:
         """What the run should have been told by now."""
@@ -147,7 +156,7 @@ class LastingWandbLogger(WandbLogger):
         return [*(_row(int(row.pop("step")), row) for row in rows), *self._pictures]
 
     def _knows(self, entry: Entry) -> bool:
-        return entry.keys <= self._told.get(entry.step, set())
+        return entry.step <= self._told_until or entry.keys <= self._told.get(entry.step, set())
 
     def _tell(self, entry: Entry) -> None:
         if not self._knows(entry):
