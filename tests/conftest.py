@@ -21,6 +21,7 @@ LONGEST = (
     "test_interruption.py",
     "test_loggers.py",
     "test_storage.py",
+    "test_end_of_run.py",
 )
 """Where several processes share the tests, they begin with these, so that none has one of them left at the end."""
 

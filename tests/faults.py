@@ -153,11 +153,11 @@ def strike(process: subprocess.Popen[str], blow: str, moments: random.Random) ->
 
 
 def mistold(run_dir: Path) -> list[str]:
-    """What W&B's files do not hold once of the numbers of ``metrics.csv``; what was lost at first comes late."""
+    """What W&B's files do not hold once of the numbers of ``metrics.csv``."""
     wrong = []
     for key in ("train/loss", "val/loss"):
         logged = [row["images_seen"] for row in rows(run_dir) if row[key]]
-        told = sorted(told_wandb(run_dir, key), key=int)
+        told = told_wandb(run_dir, key)
         if told != logged:
             wrong.append(f"W&B was told {key} at {told}, of {logged}")
     return wrong

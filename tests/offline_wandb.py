@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,15 @@ def offline_records(file: Path) -> Iterator[Any]:
             yield message
 
 
-def offline_history(run_dir: Path) -> list[dict[str, Any]]:
+def offline_history(run_dir: Path, awaited: int = 0) -> list[dict[str, Any]]:
+    """The rows that a run has told W&B; W&B's own process writes ``awaited`` of them in its own time."""
+    deadline = time.monotonic() + 20
+    while len(rows := _history(run_dir)) < awaited and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return rows
+
+
+def _history(run_dir: Path) -> list[dict[str, Any]]:
     rows = []
     for file in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")):
         for record in offline_records(file):
@@ -45,5 +54,5 @@ def offline_history(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def told_wandb(run_dir: Path, key: str) -> list[str]:
-    """Where, in images seen, the run has told W&B this number."""
-    return [str(row["images_seen"]) for row in offline_history(run_dir) if key in row]
+    """Where, in images seen, the run has told W&B this number, in this order: what was lost at first is told late."""
+    return sorted((str(row["images_seen"]) for row in offline_history(run_dir) if key in row), key=int)

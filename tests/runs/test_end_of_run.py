@@ -99,7 +99,7 @@ def test_killed_after_the_last_step(
 
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [(SampleImages, "finish"), (RunFolder, "write_summary")],
+    [(SampleImages, "finish"), pytest.param(RunFolder, "write_summary", marks=pytest.mark.slow)],
     ids=["sampling", "summing up"],
 )
 def test_killed_at_its_second_end(

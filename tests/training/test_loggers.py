@@ -55,9 +55,7 @@ def test_wandb_falls_to_offline_and_keeps_its_run(tmp_path: Path, caplog: pytest
     assert len(files) == 2
     assert {file.stem for file in files} == {f"run-{run_id}"}
 
-    deadline = time.monotonic() + 20  # W&B's own process closes the file in its own time
-    while len(rows := offline_history(run_dir)) < ROWS and time.monotonic() < deadline:
-        time.sleep(0.2)
+    rows = offline_history(run_dir, awaited=ROWS)
     assert all("images_seen" in row for row in rows)
     by_key = {key: [row for row in rows if key in row] for row in rows for key in row}
     kinds = ("train/loss", "train/grad_norm", "train/lr", "train/images_per_second")
@@ -110,17 +108,12 @@ def test_what_a_killed_run_had_told_wandb_is_not_told_again(tmp_path: Path) -> N
     last.write_bytes(checkpoint)  # as if the second start had been killed before it saved
     (run_dir / "checkpoints" / "previous.ckpt").unlink(missing_ok=True)
     train_tiny(run_dir, *often, "trainer.max_steps=8")
-    deadline = time.monotonic() + 20
-    while len(rows := offline_history(run_dir)) < 15 and time.monotonic() < deadline:
-        time.sleep(0.2)
+    rows = offline_history(run_dir, awaited=13)
+    assert len(rows) == 13
     losses = [row["images_seen"] for row in rows if "train/loss" in row]
     assert losses == [32, 64, 96, 128]
-    assert [float(row["step"]) for row in read_rows(run_dir / "metrics.csv") if "train/loss" in row] == [
-        2,
-        4,
-        6,
-        8,
-    ]
+    logged = [row["step"] for row in read_rows(run_dir / "metrics.csv") if "train/loss" in row]
+    assert logged == [2, 4, 6, 8]
     grids = [row["images_seen"] for row in rows if "samples/grid" in row]
     assert grids == [32, 64, 96, 128]
 
@@ -163,10 +156,7 @@ def long_wandb_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         logger.log_metrics({"x": step, f"{'y' * 100}{step % 3}": step}, step=step)
     close_loggers([logger])
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    deadline = time.monotonic() + 20
-    while len(offline_history(folder)) < 400:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    assert len(offline_history(folder, awaited=400)) == 400
     return file
 
 
