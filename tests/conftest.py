@@ -19,7 +19,7 @@ LONGEST = (
     "test_notebooks.py",
     "test_processes.py",
     "test_interruption.py",
-    "test_loggers.py",
+    "test_wandb_logger.py",
     "test_storage.py",
     "test_end_of_run.py",
 )

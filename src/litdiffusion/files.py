@@ -73,9 +73,7 @@ def second_name(path: Path, other: Path) -> None:
     """
     temporary = other.with_name(f"{UNFINISHED}{other.name}")
     try:
-        if other.exists() and other.samefile(
-            path
-        ):  # where a rename does nothing, and leaves the temporary name
+        if other.exists() and other.samefile(path):  # a rename would do nothing, and leave the temporary name
             return
         temporary.unlink(missing_ok=True)
         try:

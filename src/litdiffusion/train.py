@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import Trainer
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from litdiffusion.configuration.checks import validate
@@ -34,7 +35,7 @@ from litdiffusion.training.callbacks.attached import datamodule_of, find, images
 from litdiffusion.training.callbacks.interruption import ending_at_once, stopping_at_once
 from litdiffusion.training.checkpoint_io import WholeCheckpointIO
 from litdiffusion.training.cluster import cluster_environment, leave, leave_in_peace
-from litdiffusion.training.loggers import close_loggers, describe_run, resume_loggers
+from litdiffusion.training.loggers import close_loggers, complete_dashboards, describe_run, resume_loggers
 from litdiffusion.training.memory import keep_freed_memory
 from litdiffusion.training.module import LitDiffusion
 
@@ -75,6 +76,8 @@ def train(
                 f"This run is finished, at step {summary['steps']:,}; a larger trainer.max_steps continues it."
             )
             say(paragraph(summary, run.path))
+            if process_rank() == 0:
+                complete_dashboards(build_loggers(cfg), config, overrides(), run)
             return None
         if resumption.checkpoint.parent != run.checkpoints:
             raise UserError(
@@ -120,7 +123,8 @@ def train(
 
     stopped_by = None
     try:
-        resume_loggers(trainer.loggers, resumption.step if resumption else 0)
+        images_per_step = trainer.accumulate_grad_batches * datamodule.batch_size
+        resume_loggers(trainer.loggers, resumption.step if resumption else 0, images_per_step)
         describe_run(trainer.loggers, config, overrides())
         checkpoint = resumption.checkpoint if resumption else None
         with children_end_with_this(), ending_at_once() if trainer.world_size > 1 else nullcontext():
@@ -149,13 +153,17 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     strides = r"(?s)Grad strides do not match.*grad\.sizes\(\) = \[\d+, \d+, 1, 1\]"
     warnings.filterwarnings("ignore", message=strides)
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
-    loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node]
     plugins = [plugin for plugin in (WholeCheckpointIO(), cluster_environment()) if plugin]
-    supplied: dict[str, Any] = {"logger": loggers, "callbacks": callbacks, "plugins": plugins}
+    supplied: dict[str, Any] = {"logger": build_loggers(cfg), "callbacks": callbacks, "plugins": plugins}
     if not cfg.datamodule.num_val:
         supplied["limit_val_batches"] = 0  # or Lightning warns that there is nothing to validate on
     trainer: Trainer = build(cfg.trainer, "trainer", **supplied)
     return trainer
+
+
+def build_loggers(cfg: DictConfig) -> list[Logger]:
+    """Build them; none is opened yet."""
+    return [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node]
 
 
 def announce(trainer: Trainer, module: LitDiffusion, run: RunFolder, resumption: Resumption | None) -> None:

@@ -116,7 +116,7 @@ class _Job:
     def __call__(self, cfg: DictConfig) -> None:
         if process_rank() > 0:
             logging.disable(logging.INFO)
-        # On a full disk, or each line that a library's log cannot take would be a traceback on the terminal.
+        # A line that a log on a full disk cannot take would otherwise be a traceback on the terminal.
         logging.raiseExceptions = False
         for handler in logging.getLogger().handlers:
             handler.addFilter(REDACTED_LOG)

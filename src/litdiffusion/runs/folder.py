@@ -151,6 +151,23 @@ class RunFolder:
             raise UserError(f"{self.summary} is not what a run writes there: move it away")
         return summary
 
+    def pictures(self) -> list[tuple[int, Path]]:
+        """Return what has been drawn, each with its step: the noised strip, the grids, and the end's grid and GIF.
+
+        Raises:
+            UserError: the summary is damaged.
+        """
+        drawn = [(0, self.samples / "noised_strip.png")]
+        for path in sorted(self.samples.glob("step-*.png")):
+            if (number := path.stem.removeprefix("step-")).isdecimal():
+                drawn.append((int(number), path))
+        summary = self.read_summary()
+        for name, path in (("grid", self.samples / "grid.png"), ("gif", self.samples / "denoising.gif")):
+            # One that is newer than the summary is of an end that the run was coming to when it was killed.
+            if name in summary and path.exists() and path.stat().st_mtime <= self.summary.stat().st_mtime:
+                drawn.append((summary["steps"], path))
+        return [(step, path) for step, path in drawn if path.is_file() and not path.is_symlink()]
+
     def has_ended_at(self, step: int) -> bool:
         """Whether the run has been brought to an end, at this step or a later one.
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image
 
 from litdiffusion.redaction import redacted_override, without_secrets
+from litdiffusion.runs.folder import RunFolder
 from litdiffusion.runs.metrics import MetricsTable
+from litdiffusion.training.tensorboard_logger import LastingTensorBoardLogger
 from litdiffusion.training.wandb_logger import LastingWandbLogger
 
 
@@ -53,29 +53,10 @@ class CSVLogger(Logger):
         self._table.append({"step": step or 0, **metrics})
 
 
-def log_image(logger: Logger, key: str, path: Path, step: int, images_seen: int) -> None:
-    """Show a picture on a dashboard; loggers without pictures pass."""
-    if isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_image(key, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
-        logger.save()
-    else:
-        recall_image(logger, key, path, step, images_seen)
-
-
-def recall_image(logger: Logger, key: str, path: Path, step: int, images_seen: int) -> None:
-    """Show a picture of an earlier start of the run, where a dashboard knows whether it has it; the others pass."""
-    if isinstance(logger, LastingWandbLogger):
-        import wandb
-
-        logger.log_media(key, lambda: wandb.Image(str(path)), step, images_seen)
-
-
-def log_gif(logger: Logger, key: str, path: Path, step: int, images_seen: int) -> None:
-    """Show a GIF on a dashboard; loggers that cannot pass."""
-    if isinstance(logger, LastingWandbLogger):
-        import wandb
-
-        logger.log_media(key, lambda: wandb.Video(str(path), format="gif"), step, images_seen)
+def log_picture(logger: Logger, path: Path, step: int, images_seen: int) -> None:
+    """Show a picture or a GIF on a dashboard; loggers that cannot pass."""
+    if isinstance(logger, LastingTensorBoardLogger | LastingWandbLogger):
+        logger.log_picture(path, step, images_seen)
 
 
 def describe_run(loggers: list[Logger], config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
@@ -93,17 +74,36 @@ def describe_run(loggers: list[Logger], config: dict[str, Any], overrides: Seque
             logger.log_hyperparams(shown)
 
 
-def resume_loggers(loggers: list[Logger], step: int) -> None:
+def resume_loggers(loggers: list[Logger], step: int, images_per_step: int) -> None:
     """Tell the loggers where the run continues, before they are described: what they were told beyond is repeated."""
     for logger in loggers:
-        if isinstance(logger, CSVLogger | LastingWandbLogger):
+        if isinstance(logger, LastingWandbLogger):
+            logger.resume_at(step, images_per_step)
+    for logger in loggers:  # after that: W&B's counts the rows that are dropped here
+        if isinstance(logger, CSVLogger | LastingTensorBoardLogger):
             logger.resume_at(step)
-        elif isinstance(logger, TensorBoardLogger):
-            logger._kwargs["purge_step"] = step + 1 if step else 0
+
+
+def complete_dashboards(
+    loggers: list[Logger], config: dict[str, Any], overrides: Sequence[str], run: RunFolder
+) -> None:
+    """Tell the dashboards of a finished run what they lack of it, as after a kill in its last moments.
+
+    Raises:
+        UserError: W&B cannot be reached, or does not take the account; the run folder cannot be written.
+    """
+    summary = run.read_summary()
+    for logger in loggers:
+        if isinstance(logger, LastingWandbLogger):
+            logger.resume_at(summary["steps"], summary.get("images_seen", 0) // max(summary["steps"], 1))
+            if logger.lacks_anything():
+                run.prepare()
+                describe_run([logger], config, overrides)
+                logger.close()
 
 
 def close_loggers(loggers: list[Logger]) -> None:
     """Finish what a dashboard keeps open, so that the next job of a sweep starts a run of its own."""
     for logger in loggers:
-        if isinstance(logger, LastingWandbLogger):
+        if isinstance(logger, LastingTensorBoardLogger | LastingWandbLogger):
             logger.close()

@@ -4,6 +4,7 @@ A file is a log in LevelDB's format (github.com/google/leveldb, doc/log_format.m
 in blocks of 32 KiB, each a protobuf message, or a part of one where a block ends.
 """
 
+import re
 import struct
 import time
 from collections import defaultdict
@@ -25,7 +26,7 @@ SENT = "all_sent_until"
 """The file, beside W&B's, that says when a start of the run has last waited for all to arrive."""
 
 STARTS = "starts"
-"""The file, beside W&B's, that names the folder of each start of the run."""
+"""The file, beside W&B's, that names the folder of each start of the run, and the last step that it was told."""
 
 
 def told(folder: Path, run_id: str, but_for_seconds: float = 0.0) -> dict[int, set[str]]:
@@ -35,16 +36,18 @@ def told(folder: Path, run_id: str, but_for_seconds: float = 0.0) -> dict[int, s
         folder: W&B's in the run folder.
         run_id: the run's; each of its starts has a file.
         but_for_seconds: what each start was told in its last seconds is left out, unless all has been sent since.
+
+    Raises:
+        OSError: a file cannot be read.
     """
     found: defaultdict[int, set[str]] = defaultdict(set)
     sent = _all_sent_until(folder)
     for file in sorted(folder.glob(f"*run-*/run-{run_id}.wandb")):
-        if file.is_file():
-            rows = list(_history(file.read_bytes()))
-            end = max(max(map(_time, rows), default=0.0) - but_for_seconds, sent)
-            for row in rows:
-                if (step := row.get(STEP, "")).isdecimal() and _time(row) <= end:
-                    found[int(step)] |= row.keys()
+        rows = _rows(file)
+        end = max(max(map(_time, rows), default=0.0) - but_for_seconds, sent)
+        for row in rows:
+            if _time(row) <= end:
+                found[_step(row)] |= row.keys()
     return dict(found)
 
 
@@ -53,21 +56,44 @@ def note_all_sent(folder: Path) -> None:
     write_text(folder / SENT, f"{time.time()}\n")
 
 
-def note_start(folder: Path, name: str) -> None:
-    """Write down that the run has been started, with files in a folder of this name."""
-    write_text(folder / STARTS, "".join(f"{each}\n" for each in [*_starts(folder), name]))
+def starts(folder: Path, run_id: str, last_logged: int) -> dict[str, int | None]:
+    """Return the starts of the run by the names of their folders, each with the last step that it was told.
+
+    Args:
+        folder: W&B's in the run folder.
+        run_id: the run's.
+        last_logged: the last step that was logged before this start of the run. A start whose files have been
+            removed unseen was told as much, as far as anybody knows.
+    """
+    noted = {}
+    for line in _lines(folder / STARTS):
+        name, _, until = line.partition(" ")
+        if re.fullmatch(r"[\w-]{1,100}", name, re.ASCII):
+            if (folder / name).exists():
+                rows = _rows(folder / name / f"run-{run_id}.wandb")
+                noted[name] = max(map(_step, rows), default=None)
+            else:
+                noted[name] = int(until) if until.isdecimal() else last_logged
+    return noted
 
 
-def starts_are_gone(folder: Path) -> bool:
-    """Whether files of a start have been removed since, as ``wandb sync --clean`` does when it has sent them."""
-    return not all((folder / name).exists() for name in _starts(folder))
+def told_by_what_is_gone(folder: Path, starts: dict[str, int | None]) -> int:
+    """Return up to which step the run was told by files that are there no more; -1 where none are missing.
+
+    ``wandb sync --clean`` removes them when it has sent them.
+    """
+    gone = (until for name, until in starts.items() if not (folder / name).exists())
+    return max((until for until in gone if until is not None), default=-1)
 
 
-def _starts(folder: Path) -> list[str]:
-    try:
-        return (folder / STARTS).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
+def note_starts(folder: Path, starts: dict[str, int | None]) -> None:
+    """Write down the starts of the run."""
+    lines = (name if until is None else f"{name} {until}" for name, until in starts.items())
+    write_text(folder / STARTS, "".join(f"{line}\n" for line in lines))
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
 
 
 def _all_sent_until(folder: Path) -> float:
@@ -91,6 +117,17 @@ def _history(data: bytes) -> Iterator[dict[str, str]]:
         if message.HasField("history"):
             items = message.history.item
             yield {(item.nested_key[0] if item.nested_key else item.key): item.value_json for item in items}
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    """The rows of a file that are of a step. A link is no file of W&B's, and may lead anywhere."""
+    if file.is_symlink() or not file.is_file():
+        return []
+    return [row for row in _history(file.read_bytes()) if row.get(STEP, "").isdecimal()]
+
+
+def _step(row: dict[str, str]) -> int:
+    return int(row[STEP])
 
 
 def _time(row: dict[str, str]) -> float:

@@ -12,14 +12,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 
 from litdiffusion.errors import UserError
 from litdiffusion.files import write_text
 from litdiffusion.processes import STOP_SIGNALS
 from litdiffusion.runs.folder import RunFolder
-from litdiffusion.runs.metrics import read_rows
-from litdiffusion.training.wandb_files import STEP, note_all_sent, note_start, starts_are_gone, told
+from litdiffusion.runs.metrics import Row, read_rows
+from litdiffusion.training.wandb_files import (
+    STEP,
+    note_all_sent,
+    note_starts,
+    starts,
+    told,
+    told_by_what_is_gone,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +47,10 @@ class Entry:
     """The optimizer step that it belongs to."""
     keys: frozenset[str]
     """What it says."""
-    values: Callable[[], dict[str, Any]]
-    """Makes what W&B's run is given, anew for a run opened anew."""
+    values: Callable[[], dict[str, Any] | None]
+    """Makes what W&B's run is given, anew for a run opened anew; None where the picture is gone or damaged."""
+    path: Path | None = None
+    """Of a picture."""
 
 
 class LastingWandbLogger(WandbLogger):
@@ -47,26 +58,36 @@ class LastingWandbLogger(WandbLogger):
 
     What asks a job to stop reaches all of its processes where Slurm sends it, and W&B's ends at once, while the
     training still has a step to finish and pictures to draw. Then another is started, and the same run goes on; where
-    even that fails, the training goes on without.
+    even that fails, the training goes on without, and the run is opened once more at its end.
 
     What W&B's process is told while it ends is lost without a word. So whenever the run is opened, it is told what
-    the run folder holds and W&B's files do not; and never what they hold, though a resumed training repeats it. Where
-    files of W&B's have been removed, it counts as told up to where the training is resumed.
+    the run folder holds and W&B's files do not; and never what they hold, though a resumed training repeats it.
     """
 
-    def __init__(self, run: RunFolder, **kwargs: Any) -> None:
+    def __init__(self, run: RunFolder, notice: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._folder, self._table = run.path / "wandb", run.metrics
+        self._run, self._folder, self._notice = run, run.path / "wandb", notice
+        self._mode = kwargs["settings"].mode
         self._pictures: list[Entry] = []
         self._told: dict[int, set[str]] = {}
-        self._resumed_at, self._told_until = 0, -1
+        self._told_until = self._last_logged = -1
+        self._starts: dict[str, int | None] = {}
         self._wandb_init.pop("anonymous", None)  # W&B warns of it, even where it is not set
         self._config: dict[str, Any] = {}
-        self._given_up = False
+        self._described = self._given_up = False
 
-    def resume_at(self, step: int) -> None:
-        """Say where the training is resumed, before the run is described."""
-        self._resumed_at = step
+    @property
+    def experiment(self) -> Any:
+        """W&B's run while it is open. Lightning's trainer asks for it, which opens nothing."""
+        return self._experiment or DummyLogger().experiment
+
+    @rank_zero_only
+    def resume_at(self, step: int, images_per_step: int) -> None:
+        """Say where the training is resumed, before the rows beyond are dropped and the run is described."""
+        self._last_logged = max((int(row["step"]) for row in self._rows()), default=-1)
+        for drawn_at, path in self._run.pictures():
+            if drawn_at <= step:
+                self._pictures.append(_picture(path, drawn_at, drawn_at * images_per_step))
 
     @rank_zero_only
     def describe(self, config: dict[str, Any]) -> None:
@@ -78,6 +99,8 @@ class LastingWandbLogger(WandbLogger):
         import wandb
 
         self._config = config
+        if self._notice:
+            log.warning(self._notice)
         try:
             self._attempt(self._open)
         except ConnectionError as error:
@@ -85,7 +108,11 @@ class LastingWandbLogger(WandbLogger):
                 f"logger.wandb: {error}, twice; logger=csv or tensorboard does without"
             ) from error
         except wandb.Error as error:
-            raise UserError(f"logger.wandb: {error}; logger.wandb.mode=offline needs neither") from error
+            way_out = "; logger.wandb.mode=offline needs neither network nor account"
+            raise UserError(f"logger.wandb: {error}{way_out * (self._mode == 'online')}") from error
+        except OSError as error:
+            raise UserError(f"logger.wandb: {_reason(error)}: mend it, or move it away") from error
+        self._described = True
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
@@ -93,28 +120,27 @@ class LastingWandbLogger(WandbLogger):
         self._insist(lambda: self._tell(_row(step or 0, metrics)))
 
     @rank_zero_only
-    def log_media(self, key: str, make: Callable[[], Any], step: int, images_seen: int) -> None:
-        """Add a picture, which ``make`` makes anew for a run opened anew."""
-        picture = Entry(step, frozenset({key}), lambda: {key: make(), "images_seen": images_seen})
-        self._pictures.append(picture)
+    def log_picture(self, path: Path, step: int, images_seen: int) -> None:
+        """Add a picture, or a GIF."""
+        picture = _picture(path, step, images_seen)
+        # What had been drawn there before can be told no more.
+        self._pictures = [*(each for each in self._pictures if each.path != path), picture]
         self._insist(lambda: self._tell(picture))
 
     @rank_zero_only
     def close(self) -> None:
         """Finish the run, so that the next job of a sweep starts one of its own."""
-        if self._experiment is None:
-            return
-        try:
-            with _losses():
-                self._finish()
-        except ConnectionError:
-            self._forget()
-            self._recall()
-            if not all(self._knows(entry) for entry in self._entries()):
-                self._insist(self._finish)
-        except OSError as error:  # a full disk, say: what has ended the training is told, not this
-            log.warning("W&B: its files could not be written to their end (%s)", error.strerror)
-            self._forget()
+        if self._described:
+            self._given_up = False
+            self._insist(self._finish, "what it lacks the run folder holds, and the same command tells it")
+            self._described = False
+
+    def lacks_anything(self) -> bool:
+        """Whether the run folder holds what W&B's run has not been told."""
+        if self._mode == "disabled":
+            return False
+        self._recall()
+        return any(not self._knows(entry) and entry.values() for entry in self._entries())
 
     def _open(self) -> None:
         import wandb
@@ -122,47 +148,56 @@ class LastingWandbLogger(WandbLogger):
         if self._experiment is not None:
             return
         self._recall()
-        if self._wandb_init["settings"].mode != "disabled":
+        if self._mode != "disabled":
             self._wandb_init["id"] = self._id = _run_id(self._folder)
             _start_out_of_reach()
         # Not left to Lightning, which would take up a run that has lost its process.
         self._experiment = wandb.init(**self._wandb_init)
-        if self._wandb_init["settings"].mode != "disabled":
-            note_start(self._folder, Path(self.experiment.dir).parent.name)
-        self.experiment.define_metric("images_seen")
-        self.experiment.define_metric("*", step_metric="images_seen")
+        if self._mode != "disabled":
+            self._starts[Path(self._experiment.dir).parent.name] = None
+            note_starts(self._folder, self._starts)
+        self._experiment.define_metric("images_seen")
+        self._experiment.define_metric("*", step_metric="images_seen")
         self.log_hyperparams(self._config)
         for entry in self._entries():
-            with suppress(FileNotFoundError):  # a picture that has been removed since
-                self._tell(entry)
+            self._tell(entry)
             self._told.setdefault(entry.step, set()).update(entry.keys)
 
     def _finish(self) -> None:
+        if self._experiment is None and not self.lacks_anything():
+            return
         self._open()
         self.experiment.finish()
-        if self._wandb_init["settings"].mode == "online":
+        if self._mode == "online":
             note_all_sent(self._folder)
+        self._forget()
 
     def _recall(self) -> None:
         """Look up what the run has been told; online, the last of it may not have arrived, and is told again."""
         if (self._folder / "run_id").exists():
-            on_its_way = 0.0 if self._offline else SEND_SECONDS
-            self._told = told(self._folder, _run_id(self._folder), but_for_seconds=on_its_way)
-            self._told_until = self._resumed_at if starts_are_gone(self._folder) else -1
+            run_id, on_its_way = _run_id(self._folder), 0.0 if self._offline else SEND_SECONDS
+            self._told = told(self._folder, run_id, but_for_seconds=on_its_way)
+            self._starts = starts(self._folder, run_id, self._last_logged)
+            self._told_until = told_by_what_is_gone(self._folder, self._starts)
+
+    def _rows(self) -> list[Row]:
+        return read_rows(self._run.metrics) if self._run.metrics.exists() else []
 
     def _entries(self) -> list[Entry]:
         """What the run should have been told by now."""
-        rows = read_rows(self._table) if self._table.exists() else []
-        return [*(_row(int(row.pop("step")), row) for row in rows), *self._pictures]
+        return [*(_row(int(row.pop("step")), row) for row in self._rows()), *self._pictures]
 
     def _knows(self, entry: Entry) -> bool:
         return entry.step <= self._told_until or entry.keys <= self._told.get(entry.step, set())
 
     def _tell(self, entry: Entry) -> None:
-        if not self._knows(entry):
-            self.experiment.log({**entry.values(), STEP: entry.step})
+        self._open()
+        if not self._knows(entry) and (values := entry.values()):
+            self.experiment.log({**values, STEP: entry.step})
 
-    def _insist(self, act: Callable[[], None]) -> None:
+    def _insist(
+        self, act: Callable[[], None], otherwise: str = "until it ends, the run is logged in its folder alone"
+    ) -> None:
         """Do it, or say that it cannot be done, which is no reason to end a training."""
         import wandb
 
@@ -170,28 +205,36 @@ class LastingWandbLogger(WandbLogger):
             return
         try:
             self._attempt(act)
-        except (wandb.Error, ConnectionError) as error:
-            log.warning("W&B: %s; from here on this start of the run is logged in its folder alone", error)
+        except (wandb.Error, OSError, UserError) as error:
+            reason = _reason(error) if isinstance(error, OSError) else error
+            log.warning("W&B: %s; %s", reason, otherwise)
             self._given_up = True
-            self._forget()
 
     def _attempt(self, act: Callable[[], None]) -> None:
-        """Do it; where W&B's process has ended, open the run anew and do it once more."""
+        """Do it; where W&B's process has ended, once more, with another."""
         try:
-            with _losses():
+            with self._forgotten_if_lost():
                 act()
         except ConnectionError:
-            self._forget()
-            with _losses():
-                self._open()
+            with self._forgotten_if_lost():
                 act()
 
+    @contextmanager
+    def _forgotten_if_lost(self) -> Iterator[None]:
+        try:
+            with _losses():
+                yield
+        except Exception:
+            self._forget()
+            raise
+
     def _forget(self) -> None:
+        """Leave nothing open that W&B would come back to when this process ends."""
         import wandb
 
-        with suppress(OSError), _losses():
-            wandb.teardown()
         self._experiment = None
+        with suppress(OSError, SystemExit), _losses():
+            wandb.teardown()
 
 
 def wandb_logger(
@@ -216,9 +259,10 @@ def wandb_logger(
     import wandb
 
     run = RunFolder(Path(run_dir))
-    settled = _settled(mode, run.path / "wandb")
+    settled, notice = _settled(mode, run.path / "wandb")
     return LastingWandbLogger(
         run,
+        notice,
         save_dir=run.path,
         project=project,
         name=name or run.path.name,
@@ -239,6 +283,35 @@ def wandb_logger(
 
 def _row(step: int, metrics: dict[str, float]) -> Entry:
     return Entry(step, frozenset(metrics), lambda: metrics)
+
+
+def _picture(path: Path, step: int, images_seen: int) -> Entry:
+    key = picture_key(path)
+
+    def values() -> dict[str, Any] | None:
+        import wandb
+
+        if not path.exists():
+            return None
+        try:
+            with Image.open(path) as picture:
+                picture.load()
+        except Exception as error:  # Pillow has many ways to say it
+            log.warning("W&B: %s is damaged, and not shown (%s)", path, error)
+            return None
+        shown = wandb.Video(str(path), format="gif") if path.suffix == ".gif" else wandb.Image(str(path))
+        return {key: shown, "images_seen": images_seen}
+
+    return Entry(step, frozenset({key}), values, path)
+
+
+def picture_key(path: Path) -> str:
+    """Return the name of a picture on a dashboard; all grids have one, so that it shows them over time."""
+    return f"samples/{path.stem}" if path.stem in ("noised_strip", "denoising") else "samples/grid"
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.filename} ({error.strerror})" if error.filename else error.strerror or str(error)
 
 
 @contextmanager
@@ -279,8 +352,8 @@ def _start_out_of_reach() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
 
-def _settled(mode: str, folder: Path) -> Literal["online", "offline", "disabled"]:
-    """Return what ``mode`` comes to on this machine."""
+def _settled(mode: str, folder: Path) -> tuple[Literal["online", "offline", "disabled"], str | None]:
+    """Return what ``mode`` comes to on this machine, and what there is to be said of it."""
     import wandb
 
     source, asked = "logger.wandb.mode", mode
@@ -288,25 +361,22 @@ def _settled(mode: str, folder: Path) -> Literal["online", "offline", "disabled"
         source, asked = "WANDB_MODE", os.environ["WANDB_MODE"].lower()
     asked = {"dryrun": "offline", "run": "online"}.get(asked, asked)  # W&B's old names
     if asked == "disabled":
-        return "disabled"
+        return "disabled", None
     if asked == "offline":
-        return "offline"
+        return "offline", None
     if asked not in ("auto", "online"):
         raise UserError(f"{source}={asked}: choose online, offline or disabled")
     if wandb.login(prompt=False, verify=False):
-        return "online"
+        return "online", None
     if asked != "auto":
         raise UserError(
             f"{source}={asked}: W&B has no account here; run `wandb login`, set WANDB_API_KEY, or use"
             " logger.wandb.mode=offline"
         )
-    log.warning(
-        "W&B: this machine has no account (see `wandb login`), so the run is logged offline in %s; upload it later"
-        " with `wandb sync %s/offline-run-*`",
-        folder,
-        folder,
+    return "offline", (
+        "W&B: this machine has no account (see `wandb login`), so the run is logged offline in"
+        f" {folder}; upload it later with `wandb sync {folder}/offline-run-*`"
     )
-    return "offline"
 
 
 def _run_id(folder: Path) -> str:

@@ -12,7 +12,7 @@ from litdiffusion.reporting.gif import pick_frames, save_gif
 from litdiffusion.sampling import sample_images
 from litdiffusion.training.callbacks.attached import datamodule_of, images_seen
 from litdiffusion.training.callbacks.monitor import check_sound, clock_stopped
-from litdiffusion.training.loggers import log_gif, log_image, recall_image
+from litdiffusion.training.loggers import log_picture
 from litdiffusion.training.module import LitDiffusion
 
 STRIP_IMAGES = 4
@@ -43,10 +43,7 @@ class SampleImages(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what the network will see: a few training pictures, noised at several t."""
-        if not trainer.is_global_zero:
-            return
-        if trainer.global_step > 0:
-            self._recall(trainer)
+        if trainer.global_step > 0 or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, LitDiffusion)
         few = datamodule_of(trainer).examples(STRIP_IMAGES)
@@ -92,27 +89,13 @@ class SampleImages(Callback):
         if record:
             path = self.folder / "denoising.gif"
             save_gif(frames, path)
-            for logger in trainer.loggers:
-                log_gif(logger, "samples/denoising", path, trainer.global_step, images_seen(trainer))
+            self._log(trainer, path)
 
     def _show(self, trainer: Trainer, name: str, image: Image) -> None:
         path = self.folder / f"{name}.png"
         pictures.save(image, path)
+        self._log(trainer, path)
+
+    def _log(self, trainer: Trainer, path: Path) -> None:
         for logger in trainer.loggers:
-            log_image(logger, _key(name), path, trainer.global_step, images_seen(trainer))
-
-    def _recall(self, trainer: Trainer) -> None:
-        """Show what earlier starts of the run have drawn, where a dashboard has lost it."""
-        drawn = {0: self.folder / "noised_strip.png"}
-        for path in sorted(self.folder.glob("step-*.png")):
-            if (number := path.stem.removeprefix("step-")).isdecimal():
-                drawn[int(number)] = path
-        for step, path in drawn.items():
-            if path.exists() and step <= trainer.global_step:
-                seen = images_seen(trainer) * step // trainer.global_step
-                for logger in trainer.loggers:
-                    recall_image(logger, _key(path.stem), path, step, seen)
-
-
-def _key(name: str) -> str:
-    return "samples/noised_strip" if name == "noised_strip" else "samples/grid"
+            log_picture(logger, path, trainer.global_step, images_seen(trainer))

@@ -1,0 +1,591 @@
+"""What reaches W&B's offline files, whatever ends and whenever."""
+
+import errno
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import wandb
+from wandb.sdk.lib.service.service_port_file import ServicePollForTokenError
+
+from commands import train_tiny
+from litdiffusion.configuration import resolvers
+from litdiffusion.errors import UserError
+from litdiffusion.processes import STOP_SIGNALS
+from litdiffusion.runs.metrics import MetricsTable, read_rows
+from litdiffusion.training.loggers import close_loggers, describe_run
+from litdiffusion.training.wandb_files import SENT, STEP, note_all_sent, told
+from litdiffusion.training.wandb_logger import wandb_logger
+from offline_wandb import offline_history, offline_records
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROWS = 11
+"""Three lines of numbers, two validations, a strip, three grids and two GIFs reach W&B."""
+
+
+@pytest.fixture
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+@pytest.mark.usefixtures("no_account")
+def test_wandb_falls_to_offline_and_keeps_its_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_dir = tmp_path / "run"
+    callbacks = ["callbacks.monitor.every_n_steps=2", "callbacks.sample_images.every_n_steps=2"]
+    train_tiny(run_dir, "logger=wandb", *callbacks)
+    assert "offline" in caplog.text
+    run_id = (run_dir / "wandb" / "run_id").read_text()
+    train_tiny(run_dir, "logger=wandb", *callbacks, "trainer.max_steps=6")
+    files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    assert {file.stem for file in files} == {f"run-{run_id}"}
+
+    rows = offline_history(run_dir, awaited=ROWS)
+    assert all("images_seen" in row for row in rows)
+    by_key = {key: [row for row in rows if key in row] for row in rows for key in row}
+    kinds = ("train/loss", "train/grad_norm", "train/lr", "train/images_per_second")
+    for key in (*kinds, "val/loss", "val/loss_raw", "val/bits_per_dim"):
+        assert by_key[key], key
+    assert any(key.startswith("train/loss_t") for key in by_key)
+    assert [row["images_seen"] for row in by_key["train/loss"]] == [32, 64, 96]
+    for key in ("samples/grid", "samples/noised_strip", "samples/denoising"):
+        assert by_key[key], key
+    named = re.findall(
+        r"`((?:train|val|samples)/\w+)`", README[README.index("| question |") :].partition("\n\n")[0]
+    )
+    assert len(named) > 8
+    assert set(named) <= by_key.keys()
+    updates = {
+        item.key
+        for file in files
+        for record in offline_records(file)
+        for config in (record.config, record.run.config)
+        for item in config.update
+    }
+    assert {"schedule", "net", "seed"} <= updates
+
+
+@pytest.mark.usefixtures("no_account")
+def test_a_wandb_run_is_grouped_by_its_sweep_and_tagged_by_its_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LITDIFFUSION_SWEEP", "a-sweep")
+    monkeypatch.setattr(resolvers, "chosen_experiment", lambda: "quickstart+mine")
+    quick = ["trainer.max_steps=2", "callbacks.sample_images=null", "datamodule.num_val=0"]
+    train_tiny(tmp_path, "logger=wandb", *quick)
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    deadline = time.monotonic() + 20
+    while not (runs := [record.run for record in offline_records(file) if record.run.run_id]):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert runs[0].run_group == "a-sweep"
+    assert list(runs[0].tags) == ["quickstart", "mine"]
+    assert runs[0].display_name == tmp_path.name
+
+
+@pytest.mark.usefixtures("no_account")
+def test_what_a_killed_run_had_told_wandb_is_not_told_again(tmp_path: Path) -> None:
+    run_dir, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    often = ("logger=wandb", "callbacks.monitor.every_n_steps=2", "callbacks.sample_images.every_n_steps=2")
+    train_tiny(run_dir, *often)
+    checkpoint = last.read_bytes()
+    train_tiny(run_dir, *often, "trainer.max_steps=8")
+    last.write_bytes(checkpoint)  # as if the second start had been killed before it saved
+    (run_dir / "checkpoints" / "previous.ckpt").unlink(missing_ok=True)
+    train_tiny(run_dir, *often, "trainer.max_steps=8")
+    rows = offline_history(run_dir, awaited=13)
+    assert len(rows) == 13
+    losses = [row["images_seen"] for row in rows if "train/loss" in row]
+    assert losses == [32, 64, 96, 128]
+    logged = [row["step"] for row in read_rows(run_dir / "metrics.csv") if "train/loss" in row]
+    assert logged == [2, 4, 6, 8]
+    grids = [row["images_seen"] for row in rows if "samples/grid" in row]
+    assert grids == [32, 64, 96, 128]
+
+
+@pytest.mark.usefixtures("no_account")
+def test_what_wandb_has_sent_and_cleaned_away_is_not_told_again(tmp_path: Path) -> None:
+    often = ("logger=wandb", "callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=1")
+    train_tiny(tmp_path, *often)
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    shutil.rmtree(folder)  # wandb sync --clean
+    train_tiny(tmp_path, *often, "trainer.max_steps=6")
+    kept = offline_history(tmp_path)
+    assert [row[STEP] for row in kept if "train/loss" in row] == [5, 6]
+    assert [row[STEP] for row in kept if "samples/grid" in row] == [5, 6]
+    assert not [row for row in kept if "samples/noised_strip" in row]
+
+
+@pytest.mark.usefixtures("no_account")
+def test_what_wandb_lost_after_files_were_cleaned_away_is_told_again(tmp_path: Path) -> None:
+    often = ("logger=wandb", "callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=1")
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    train_tiny(tmp_path, *often, "trainer.max_steps=2")
+    checkpoint = last.read_bytes()
+    train_tiny(tmp_path, *often)
+    last.write_bytes(checkpoint)  # as if it had been killed before it saved
+    last.with_name("previous.ckpt").unlink(missing_ok=True)
+    for folder in (tmp_path / "wandb").glob("offline-run-*"):
+        shutil.rmtree(folder)
+    train_tiny(tmp_path, *often, "trainer.max_steps=6")
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert [row[STEP] for row in offline_history(tmp_path) if "train/loss" in row] == [5, 6]
+    data = file.read_bytes()
+    file.write_bytes(data[: data.index(b"train/loss")])
+    train_tiny(tmp_path, *often, "trainer.max_steps=7")
+    told_of = offline_history(tmp_path)
+    assert [row[STEP] for row in told_of if "train/loss" in row] == [5, 6, 7]
+    assert [row[STEP] for row in told_of if "samples/grid" in row] == [5, 6, 7]
+
+
+@pytest.mark.usefixtures("no_account")
+def test_a_run_that_goes_on_with_wandb_brings_along_what_it_has_logged_without(tmp_path: Path) -> None:
+    often = ("callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=1")
+    train_tiny(tmp_path, *often, "trainer.max_steps=3")
+    train_tiny(tmp_path, *often, "logger=wandb")
+    kept = offline_history(tmp_path)
+    logged = read_rows(tmp_path / "metrics.csv")
+    for key in ("train/loss", "val/loss"):
+        assert [(row[STEP], row[key]) for row in kept if key in row] == [
+            (row["step"], row[key]) for row in logged if key in row
+        ]
+    pictures = [(row["images_seen"], row[STEP]) for row in kept if "samples/grid" in row]
+    assert pictures == [(16, 1), (32, 2), (48, 3), (64, 4)]  # at 3 it ended before
+
+
+@pytest.fixture(scope="module")
+def long_wandb_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of 400 rows, which fill several blocks."""
+    folder = tmp_path_factory.mktemp("long")
+    logger = wandb_logger(str(folder), mode="offline")
+    describe_run([logger], {"seed": 3})
+    for step in range(400):
+        logger.log_metrics({"x": step, f"{'y' * 100}{step % 3}": step}, step=step)
+    close_loggers([logger])
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    assert len(offline_history(folder, awaited=400)) == 400
+    return file
+
+
+def test_what_wandb_was_told_is_read_from_its_file_however_it_ends(
+    long_wandb_file: Path, tmp_path: Path
+) -> None:
+    run_id = long_wandb_file.stem.removeprefix("run-")
+    folder = long_wandb_file.parents[1]
+    whole = told(folder, run_id)
+    assert list(whole) == list(range(400))
+    assert all({"x", f"{'y' * 100}{step % 3}"} <= keys for step, keys in whole.items())
+    assert told(folder, "another") == {}
+    data = long_wandb_file.read_bytes()
+    assert len(data) > 2 * 2**15
+    cut = tmp_path / "offline-run-1" / long_wandb_file.name
+    cut.parent.mkdir()
+    for length in [*range(0, len(data), 997), *range(2**15 - 20, 2**15 + 20)]:
+        cut.write_bytes(data[:length])
+        steps = list(told(tmp_path, run_id))
+        assert steps == list(range(len(steps)))
+        cut.write_bytes(data[:length] + bytes(5000))  # as a machine leaves it that loses its power
+        assert set(told(tmp_path, run_id)) in ({*steps}, {*steps, len(steps)})
+    cut.write_bytes(os.urandom(100_000))
+    assert told(tmp_path, run_id) == {}
+
+
+def test_online_what_may_not_have_arrived_is_told_again(long_wandb_file: Path) -> None:
+    """W&B's client sends what it has written every fifteen seconds."""
+    folder, run_id = long_wandb_file.parents[1], long_wandb_file.stem.removeprefix("run-")
+    times = [row["_timestamp"] for row in offline_history(folder.parent)]
+    assert len(times) == 400
+    assert list(told(folder, run_id, but_for_seconds=times[-1] - times[300] + 1e-6)) == list(range(300))
+    logger = wandb_logger(str(folder.parent), mode="offline")
+    logger._recall()
+    assert len(logger._told) == 400
+    logger._offline = False
+    logger._recall()
+    assert logger._told == {}  # all within the last seconds
+    note_all_sent(folder)  # which W&B's client has waited for
+    logger._recall()
+    assert len(logger._told) == 400
+    (folder / SENT).unlink()
+
+
+LOGGING = """
+import sys
+from pathlib import Path
+from PIL import Image
+from litdiffusion.training.loggers import CSVLogger, close_loggers, describe_run, log_picture
+from litdiffusion.training.wandb_logger import wandb_logger
+run_dir = Path(sys.argv[1])
+loggers = [CSVLogger(str(run_dir / "metrics.csv")), wandb_logger(str(run_dir), mode="offline")]
+picture = run_dir / "picture.png"
+Image.new("L", (2, 2)).save(picture)
+
+def log_rows(steps):
+    for step in steps:
+        for logger in loggers:
+            logger.log_metrics({"x": step, "images_seen": step}, step=step)
+
+def show(step):
+    log_picture(loggers[1], picture, step=step, images_seen=step)
+
+def when_told():
+    print("ready", flush=True)
+    input()
+
+def refuse_to_open(times, kill=False):
+    import os, subprocess, wandb
+    init, refusals = wandb.init, iter(range(times))
+    def refused(**settings):
+        if next(refusals, None) is None:
+            return init(**settings)
+        if not kill:
+            raise ConnectionResetError("Connection lost")
+        subprocess.run(["pkill", "-KILL", "--parent", str(os.getpid()), "wandb-core"], check=True)
+        return init(**settings)
+    wandb.init = refused
+"""
+OPEN = """
+describe_run(loggers, {"seed": 3})
+"""
+"""A process that logs, as a training does. In each test one of its own, for W&B serves all runs of a process by one
+process of its own."""
+
+
+@contextmanager
+def process_that_logs(run_dir: Path, script: str, begin: str = OPEN) -> Iterator[subprocess.Popen[str]]:
+    """Have it done, after ``LOGGING`` and ``OPEN``; wait for the end."""
+    # W&B's process of this test's own would be used instead, where an earlier test has started one.
+    environment = {name: value for name, value in os.environ.items() if "WANDB" not in name}
+    command = [sys.executable, "-c", LOGGING + begin + script, str(run_dir)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        yield process
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert "Traceback" not in errors
+        assert "Exception ignored" not in errors
+
+
+def await_ready(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+
+
+def go_on(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def signal_wandb(process: subprocess.Popen[str], signum: signal.Signals) -> None:
+    """Send a signal to W&B's process, which writes for another."""
+    found = subprocess.run(
+        ["pgrep", "--parent", str(process.pid), "wandb-core"], capture_output=True, text=True
+    )
+    assert found.stdout
+    for pid in found.stdout.split():
+        os.kill(int(pid), signum)
+
+
+def assert_told(run_dir: Path, steps: Iterable[int], pictures: Iterable[int]) -> None:
+    """Each once, and each start of the run that has told something its configuration."""
+    logged = offline_history(run_dir)
+    assert sorted(row["x"] for row in logged if "x" in row) == list(steps)
+    assert sorted(row["images_seen"] for row in logged if "samples/grid" in row) == list(pictures)
+    for file in (run_dir / "wandb").glob("offline-run-*/run-*.wandb"):
+        records = list(offline_records(file))
+        if any(record.HasField("history") for record in records):
+            assert {item.key for record in records for item in record.config.update} >= {"seed"}
+
+
+@pytest.mark.parametrize(
+    "signum", [pytest.param(s, marks=() if s == signal.SIGTERM else pytest.mark.slow) for s in STOP_SIGNALS]
+)
+def test_wandb_outlives_a_signal_to_every_process_of_a_run(tmp_path: Path, signum: signal.Signals) -> None:
+    """As Slurm sends it."""
+    script = "log_rows(range(20)); when_told(); show(20); log_rows([20]); close_loggers(loggers)"
+    with process_that_logs(tmp_path, script) as process:
+        await_ready(process)
+        time.sleep(0.5)  # what it was told before is written by now
+        signal_wandb(process, signum)
+        go_on(process)
+    assert_told(tmp_path, range(21), [20])
+
+
+def test_what_wandb_was_told_as_its_process_ended_is_told_again(tmp_path: Path) -> None:
+    """In the middle of a run, and at its end."""
+    script = """
+log_rows(range(10))
+when_told()
+log_rows(range(10, 20))
+show(19)
+when_told()
+log_rows([20])
+when_told()
+log_rows(range(21, 30))
+when_told()
+close_loggers(loggers)
+"""
+    with process_that_logs(tmp_path, script) as process:
+        # It stands still, so that it takes nothing up any more; then it ends. So does the next one.
+        for signum in (signal.SIGSTOP, signal.SIGKILL) * 2:
+            await_ready(process)
+            signal_wandb(process, signum)
+            go_on(process)
+    assert_told(tmp_path, range(30), [19])
+
+
+@pytest.mark.parametrize("seconds", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
+def test_wandb_whose_process_ends_before_the_run_is_open(tmp_path: Path, seconds: float) -> None:
+    with process_that_logs(tmp_path, "log_rows(range(3)); close_loggers(loggers)") as process:
+        deadline = time.monotonic() + 60
+        find = ["pgrep", "--parent", str(process.pid), "wandb-core"]
+        while not (found := subprocess.run(find, capture_output=True, text=True).stdout.split()):
+            assert time.monotonic() < deadline
+        time.sleep(seconds)
+        os.kill(int(found[0]), signal.SIGKILL)
+    assert_told(tmp_path, range(3), [])
+
+
+@pytest.mark.usefixtures("no_account")
+def test_what_wandb_has_lost_of_an_earlier_start_is_told_again(tmp_path: Path) -> None:
+    """Numbers and pictures that a kill has kept from W&B's file, while the checkpoint after them was written."""
+    often = ("logger=wandb", "callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=1")
+    train_tiny(tmp_path, *often)
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    rows = offline_history(tmp_path)
+    # Nothing can be told of this one, and nothing is the worse.
+    (tmp_path / "samples" / "step-0000002.png").unlink()
+    data = file.read_bytes()
+    file.write_bytes(data[: data.index(b"samples/noised_strip")])
+    assert len(offline_history(tmp_path)) < len(rows)
+    train_tiny(tmp_path, *often, "trainer.max_steps=5")
+    kept = offline_history(tmp_path)
+    for key in ("train/loss", "val/loss"):
+        logged = [row["step"] for row in read_rows(tmp_path / "metrics.csv") if key in row]
+        assert [row[STEP] for row in kept if key in row] == logged
+    assert [row[STEP] for row in kept if "samples/noised_strip" in row] == [0]
+    assert [row[STEP] for row in kept if "samples/grid" in row] == [1, 3, 4, 5]  # at 4 it ended before
+
+
+def test_a_dashboard_that_was_given_up_is_whole_at_the_end(tmp_path: Path) -> None:
+    """W&B's process ends, and another cannot be started at once."""
+    script = """
+log_rows(range(5))
+when_told()
+refuse_to_open(times=2)
+log_rows(range(5, 8))
+show(7)
+assert loggers[1]._given_up
+close_loggers(loggers)
+"""
+    with process_that_logs(tmp_path, script) as process:
+        await_ready(process)
+        signal_wandb(process, signal.SIGKILL)
+        go_on(process)
+    assert_told(tmp_path, range(8), [7])
+
+
+def test_wandb_whose_process_ends_twice_before_the_run_is_open_is_one_line(tmp_path: Path) -> None:
+    script = """
+from litdiffusion.errors import UserError
+refuse_to_open(times=2, kill=True)
+try:
+    describe_run(loggers, {"seed": 3})
+except UserError as error:
+    assert "the process that W&B writes with has ended" in str(error), error
+else:
+    raise AssertionError
+"""
+    with process_that_logs(tmp_path, script, begin=""):
+        pass
+
+
+def test_a_trainer_that_asks_for_the_dashboard_opens_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb, "init", lambda **settings: pytest.fail("opened"))
+    logger = wandb_logger(str(tmp_path), mode="offline")
+    logger.experiment.log({"x": 1})
+    assert not (tmp_path / "wandb").exists()
+
+
+def starts_of(run_dir: Path) -> int:
+    return len(list((run_dir / "wandb").glob("offline-run-*")))
+
+
+@pytest.mark.usefixtures("no_account")
+def test_a_finished_run_that_is_repeated_tells_wandb_what_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after a kill in its last moments, when all is written but W&B has not been told all."""
+    often = ("callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=2")
+    train_tiny(tmp_path, *often)
+    for _ in range(2):
+        train_tiny(tmp_path, *often, "logger=wandb")
+        assert "This run is finished, at step 4" in capsys.readouterr().out
+        assert starts_of(tmp_path) == 1  # the second time there is nothing to tell
+    told_of = offline_history(tmp_path)
+    logged = read_rows(tmp_path / "metrics.csv")
+    for key in ("train/loss", "val/loss"):
+        assert [(row[STEP], row[key]) for row in told_of if key in row] == [
+            (row["step"], row[key]) for row in logged if key in row
+        ]
+    for key, steps in {"noised_strip": [0], "grid": [2, 4], "denoising": [4]}.items():
+        assert [row[STEP] for row in told_of if f"samples/{key}" in row] == steps
+    assert {row["images_seen"] for row in told_of if row[STEP] == 4} == {64}
+
+
+@pytest.mark.usefixtures("no_account")
+def test_pictures_that_wandb_lacks_are_told_of_where_only_the_end_is_repeated(tmp_path: Path) -> None:
+    """Killed while the last pictures were drawn: no step is left to train."""
+    often = ("callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=2")
+    train_tiny(tmp_path, *often)
+    (tmp_path / "summary.json").unlink()
+    train_tiny(tmp_path, *often, "logger=wandb")
+    told_of = offline_history(tmp_path)
+    for key, steps in {"noised_strip": [0], "grid": [2, 4], "denoising": [4]}.items():
+        assert [row[STEP] for row in told_of if f"samples/{key}" in row] == steps
+
+
+@pytest.mark.usefixtures("no_account")
+def test_pictures_that_cannot_be_shown_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    often = ("callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=1")
+    train_tiny(tmp_path, *often)
+    damaged, link = (tmp_path / "samples" / f"step-000000{step}.png" for step in (1, 2))
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    elsewhere = link.rename(tmp_path.parent / "elsewhere.png")
+    link.symlink_to(elsewhere)
+    for _ in range(2):
+        train_tiny(tmp_path, *often, "logger=wandb")
+        assert f"{damaged} is damaged, and not shown" in caplog.text
+        assert starts_of(tmp_path) == 1
+    assert [row[STEP] for row in offline_history(tmp_path) if "samples/grid" in row] == [3, 4]
+
+
+@pytest.mark.usefixtures("no_account")
+def test_odd_files_where_wandb_writes_are_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "wandb"
+    folder.write_text("not a folder")
+    with pytest.raises(UserError, match=rf"logger.wandb: {folder}.* \(.*\): mend it, or move it away"):
+        train_tiny(tmp_path, "logger=wandb")
+    folder.unlink()
+    (folder / "run_id").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"logger.wandb: {folder}/run_id \(.*\): mend it, or move it away"):
+        train_tiny(tmp_path, "logger=wandb")
+    (folder / "run_id").rmdir()
+    (folder / "starts").write_text(f"{'x' * 5000}\n../..\n/root 5\noffline-run-1 ten\n\x00\n\xff 9\n")
+    train_tiny(tmp_path, "logger=wandb")
+    assert [row[STEP] for row in offline_history(tmp_path) if "val/loss" in row] == [4]
+
+
+def test_a_dashboard_whose_process_cannot_live_here_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(**kwargs: object) -> None:
+        raise ServicePollForTokenError("wandb-core exited with code -9")
+
+    monkeypatch.setattr(wandb, "init", killed)
+    logger = wandb_logger(str(tmp_path), mode="offline")
+    with pytest.raises(UserError, match=r"has ended \(wandb-core exited with code -9\), twice; logger=csv"):
+        describe_run([logger], {})
+
+
+def test_a_dashboard_that_cannot_be_reached_again_does_not_end_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = wandb_logger(str(tmp_path), mode="offline")
+    opened = []
+
+    def lost(*args: object, **kwargs: object) -> None:
+        raise ConnectionResetError("Connection lost")
+
+    def unreachable(**kwargs: object) -> None:
+        opened.append(kwargs)
+        raise wandb.Error("no network")
+
+    logger._experiment = SimpleNamespace(log=lost)
+    monkeypatch.setattr(wandb, "init", unreachable)
+    monkeypatch.setattr(wandb, "teardown", lost)
+    for step in range(3):
+        logger.log_metrics({"x": step}, step=step)
+    assert len(opened) == 1
+    assert [record.levelname for record in caplog.records if "no network" in record.message] == ["WARNING"]
+
+
+@pytest.mark.usefixtures("no_account")
+def test_a_dashboard_whose_files_cannot_be_finished_hides_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def lost(**kwargs: object) -> None:
+        raise ConnectionResetError("Connection lost")
+
+    for step, finish in enumerate((full, lost)):  # or both: its process has ended, and none can be started
+        logger = wandb_logger(str(tmp_path), mode="offline")
+        describe_run([logger], {})
+        MetricsTable(tmp_path / "metrics.csv").append({"step": step, "x": 1})  # which W&B lacks
+        with monkeypatch.context() as patched:
+            patched.setattr(logger, "_experiment", SimpleNamespace(finish=finish))
+            patched.setattr(wandb, "init", full)
+            close_loggers([logger])
+        [record] = [record for record in caplog.records if "No space left on device" in record.message]
+        assert record.levelname == "WARNING"
+        caplog.clear()
+
+
+def test_wandb_may_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    train_tiny(tmp_path, "logger=wandb", "callbacks.sample_images.num_images=1")
+    assert not (tmp_path / "wandb").exists()
+    assert (tmp_path / "metrics.csv").exists()
+
+
+@pytest.mark.usefixtures("no_account")
+@pytest.mark.parametrize(
+    ("mode", "environment", "named"),
+    [("online", None, "logger.wandb.mode=online"), ("auto", "online", "WANDB_MODE=online")],
+)
+def test_online_without_an_account_is_one_line_and_no_question(
+    mode: str, environment: str | None, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if environment is not None:
+        monkeypatch.setenv("WANDB_MODE", environment)
+
+    def asked(*args: object) -> str:
+        pytest.fail("a question at a prompt")
+
+    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setattr("getpass.getpass", asked)
+    with pytest.raises(UserError, match=f"{named}: .*`wandb login`.*logger.wandb.mode=offline"):
+        train_tiny(tmp_path / "run", "logger=wandb", f"logger.wandb.mode={mode}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_account")
+def test_a_word_that_wandb_does_not_know_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offlin")
+    with pytest.raises(UserError, match="WANDB_MODE=offlin: choose online, offline or disabled"):
+        train_tiny(tmp_path / "run", "logger=wandb")
+
+
+def test_what_wandb_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**settings: object) -> None:
+        raise wandb.errors.AuthenticationError("the key is not valid")
+
+    monkeypatch.setattr(wandb, "login", lambda **options: True)
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match=r"logger\.wandb: the key is not valid; .*offline"):
+        train_tiny(tmp_path / "run", "logger=wandb", "logger.wandb.mode=online")
