@@ -5,9 +5,9 @@
 Half of the runs have two processes. Each is hit one to three times: by kill -9 of all its processes, kill -9 of one
 of them, SIGTERM, SIGINT, or SIGUSR1 as Slurm sends it before a requeue, to all processes. The moments are drawn over
 the whole length of the run, its start included: in the middle of an epoch, of a checkpoint, of a validation, of
-sampling; half of the time W&B's own process is hit first. Then it is repeated until it is finished. Its weights,
-averaged weights, optimizer state, logged numbers and sample pictures must be those of the other run, bit for bit, and
-every other run's offline W&B files must hold each row of numbers once.
+sampling. Then it is repeated until it is finished. Its weights, averaged weights, optimizer state, logged numbers and
+sample pictures must be those of the other run, bit for bit. Half of the runs are logged to W&B, offline, whose own
+process is hit too, before the others or alone; its files must hold each row of numbers and each picture once.
 """
 
 import argparse
@@ -20,17 +20,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from interrupted_runs import PATIENCE_SECONDS, differences, finish, kill, rows, start
-from offline_wandb import told_wandb
+from litdiffusion.runs.folder import RunFolder
+from litdiffusion.training.wandb_files import STEP
+from litdiffusion.training.wandb_logger import picture_key
+from offline_wandb import offline_history
 
 PROCESSES = {1: [], 2: ["trainer=ddp_cpu"]}
 WANDB = ["logger=wandb", "logger.wandb.mode=offline"]
-KILL, KILL_ONE = "kill -9", "kill -9 of one"
-BLOWS = (KILL, KILL_ONE, "SIGTERM", "SIGINT", "SIGUSR1")
+KILL, KILL_ONE, KILL_WANDB = "kill -9", "kill -9 of one", "kill -9 of W&B's"
+BLOWS = (KILL, "SIGTERM", "SIGINT", "SIGUSR1")
 
 
 @dataclass
@@ -69,7 +73,8 @@ def main() -> None:
             number = 1 + index % 2
             run_dir, with_wandb = folder / f"run-{index}", index % 4 < 2
             overrides = [*PROCESSES[number], *(WANDB if with_wandb else [])]
-            trial = try_once(run_dir, number, overrides, peaceful[number], moments)
+            blows = (*BLOWS, *([KILL_ONE] if number > 1 else []), *([KILL_WANDB] if with_wandb else []))
+            trial = try_once(run_dir, Trial(number), blows, overrides, peaceful[number], moments)
             if not trial.differs:
                 trial.differs = differences(folder / f"peace-{number}", run_dir)
             if with_wandb and not trial.differs:
@@ -85,12 +90,16 @@ def main() -> None:
 
 
 def try_once(
-    run_dir: Path, processes: int, overrides: list[str], peaceful_seconds: float, moments: random.Random
+    run_dir: Path,
+    trial: Trial,
+    blows: Sequence[str],
+    overrides: list[str],
+    peaceful_seconds: float,
+    moments: random.Random,
 ) -> Trial:
     """Hit a run one to three times and let it finish."""
-    trial = Trial(processes)
     for _ in range(moments.randint(1, 3)):
-        blow = moments.choice(BLOWS if processes > 1 else [name for name in BLOWS if name != KILL_ONE])
+        blow = moments.choice(blows)
         process = start(run_dir, *overrides)
         # Half of the time goes into starting up, which is a moment like any other, but not half of them.
         span = (0.0, 0.4) if moments.random() < 0.2 else (0.4, 1.0)
@@ -103,7 +112,7 @@ def try_once(
             if trial.blows:
                 break
             shutil.rmtree(run_dir)  # a run that was never hit shows nothing: once more
-            return try_once(run_dir, processes, overrides, 0.8 * peaceful_seconds, moments)
+            return try_once(run_dir, trial, blows, overrides, 0.8 * peaceful_seconds, moments)
     try:
         finish(run_dir, *overrides)
     except (AssertionError, subprocess.TimeoutExpired) as error:
@@ -113,10 +122,10 @@ def try_once(
 
 def strike(process: subprocess.Popen[str], blow: str, moments: random.Random) -> list[str]:
     """Deal the blow, wait until every process of the run is gone, and return what was wrong with how they went."""
-    if blow != KILL_ONE and moments.random() < 0.5:
+    if blow == KILL_WANDB or (blow != KILL_ONE and moments.random() < 0.5):
         for pid in wandb_processes(process.pid):
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL if blow == KILL else signal.Signals[blow])
+                os.kill(pid, signal.Signals[blow] if blow in signal.Signals.__members__ else signal.SIGKILL)
     if blow == KILL:
         kill(process)
         return []
@@ -126,7 +135,7 @@ def strike(process: subprocess.Popen[str], blow: str, moments: random.Random) ->
             os.kill(moments.choice(alive), signal.SIGKILL)
     elif blow == "SIGTERM":
         process.send_signal(signal.SIGTERM)
-    else:  # as a terminal does, and Slurm
+    elif blow != KILL_WANDB:  # as a terminal does, and Slurm
         os.killpg(process.pid, signal.Signals[blow])
     wrong = []
     try:
@@ -134,7 +143,9 @@ def strike(process: subprocess.Popen[str], blow: str, moments: random.Random) ->
         if "Traceback" in output:
             wrong.append(f"a traceback after {blow}")
         # One that has finished meanwhile ends with 0; one that was still starting had no handlers yet.
-        if blow == KILL_ONE:
+        if blow == KILL_WANDB:  # the training does not mind, unless it had not begun
+            allowed = {0, 2}
+        elif blow == KILL_ONE:
             allowed = {0, 2, -signal.SIGKILL}
         else:
             allowed = {0, 128 + signal.Signals[blow], -signal.Signals[blow]}
@@ -153,14 +164,15 @@ def strike(process: subprocess.Popen[str], blow: str, moments: random.Random) ->
 
 
 def mistold(run_dir: Path) -> list[str]:
-    """What W&B's files do not hold once of the numbers of ``metrics.csv``."""
-    wrong = []
-    for key in ("train/loss", "val/loss"):
-        logged = [row["images_seen"] for row in rows(run_dir) if row[key]]
-        told = told_wandb(run_dir, key)
-        if told != logged:
-            wrong.append(f"W&B was told {key} at {told}, of {logged}")
-    return wrong
+    """What W&B's files do not hold once, of the numbers of ``metrics.csv`` and of the pictures."""
+    due = {key: [int(row["step"]) for row in rows(run_dir) if row[key]] for key in ("train/loss", "val/loss")}
+    for step, path in RunFolder(run_dir).pictures():
+        due.setdefault(picture_key(path), []).append(step)
+    history = offline_history(run_dir)
+    told = {key: sorted(row[STEP] for row in history if key in row) for key in due}
+    return [
+        f"W&B was told {key} at {told[key]}, of {due[key]}" for key in due if told[key] != sorted(due[key])
+    ]
 
 
 def members(group: int) -> list[int]:

@@ -131,9 +131,10 @@ class LastingWandbLogger(WandbLogger):
     def close(self) -> None:
         """Finish the run, so that the next job of a sweep starts one of its own."""
         if self._described:
-            self._given_up = False
+            missed, self._given_up, self._described = self._given_up, False, False
             self._insist(self._finish, "what it lacks the run folder holds, and the same command tells it")
-            self._described = False
+            if missed and not self._given_up:
+                log.info("W&B has been told now what it missed")
 
     def lacks_anything(self) -> bool:
         """Whether the run folder holds what W&B's run has not been told."""
