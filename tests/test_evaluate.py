@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from commands import run, train_tiny
+from commands import run, train_tiny, type_command
 from litdiffusion import load_model
 from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.data.sources import Digits
@@ -81,6 +81,22 @@ def test_what_cannot_be_measured_is_refused(override: str, classy: Path, tmp_pat
     with pytest.raises(UserError, match=f"^{override}: "):
         evaluate(classy, tmp_path / "out", override)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("started", [{"WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}])
+def test_more_than_one_process_is_refused(
+    started: dict[str, str], classy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="evaluate measures in one process"):
+        evaluate(classy, tmp_path / "out")
+
+
+def test_a_sampler_is_refused_and_not_ignored(classy: Path, tmp_path: Path) -> None:
+    typed = type_command("evaluate", f"ckpt={classy}", f"out={tmp_path / 'out'}", "sampler=ddim")
+    assert typed.code == 2
+    assert typed.err == "error: sampler: not a part of this configuration; evaluate has no use for it\n"
 
 
 def test_a_variance_that_was_not_learned_is_refused() -> None:

@@ -52,3 +52,32 @@ def test_code_that_assigns_a_secret_is_masked() -> None:
     diff = '+api_key = "0123456789abcdef"\n+count = 3\n'
     assert "0123456789abcdef" not in redacted_code(diff)
     assert "+count = 3" in redacted_code(diff)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "password",
+        "+db.pass",
+        "++extra.auth",
+        "a.cookie",
+        "db.pwd",
+        "x.dsn.y",
+        "+a@extra.bearer",
+        "list.0.pwd",
+    ],
+)
+def test_an_override_is_masked_whatever_part_of_its_key_names_a_secret(key: str) -> None:
+    assert redacted_override(f"{key}=hunter2hunter2") == f"{key}=***"
+
+
+def test_an_override_is_masked_inside_a_dictionary() -> None:
+    for secret in ("pass: hunter2", "'api_key': hunter2", "deep: {auth: [hunter2, 1]}"):
+        assert redacted_override(f"+db={{user: me, {secret}}}") == "+db=***"
+    for harmless in (
+        "net.dim_mults=[1,2,4]",
+        "+a={b: 1, c: [2, 3]}",
+        "data.path=/home/me/passes",
+        "+a.author=me",
+    ):
+        assert redacted_override(harmless) == harmless

@@ -7,6 +7,7 @@ are the held-out loss and the bound on the likelihood; image metrics join them.
 import litdiffusion.preflight  # noqa: F401  # isort: skip
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from typing import cast, get_args
@@ -19,6 +20,7 @@ from litdiffusion.configuration.entry import entry_point
 from litdiffusion.configuration.hardware import native_autocast, torch_device
 from litdiffusion.configuration.messages import one_line
 from litdiffusion.configuration.nodes import build
+from litdiffusion.configuration.slurm import num_tasks
 from litdiffusion.configuration.targets import check_targets
 from litdiffusion.data.datamodule import Batch, ImageDataModule, ValidationLoader
 from litdiffusion.data.fingerprint import changes
@@ -39,6 +41,8 @@ def main(cfg: DictConfig) -> None:
     """Measure a checkpoint; the last line printed is what ``out/metrics.json`` holds."""
     validate(cfg)
     check_bits(cfg)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or num_tasks() > 1:
+        raise UserError("evaluate measures in one process: start it without torchrun or srun")
     device = torch_device(cfg.device)
     keep_freed_memory()
     model = load_model(absolute(cfg.ckpt, "ckpt"), cfg.weights, device)
@@ -62,6 +66,7 @@ def main(cfg: DictConfig) -> None:
         "step": model.step,
         "weights": model.weights,
         "data": source.name,
+        "num_images": held_out.datamodule.num_held_out,
         "device": str(device),
         "precision": precision,
         "wall_seconds": round(time.perf_counter() - started, 2),

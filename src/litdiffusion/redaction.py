@@ -15,10 +15,10 @@ from typing import Any
 MASK = "***"
 
 ANY_KEY = re.compile(
-    r"key|token|secret|passw|passphrase|credential|(^|[_-])(pass|auth|bearer|cookie|dsn)([_-]|$)|[_-]pwd([_-]|$)",
+    r"key|token|secret|passw|passphrase|credential|(^|[_-])(pass|auth|bearer|cookie|dsn|pwd)([_-]|$)",
     re.IGNORECASE,
 )
-"""Names under which a run folder or a dashboard is told no text. ``PWD`` alone is the folder one is in."""
+"""Names under which a run folder or a dashboard is told no text."""
 
 SECRET_KEY = re.compile(
     r"secret|passw|credential|(^|[_-])(api|access|private|auth|ssh)[_-]?key|token$|^key$", re.IGNORECASE
@@ -109,12 +109,19 @@ def redact_tracebacks() -> None:
 
 
 def redacted_override(text: str) -> str:
-    """Return ``key=value`` as it was typed, the value masked where the key names a secret."""
-    key, equals, _ = text.partition("=")
-    return redacted(f"{key}={MASK}" if equals and ANY_KEY.search(key) else text)
+    """Return ``key=value`` as it was typed, the value masked where the key, or one in ``{...}``, names a secret."""
+    key, equals, value = text.partition("=")
+    names = re.split(r"[^\w-]+", key)
+    if "{" in value:
+        names += re.findall(r"[\w.-]+(?=[\"']?\s*:)", value)
+    return redacted(f"{key}={MASK}" if equals and any(map(ANY_KEY.search, names)) else text)
 
 
 def _of_environment() -> list[str]:
     """Longest first, or a secret that holds another one would leave its rest behind."""
-    found = {value for name, value in os.environ.items() if ANY_KEY.search(name) and len(value) >= SHORTEST}
+    found = {
+        value
+        for name, value in os.environ.items()
+        if ANY_KEY.search(name) and name != "PWD" and len(value) >= SHORTEST  # that is the folder one is in
+    }
     return sorted(found, key=len, reverse=True)

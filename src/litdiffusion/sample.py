@@ -26,7 +26,7 @@ from litdiffusion.errors import UserError
 from litdiffusion.files import whole_file, write_text
 from litdiffusion.processes import share_of, together
 from litdiffusion.reporting.edits import edit_strip
-from litdiffusion.reporting.gif import pick_frames, save_gif
+from litdiffusion.reporting.gif import Film, pick_frames, save_gif
 from litdiffusion.reporting.images import grid, save, to_uint8
 from litdiffusion.runs.folder import absolute, writable_folder
 from litdiffusion.runs.model import TrainedModel, load_model
@@ -100,22 +100,20 @@ def main(cfg: DictConfig) -> None:
 def draw(
     model: TrainedModel, sampler: Sampler, cfg: DictConfig, times: list[int], **options: Any
 ) -> tuple[Float[Tensor, "num_images channels h w"], list[Float[Tensor, "batch channels h w"]]]:
-    """Return the images, and some moments of the first batch on its way through ``times`` to them."""
-    shown = {times[index] for index in pick_frames(len(times) - 1, cfg.frames)}
-    frames: list[Tensor] = []
+    """Return the images, and some moments of the first of them on their way through ``times``."""
+    film = Film(pick_frames(len(times) - 1, cfg.frames))
     batches = -(-len(share_of(cfg.num_images)) // cfg.batch_size)
     total = batches * (len(times) - 1)
     with tqdm(total=total, unit="step", desc="sampling", disable=process_rank() > 0) as bar:
 
         def watch(start: int, moment: Step) -> None:
             bar.update(moment.t < times[0])
-            if start == 0 and moment.t in shown:
-                frames.append(moment.x.float().cpu())
+            film.watch(start, moment)
 
         images = model.sample(
             cfg.num_images, sampler, seed=cfg.seed, batch_size=cfg.batch_size, watch=watch, **options
         )
-    return images, frames
+        return images, film.frames()
 
 
 def frame_times(model: TrainedModel, sampler: Sampler, edit: Edit | None = None) -> list[int]:

@@ -79,10 +79,12 @@ def train(
             if process_rank() == 0:
                 complete_dashboards(build_loggers(cfg), config, overrides(), run)
             return None
-        if resumption.checkpoint.parent != run.checkpoints:
+        elsewhere = resumption.checkpoint.parent != run.checkpoints
+        if elsewhere or resumption.step > cfg.trainer.max_steps:
+            which = f"resume={cfg.resume}: that run" if elsewhere else f"run_dir {run.path}: this run"
             raise UserError(
-                f"resume={cfg.resume}: that run has come to step {resumption.step} already; give a larger"
-                f" trainer.max_steps than {cfg.trainer.max_steps}"
+                f"{which} has come to step {resumption.step} already; give a larger trainer.max_steps than"
+                f" {cfg.trainer.max_steps}"
             )
 
     # Whatever can be refused is refused here, before data is fetched or read.

@@ -63,6 +63,21 @@ def test_keys_may_be_absent() -> None:
     validate(OmegaConf.create({"ckpt": "a", "num_images": 3, "sampler": None, "data": None}))
 
 
+@pytest.mark.parametrize(("processes", "fits"), [(1, False), (2, True), (4, False)])
+def test_torchruns_processes_are_those_of_the_run(
+    processes: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not each a run of its own, in one folder."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "id")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    for changes in ({"trainer__devices": 2}, {"trainer__num_nodes": 2}):
+        if fits:
+            check_config(config(**changes))
+        else:
+            with pytest.raises(UserError, match=f"torchrun has started {processes} processes, but .* is 2"):
+                check_config(config(**changes))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -106,8 +121,12 @@ def test_keys_may_be_absent() -> None:
         ({"trainer__max_steps": None}, ["trainer.max_steps=null", "end"]),
         ({"trainer__max_steps": 2.5}, ["trainer.max_steps=2.5"]),
         ({"trainer__devices": 3}, ["datamodule.batch_size=128", "3 processes", "datamodule.batch_size=129"]),
-        ({"trainer__num_nodes": 3}, ["datamodule.batch_size=128", "3 processes"]),
+        ({"trainer__num_nodes": 2}, ["trainer.num_nodes=2", "torchrun or srun"]),
         ({"trainer__num_nodes": 0}, ["trainer.num_nodes=0"]),
+        ({"trainer__max_time": "00:01:00:00"}, ["trainer.max_time=00:01:00:00", "trainer.max_steps"]),
+        ({"trainer__limit_train_batches": 0}, ["trainer.limit_train_batches=0", "trainer.max_steps"]),
+        ({"trainer__fast_dev_run": True}, ["trainer.fast_dev_run=True", "trainer.max_steps"]),
+        ({"trainer__strategy": "ddp_notebook"}, ["trainer.strategy=ddp_notebook", "use ddp"]),
         ({"trainer__devices": 0}, ["trainer.devices=0"]),
         ({"trainer__devices": "many"}, ["trainer.devices='many'", "auto"]),
         ({"datamodule__batch_size": 0}, ["datamodule.batch_size=0"]),

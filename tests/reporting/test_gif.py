@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from litdiffusion.diffusion import schedules
+from litdiffusion.diffusion import Step, schedules
 from litdiffusion.diffusion.process import q_sample
-from litdiffusion.reporting.gif import pick_frames, save_gif
+from litdiffusion.reporting import gif
+from litdiffusion.reporting.gif import Film, pick_frames, save_gif
 from litdiffusion.reporting.images import grid
 
 
@@ -109,3 +110,24 @@ def test_gif_refuses_no_frames_and_mixed_frames(tmp_path: Path):
     with pytest.raises(ValueError, match=r"differ in shape: \[\(1, 1, 4, 4\), \(1, 1, 8, 8\)\]"):
         save_gif([torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 8, 8)], tmp_path / "film.gif")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_images", [1, 5, 40])
+def test_a_film_is_the_same_on_any_number_of_processes(
+    processes: int, num_images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each draws its share in batches; some have nothing to draw."""
+    films = []
+    for rank in range(processes):
+        film = Film([0, 2, 3])
+        share = range(num_images * rank // processes, num_images * (rank + 1) // processes)
+        for start in range(share.start, share.stop, 7):
+            batch = torch.arange(start, min(start + 7, share.stop)).reshape(-1, 1, 1, 1).float()
+            for moment in range(4):
+                film.watch(start, Step(t=3 - moment, x=batch + 100.0 * moment, x0=batch))
+        films.append(film)
+    monkeypatch.setattr(gif, "gathered", lambda kept: [film._kept for film in films])
+    for film in films:
+        for frame, moment in zip(film.frames(), (0, 2, 3), strict=True):
+            assert frame.flatten().tolist() == [100 * moment + i for i in range(min(num_images, 16))]

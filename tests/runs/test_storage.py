@@ -292,6 +292,7 @@ def test_data_that_has_changed_is_refused_and_data_restored_goes_on(tmp_path: Pa
     Image.new("RGB", (8, 8)).save(files[3])
     line = the_line(type_command("train", *run, "trainer.max_steps=6"))
     assert "the training data is not what run_dir" in line
+    assert "(other pixels)" in line
     assert "restore it, or choose a new run_dir" in line
 
     files[3].unlink()

@@ -41,7 +41,11 @@ def test_what_cannot_be_read_is_not_finished(trained: Path, damage: str) -> None
     assert not training(trained).is_finished()
 
 
-@pytest.mark.parametrize("damage", ["", "seed: [", "- 1"])
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+"""Some lines that mean gigabytes."""
+
+
+@pytest.mark.parametrize("damage", ["", "seed: [", "- 1", BOMB])
 def test_an_illegible_configuration_is_not_finished(trained: Path, damage: str) -> None:
     (trained / "config.yaml").write_text(damage)
     assert not training(trained).is_finished()

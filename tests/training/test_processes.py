@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from interrupted_runs import COMMAND, differences, finish, rows, start, wait_for
 
@@ -34,6 +36,16 @@ def assert_close(one: Path, other: Path, tolerance: float) -> None:
             assert (cell == "") == (theirs[name] == "")
             if cell:
                 assert float(cell) == pytest.approx(float(theirs[name]), rel=50 * tolerance), name
+    for picture in sorted((one / "samples").iterdir()):
+        mine, theirs = (last_frame(run_dir / "samples" / picture.name) for run_dir in (one, other))
+        assert mine.shape == theirs.shape, picture.name
+        assert abs(mine - theirs).max() <= 2, picture.name
+
+
+def last_frame(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        picture.seek(getattr(picture, "n_frames", 1) - 1)
+        return np.asarray(picture.convert("L")).astype(int)
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +164,6 @@ def test_torchrun_trains_and_samples(alone: Path, tmp_path: Path) -> None:
         capture_output=True,
     )
     assert (tmp_path / "two" / "grid.png").exists()
-    import numpy as np
-
     images = [np.load(tmp_path / name / "samples.npz")["images"].astype(int) for name in ("one", "two")]
     assert images[0].shape == images[1].shape
     assert abs(images[0] - images[1]).max() <= 1

@@ -1,6 +1,7 @@
 """Combinations that cannot work, found in the configuration alone: before data is read or anything is built."""
 
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -11,7 +12,7 @@ from litdiffusion.configuration.choices import check_choices, check_words
 from litdiffusion.configuration.hardware import machine_memory, num_devices, resolve_hardware
 from litdiffusion.configuration.nodes import arguments_of, check_nodes, locate
 from litdiffusion.configuration.resolvers import is_sweep
-from litdiffusion.configuration.slurm import check_tasks
+from litdiffusion.configuration.slurm import check_tasks, num_tasks
 from litdiffusion.configuration.sweeps import check_sweep
 from litdiffusion.configuration.values import check_values
 from litdiffusion.errors import UserError
@@ -63,7 +64,7 @@ def check_config(cfg: DictConfig) -> None:
     _check_sampler(cfg)
     _check_variance(cfg)
     _check_length(cfg)
-    _check_fsdp(cfg)
+    _check_strategy(cfg)
     _check_optimizer(cfg)
     _check_batch(cfg)
     _check_memory(cfg)
@@ -170,9 +171,12 @@ def _check_variance(cfg: DictConfig) -> None:
         )
 
 
-def _check_fsdp(cfg: DictConfig) -> None:
-    """Where each process holds a part of the weights, what looks at all of them cannot be had."""
-    if "fsdp" not in str(OmegaConf.select(cfg, "trainer.strategy")):
+def _check_strategy(cfg: DictConfig) -> None:
+    """Processes begin as copies of a command; and where each holds a part of the weights, nothing sees them all."""
+    strategy = str(OmegaConf.select(cfg, "trainer.strategy"))
+    if strategy.startswith("ddp_") and strategy.endswith(("spawn", "fork", "notebook")):
+        raise UserError(f"trainer.strategy={strategy}: its processes are no commands of their own; use ddp")
+    if "fsdp" not in strategy:
         return
     if OmegaConf.select(cfg, "trainer.accelerator") not in ("gpu", "cuda"):
         raise UserError("trainer.strategy=fsdp: needs GPUs; use trainer=ddp_cpu on a processor")
@@ -202,6 +206,17 @@ def _check_length(cfg: DictConfig) -> None:
             f"trainer.max_epochs={trainer.max_epochs}: a run's length is counted in steps; give "
             f"trainer.max_steps = epochs x training images / batch size ({batch_size}) instead"
         )
+    for name, whole in (
+        ("max_time", None),
+        ("limit_train_batches", 1),
+        ("overfit_batches", 0),
+        ("fast_dev_run", 0),
+    ):
+        if trainer.get(name) not in (None, whole):
+            raise UserError(
+                f"trainer.{name}={trainer[name]}: a run's length is counted in steps, or it could not be continued;"
+                " use trainer.max_steps"
+            )
     for name in ("val_check_interval", "accumulate_grad_batches"):
         _check_whole(cfg, f"trainer.{name}", 1)
     clip = trainer.get("gradient_clip_val")
@@ -231,12 +246,31 @@ def _check_batch(cfg: DictConfig) -> None:
     _check_whole(cfg, "trainer.num_nodes", 1)
     processes = num_devices(trainer.get("devices", 1), str(trainer.get("accelerator", "cpu")))
     processes *= trainer.get("num_nodes", 1)
-    check_tasks(processes)
+    _check_started(processes, trainer.get("num_nodes", 1))
     if batch_size % processes:
         rounded = -(-batch_size // processes) * processes
         raise UserError(
             f"datamodule.batch_size={batch_size}: the global batch must divide among {processes} processes "
             f"(trainer.devices x trainer.num_nodes); use datamodule.batch_size={rounded}"
+        )
+
+
+def _check_started(processes: int, num_nodes: int) -> None:
+    """What has started this process has started all processes of the run: not several runs, nor a part of one."""
+    check_tasks(processes)
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if by_torchrun and started != processes:
+        raise UserError(
+            f"torchrun has started {started} processes, but trainer.devices x trainer.num_nodes is {processes}:"
+            " choose trainer=ddp or ddp_cpu, trainer.devices as torchrun's --nproc-per-node and trainer.num_nodes as"
+            " its --nnodes"
+        )
+    by_hand = os.environ.keys() & {"MASTER_ADDR", "NODE_RANK", "LSB_JOBID"}
+    if num_nodes > 1 and not (by_torchrun or by_hand or num_tasks() > 1):
+        raise UserError(
+            f"trainer.num_nodes={num_nodes}: start the command by torchrun or srun on every node (scripts/slurm), or"
+            " it waits for the others for ever"
         )
 
 

@@ -110,7 +110,11 @@ def _choice_fault(override: Override, repository: _Repository, base: DictConfig)
         if choice not in choices:
             return f"{group}={choice}: no such choice{suggestion(choice, choices, listed=40)}"
     if not override.is_add() and override.get_key_element() not in base.hydra.runtime.choices:
-        return f"{override.get_key_element()}: not a part of this configuration; add it with +{override.input_line}"
+        command = base.hydra.job.config_name
+        way_out = (
+            f"add it with +{override.input_line}" if command == "train" else f"{command} has no use for it"
+        )
+        return f"{override.get_key_element()}: not a part of this configuration; {way_out}"
     return None
 
 

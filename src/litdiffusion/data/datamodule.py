@@ -139,6 +139,11 @@ class ImageDataModule(LightningDataModule):
         """Number of training images, after ``setup``."""
         return len(self._store("fit"))
 
+    @property
+    def num_held_out(self) -> int:
+        """Number of held-out images, after ``setup``: ``num_val``, or as many as there are."""
+        return len(self._store("validate")) if self.num_val else 0
+
     def prepare_data(self) -> None:
         """Download what is missing (Lightning calls this on one process of each machine)."""
         self.source.prepare()

@@ -1,18 +1,53 @@
 """The reverse process as an animated GIF of modest size."""
 
 import io
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from litdiffusion.diffusion import Step
 from litdiffusion.files import whole_file
+from litdiffusion.processes import gathered
 from litdiffusion.reporting.images import PAPER, grid
 
 GRAYS = (256, 128, 64, 48, 32, 24, 16, 12, 8, 6, 4)
 COLOURS = (256, 128, 64, 48, 32)
+
+
+MAX_IMAGES = 16
+"""More would be too small to follow."""
+
+
+class Film:
+    """Watches images come out of the noise, and keeps what a GIF shows of the first ones.
+
+    Args:
+        moments: which moments to keep, counted from the noise (0).
+    """
+
+    def __init__(self, moments: Collection[int]) -> None:
+        self._moments = set(moments)
+        self._seen: Counter[int] = Counter()
+        self._kept: list[tuple[int, Float[Tensor, "batch channels h w"]]] = []
+
+    def watch(self, start: int, moment: Step) -> None:
+        """Keep this moment of this batch, if it is to be shown."""
+        index = self._seen[start]
+        self._seen[start] += 1
+        if index in self._moments and start < MAX_IMAGES:
+            self._kept.append((index, moment.x[: MAX_IMAGES - start].float().cpu()))
+
+    def frames(self) -> list[Float[Tensor, "batch channels h w"]]:
+        """Return the moments in order, each of the first images; every process must call this, each gets all."""
+        parts: dict[int, list[Tensor]] = {}
+        for index, images in (each for kept in gathered(self._kept) for each in kept):
+            parts.setdefault(index, []).append(images)
+        return [torch.cat(parts[index]) for index in sorted(parts)]
 
 
 def pick_frames(num_steps: int, num_frames: int = 60) -> list[int]:
@@ -35,7 +70,7 @@ def save_gif(
     frames: Sequence[Float[Tensor, "batch channel height width"]],
     path: Path,
     *,
-    max_images: int = 16,
+    max_images: int = MAX_IMAGES,
     columns: int | None = None,
     min_pixels: int = 56,
     max_bytes: int = 800_000,

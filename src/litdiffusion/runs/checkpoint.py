@@ -53,7 +53,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: there is no such file, it cannot be read, or it is not one of ours.
     """
     if not path.is_file():
-        raise UserError(f"there is no checkpoint at {path}")
+        inside = path / "checkpoints" / "last.ckpt"
+        way_out = f": that is a run folder, whose newest is {inside}" if inside.is_file() else ""
+        raise UserError(f"there is no checkpoint at {path}{way_out}")
     try:
         reason = fault(path)
         if reason is not None:

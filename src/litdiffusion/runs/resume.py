@@ -168,7 +168,8 @@ def check_same_data(run: RunFolder, fingerprint: Fingerprint) -> None:
     if "images" in changed:
         what = f"{before['images']} images then, {fingerprint['images']} now"
     else:
-        what = f"other {' and '.join(changed)}"
+        told = {"some": "pixels", "pixels": "pixels", "labels": "labels", "stored": "files"}
+        what = f"other {' and '.join(dict.fromkeys(told[name] for name in changed))}"
     if changed:
         raise UserError(
             f"the training data is not what run_dir {run.path} began with ({what}): restore it, or choose a"
@@ -227,7 +228,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 
 
 def _check_same_run(run: RunFolder, config: dict[str, Any], started: bool) -> None:
-    before = _read_config(run.config)
+    before = read_config(run.config)
     if not {"run_dir", "module", "datamodule"} <= before.keys():
         raise UserError(
             f"run_dir {run.path} is no run's folder: its config.yaml is of something else; choose another"
@@ -240,7 +241,7 @@ def _check_same_run(run: RunFolder, config: dict[str, Any], started: bool) -> No
         )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """Read what a run was; interpolations in it stay text.
 
     Raises:

@@ -19,7 +19,7 @@ from litdiffusion.errors import UserError
 from litdiffusion.files import write_text
 from litdiffusion.redaction import redacted_override, without_secrets
 from litdiffusion.runs.folder import RunFolder, absolute
-from litdiffusion.runs.resume import differences
+from litdiffusion.runs.resume import differences, read_config
 
 RESULTS = {"sample": "sample.json", "evaluate": "metrics.json"}
 """What commands that write into ``out`` leave there."""
@@ -93,9 +93,7 @@ class Job:
         try:
             if not run.has_ended_at(config["trainer"]["max_steps"]):
                 return False
-            old = OmegaConf.to_container(OmegaConf.load(run.config), resolve=False)
-            assert isinstance(old, dict)
-            return not differences({str(key): value for key, value in old.items()}, without_secrets(config))
+            return not differences(read_config(run.config), without_secrets(config))
         except Exception:  # damaged, or another's: the job refuses in so many words
             return False
 

@@ -6,9 +6,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from PIL.Image import Image
 
-from litdiffusion.diffusion import Sampler, Step
+from litdiffusion.diffusion import Sampler
 from litdiffusion.reporting import images as pictures
-from litdiffusion.reporting.gif import pick_frames, save_gif
+from litdiffusion.reporting.gif import Film, pick_frames, save_gif
 from litdiffusion.sampling import sample_images
 from litdiffusion.training.callbacks.attached import datamodule_of, images_seen
 from litdiffusion.training.callbacks.monitor import check_sound, clock_stopped
@@ -68,21 +68,13 @@ class SampleImages(Callback):
         assert isinstance(module, LitDiffusion)
         check_sound(trainer)
         module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when the training is over
-        frames = []
         num_steps = len(self.sampler.times(module.denoiser.schedule)) - 1
-        shown = set(pick_frames(num_steps)) if record else set()
-        count = 0
-
-        def watch(start: int, moment: Step) -> None:
-            nonlocal count
-            if start == 0 and count in shown:
-                frames.append(moment.x.float().cpu())
-            count += start == 0
-
+        film = Film(pick_frames(num_steps) if record else ())
         with trainer.precision_plugin.forward_context():  # the autocast of training
             samples = sample_images(
-                module.best_denoiser, self.sampler, self.num_images, self.seed, watch=watch
+                module.best_denoiser, self.sampler, self.num_images, self.seed, watch=film.watch
             )
+        frames = film.frames()
         if not trainer.is_global_zero:
             return
         self._show(trainer, name, pictures.grid(samples))
