@@ -26,9 +26,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from interrupted_runs import PATIENCE_SECONDS, differences, finish, kill, rows, start
-from litdiffusion.runs.folder import RunFolder
+from litdiffusion.runs.folder import RunFolder, shown_as
 from litdiffusion.training.wandb_files import STEP
-from litdiffusion.training.wandb_logger import picture_key
 from offline_wandb import offline_history
 
 PROCESSES = {1: [], 2: ["trainer=ddp_cpu"]}
@@ -167,7 +166,7 @@ def mistold(run_dir: Path) -> list[str]:
     """What W&B's files do not hold once, of the numbers of ``metrics.csv`` and of the pictures."""
     due = {key: [int(row["step"]) for row in rows(run_dir) if row[key]] for key in ("train/loss", "val/loss")}
     for step, path in RunFolder(run_dir).pictures():
-        due.setdefault(picture_key(path), []).append(step)
+        due.setdefault(shown_as(path), []).append(step)
     history = offline_history(run_dir)
     told = {key: sorted(row[STEP] for row in history if key in row) for key in due}
     return [

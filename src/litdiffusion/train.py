@@ -77,7 +77,7 @@ def train(
             )
             say(paragraph(summary, run.path))
             if process_rank() == 0:
-                complete_dashboards(build_loggers(cfg), config, overrides(), run)
+                complete(cfg, config, run)
             return None
         elsewhere = resumption.checkpoint.parent != run.checkpoints
         if elsewhere or resumption.step > cfg.trainer.max_steps:
@@ -193,6 +193,8 @@ def finish(
         trainer.validate(module, datamodule=datamodule_of(trainer), verbose=False)
         if saving:
             saving.save(trainer, again=True)  # a run that is stopped from here on has validated its end
+    if trainer.is_global_zero:
+        run.forget_summary()
     sampling = find(trainer, SampleImages)
     if sampling:
         sampling.finish(trainer, module)
@@ -224,6 +226,9 @@ def finish(
         "run_dir": str(run.path),
         **{name: str(path) for name, path in files.items() if path and path.exists()},
     }
+    close_loggers(
+        trainer.loggers
+    )  # a run that is killed before its dashboard has been told all is not finished
     run.write_summary(summary)
     say(f"\n{paragraph(summary, run.path)}")
 
@@ -232,6 +237,14 @@ def say(text: str) -> None:
     """Print, from the first process alone."""
     if process_rank() == 0:
         print(text, flush=True)
+
+
+def complete(cfg: DictConfig, config: dict[str, Any], run: RunFolder) -> None:
+    """Tell the dashboard of a finished run what it lacks; whatever hinders that, the run is finished."""
+    try:
+        complete_dashboards(build_loggers(cfg), config, overrides(), run)
+    except UserError as error:
+        log.warning("%s", error)
 
 
 def num_parameters(module: LitDiffusion) -> int:

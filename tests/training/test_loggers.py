@@ -10,12 +10,9 @@ from lightning import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from commands import train_tiny
+from litdiffusion.errors import UserError
 from litdiffusion.runs.metrics import MetricsTable, read_rows
 from litdiffusion.training.callbacks import SaveCheckpoints
-
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-ROWS = 11
-"""Three lines of numbers, two validations, a strip, three grids and two GIFs reach W&B."""
 
 
 def test_tensorboard(tmp_path: Path) -> None:
@@ -61,6 +58,13 @@ def test_tensorboard_loses_nothing_and_repeats_nothing_when_a_run_is_killed(
             assert [event.value for event in shown] == pytest.approx(list(logged.values()))
         assert [event.step for event in events.Images("samples/noised_strip")] == [0]
         assert [event.step for event in events.Images("samples/grid")] == [4]
+        assert "hp_metric" not in events.Tags()["scalars"]
+
+
+def test_a_file_where_tensorboards_folder_would_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("not a folder")
+    with pytest.raises(UserError, match=f"{tmp_path}/tensorboard is no folder: move it away"):
+        train_tiny(tmp_path, "logger=tensorboard")
 
 
 def test_metrics_table_survives_kills_and_new_columns(tmp_path: Path) -> None:

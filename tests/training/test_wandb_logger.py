@@ -1,6 +1,7 @@
 """What reaches W&B's offline files, whatever ends and whenever."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -18,13 +19,14 @@ import wandb
 from wandb.sdk.lib.service.service_port_file import ServicePollForTokenError
 
 from commands import train_tiny
+from litdiffusion import train
 from litdiffusion.configuration import resolvers
 from litdiffusion.errors import UserError
 from litdiffusion.processes import STOP_SIGNALS
 from litdiffusion.runs.metrics import MetricsTable, read_rows
 from litdiffusion.training.loggers import close_loggers, describe_run
-from litdiffusion.training.wandb_files import SENT, STEP, note_all_sent, told
-from litdiffusion.training.wandb_logger import wandb_logger
+from litdiffusion.training.wandb_files import SENT, STARTS, STEP, note_all_sent, told
+from litdiffusion.training.wandb_logger import LastingWandbLogger, wandb_logger
 from offline_wandb import offline_history, offline_records
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -147,6 +149,66 @@ def test_what_wandb_lost_after_files_were_cleaned_away_is_told_again(tmp_path: P
     told_of = offline_history(tmp_path)
     assert [row[STEP] for row in told_of if "train/loss" in row] == [5, 6, 7]
     assert [row[STEP] for row in told_of if "samples/grid" in row] == [5, 6, 7]
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_what_files_that_were_cleaned_away_did_not_hold_is_told(seen: bool, tmp_path: Path) -> None:
+    """What they held is written down when the run is closed; of one that was killed it can only be guessed."""
+    table = MetricsTable(tmp_path / "metrics.csv")
+
+    def begin(step: int) -> LastingWandbLogger:
+        logger = wandb_logger(str(tmp_path), mode="offline")
+        logger.resume_at(step, 16)
+        describe_run([logger], {"seed": 3})
+        return logger
+
+    def log_row(logger: LastingWandbLogger, key: str, step: int) -> None:
+        table.append({"step": step, key: step, "images_seen": 16 * step})
+        logger.log_metrics({key: step, "images_seen": 16 * step}, step=step)
+
+    first = begin(0)
+    for step in (1, 2, 3, 4):
+        log_row(first, "train/loss", step)
+        if step % 2 == 0 and step < 4:
+            log_row(first, "val/loss", step)
+    close_loggers([first])
+    if not seen:
+        starts = tmp_path / "wandb" / STARTS
+        starts.write_text(json.dumps(dict.fromkeys(json.loads(starts.read_text()))))
+    else:
+        for step in (5, 6):  # with logger=csv
+            table.append({"step": step, "train/loss": step, "images_seen": 16 * step})
+    for folder in (tmp_path / "wandb").glob("offline-run-*"):
+        shutil.rmtree(folder)
+    second = begin(6 if seen else 3)
+    for step in (4, 7):
+        log_row(second, "train/loss", step)
+        log_row(second, "val/loss", step)
+    close_loggers([second])
+    told_of = offline_history(tmp_path)
+    assert [row[STEP] for row in told_of if "train/loss" in row] == ([5, 6, 7] if seen else [7])
+    assert [row[STEP] for row in told_of if "val/loss" in row] == [4, 7]
+
+
+def test_what_was_told_is_written_down_when_the_dashboard_is_given_up(tmp_path: Path) -> None:
+    script = """
+log_rows(range(5))
+when_told()
+refuse_to_open(times=2)
+log_rows([5])
+when_told()
+import os
+os._exit(0)
+"""
+    with process_that_logs(tmp_path, script) as process:
+        await_ready(process)
+        time.sleep(0.5)
+        signal_wandb(process, signal.SIGKILL)
+        go_on(process)
+        await_ready(process)
+        go_on(process)
+    (until,) = json.loads((tmp_path / "wandb" / STARTS).read_text()).values()
+    assert until["x"] == 4
 
 
 @pytest.mark.usefixtures("no_account")
@@ -431,6 +493,8 @@ def test_a_finished_run_that_is_repeated_tells_wandb_what_it_lacks(
     """As after a kill in its last moments, when all is written but W&B has not been told all."""
     often = ("callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=2")
     train_tiny(tmp_path, *often)
+    for picture in (tmp_path / "samples").iterdir():
+        os.utime(picture)  # as a copy of the folder may have it
     for _ in range(2):
         train_tiny(tmp_path, *often, "logger=wandb")
         assert "This run is finished, at step 4" in capsys.readouterr().out
@@ -444,6 +508,43 @@ def test_a_finished_run_that_is_repeated_tells_wandb_what_it_lacks(
     for key, steps in {"noised_strip": [0], "grid": [2, 4], "denoising": [4]}.items():
         assert [row[STEP] for row in told_of if f"samples/{key}" in row] == steps
     assert {row["images_seen"] for row in told_of if row[STEP] == 4} == {64}
+
+
+@pytest.mark.usefixtures("no_account")
+def test_a_finished_run_stays_one_whatever_hinders_its_dashboard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    train_tiny(tmp_path, "logger=wandb")
+    (tmp_path / "wandb" / STARTS).unlink()
+    (tmp_path / "wandb" / STARTS).mkdir()
+    for mode, reason in (("offline", f"{tmp_path}/wandb/{STARTS}"), ("online", "W&B has no account here")):
+        train_tiny(tmp_path, "logger=wandb", f"logger.wandb.mode={mode}")
+        assert "This run is finished" in capsys.readouterr().out
+        [record] = [record for record in caplog.records if reason in record.message]
+        assert record.levelname == "WARNING"
+
+
+@pytest.mark.usefixtures("no_account")
+def test_a_run_is_not_finished_before_its_dashboard_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a sweep, which leaves finished jobs alone, repeats it."""
+
+    def killed(loggers: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "close_loggers", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_tiny(tmp_path, "logger=wandb")
+    wandb.teardown()
+    assert (tmp_path / "samples" / "grid.png").exists()
+    assert not (tmp_path / "summary.json").exists()
+    train_tiny(tmp_path, "logger=wandb")
+    assert (tmp_path / "summary.json").exists()
+    told_of = offline_history(tmp_path)
+    for key in ("samples/grid", "samples/denoising", "val/loss"):
+        assert [row[STEP] for row in told_of if key in row] == [4], key
 
 
 @pytest.mark.usefixtures("no_account")
@@ -463,13 +564,17 @@ def test_pictures_that_cannot_be_shown_are_left_out(tmp_path: Path, caplog: pyte
     often = ("callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=1")
     train_tiny(tmp_path, *often)
     damaged, link = (tmp_path / "samples" / f"step-000000{step}.png" for step in (1, 2))
-    damaged.write_bytes(damaged.read_bytes()[:300])
+    film = tmp_path / "samples" / "denoising.gif"
+    for file in (damaged, film):
+        file.write_bytes(file.read_bytes()[: len(file.read_bytes()) * 7 // 10])
     elsewhere = link.rename(tmp_path.parent / "elsewhere.png")
     link.symlink_to(elsewhere)
     for _ in range(2):
         train_tiny(tmp_path, *often, "logger=wandb")
-        assert f"{damaged} is damaged, and not shown" in caplog.text
+        for file in (damaged, film):
+            assert f"{file} is damaged, and not shown" in caplog.text
         assert starts_of(tmp_path) == 1
+    assert not [row for row in offline_history(tmp_path) if "samples/denoising" in row]
     assert [row[STEP] for row in offline_history(tmp_path) if "samples/grid" in row] == [3, 4]
 
 
@@ -484,8 +589,10 @@ def test_odd_files_where_wandb_writes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"logger.wandb: {folder}/run_id \(.*\): mend it, or move it away"):
         train_tiny(tmp_path, "logger=wandb")
     (folder / "run_id").rmdir()
-    (folder / "starts").write_text(f"{'x' * 5000}\n../..\n/root 5\noffline-run-1 ten\n\x00\n\xff 9\n")
-    train_tiny(tmp_path, "logger=wandb")
+    odd = {"x" * 5000: {}, "../..": None, "/root": {"x": 1}, "run-1": [2], "run-2": {"x": "9"}, "\0": None}
+    for text in ("{", "[" * 10_000, "null", f'{{"a": {"9" * 5000}}}', json.dumps(odd), "\xff"):
+        (folder / STARTS).write_text(text, encoding="latin-1")
+        train_tiny(tmp_path, "logger=wandb")
     assert [row[STEP] for row in offline_history(tmp_path) if "val/loss" in row] == [4]
 
 

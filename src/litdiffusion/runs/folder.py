@@ -134,6 +134,10 @@ class RunFolder:
         """Write down what the training images are known by."""
         write_text(self.data, json.dumps(fingerprint, indent=2) + "\n")
 
+    def forget_summary(self) -> None:
+        """Remove what was said of an earlier end of the run, before its pictures are drawn over."""
+        self.summary.unlink(missing_ok=True)
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write down how the run ended."""
         write_text(self.summary, json.dumps(summary, indent=2) + "\n")
@@ -147,7 +151,7 @@ class RunFolder:
         if not self.summary.exists():
             return {}
         summary: dict[str, Any] = read_json(self.summary, dict)
-        if not isinstance(summary.get("steps"), int):
+        if type(summary.get("steps")) is not int or type(summary.get("images_seen", 0)) is not int:
             raise UserError(f"{self.summary} is not what a run writes there: move it away")
         return summary
 
@@ -162,10 +166,8 @@ class RunFolder:
             if (number := path.stem.removeprefix("step-")).isdecimal():
                 drawn.append((int(number), path))
         summary = self.read_summary()
-        for name, path in (("grid", self.samples / "grid.png"), ("gif", self.samples / "denoising.gif")):
-            # One that is newer than the summary is of an end that the run was coming to when it was killed.
-            if name in summary and path.exists() and path.stat().st_mtime <= self.summary.stat().st_mtime:
-                drawn.append((summary["steps"], path))
+        ends = {"grid": self.samples / "grid.png", "gif": self.samples / "denoising.gif"}
+        drawn += [(summary["steps"], path) for name, path in ends.items() if name in summary]
         return [(step, path) for step, path in drawn if path.is_file() and not path.is_symlink()]
 
     def has_ended_at(self, step: int) -> bool:
@@ -177,6 +179,11 @@ class RunFolder:
             UserError: the summary is damaged.
         """
         return int(self.read_summary().get("steps", -1)) >= step
+
+
+def shown_as(picture: Path) -> str:
+    """Return the name of a picture on a dashboard; all grids have one, so that it shows them over time."""
+    return f"samples/{picture.stem}" if picture.stem in ("noised_strip", "denoising") else "samples/grid"
 
 
 def read_json(path: Path, kind: type[T]) -> T:

@@ -87,10 +87,10 @@ def resume_loggers(loggers: list[Logger], step: int, images_per_step: int) -> No
 def complete_dashboards(
     loggers: list[Logger], config: dict[str, Any], overrides: Sequence[str], run: RunFolder
 ) -> None:
-    """Tell the dashboards of a finished run what they lack of it, as after a kill in its last moments.
+    """Tell W&B what it lacks of a finished run: one that was logged without, say. TensorBoard lacks nothing.
 
     Raises:
-        UserError: W&B cannot be reached, or does not take the account; the run folder cannot be written.
+        UserError: W&B cannot be reached, or does not take the account; the run folder cannot be read or written.
     """
     summary = run.read_summary()
     for logger in loggers:

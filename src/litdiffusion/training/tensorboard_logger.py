@@ -8,7 +8,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from litdiffusion.training.wandb_logger import picture_key
+from litdiffusion.errors import UserError
+from litdiffusion.runs.folder import shown_as
 
 
 class LastingTensorBoardLogger(TensorBoardLogger):
@@ -25,9 +26,16 @@ class LastingTensorBoardLogger(TensorBoardLogger):
 
     @rank_zero_only
     def resume_at(self, step: int) -> None:
-        """Say where the training is resumed, before anything is logged."""
+        """Say where the training is resumed, before anything is logged.
+
+        Raises:
+            UserError: another file lies where TensorBoard's folder would.
+        """
+        folder = Path(self.log_dir)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is no folder: move it away, or use another logger")
         self._kwargs["purge_step"] = step + 1 if step else 0
-        self._resumed_at, self._known = step, _written(Path(self.log_dir), step) if step else set()
+        self._resumed_at, self._known = step, _written(folder, step) if step else set()
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
@@ -37,7 +45,7 @@ class LastingTensorBoardLogger(TensorBoardLogger):
     @rank_zero_only
     def log_picture(self, path: Path, step: int, images_seen: int) -> None:
         """Add a picture; TensorBoard shows no GIF."""
-        key = picture_key(path)
+        key = shown_as(path)
         if path.suffix != ".gif" and self._is_new(key, step):
             pixels = np.asarray(Image.open(path).convert("RGB"))
             self.experiment.add_image(key, pixels, step, dataformats="HWC")
@@ -55,6 +63,8 @@ class LastingTensorBoardLogger(TensorBoardLogger):
             self._experiment.close()
 
     def _is_new(self, key: str, step: int | None) -> bool:
+        if key == "hp_metric":  # Lightning's own -1, which says nothing, at each start
+            return False
         return step != self._resumed_at or key not in self._known
 
 

@@ -4,11 +4,12 @@ A file is a log in LevelDB's format (github.com/google/leveldb, doc/log_format.m
 in blocks of 32 KiB, each a protobuf message, or a part of one where a block ends.
 """
 
+import json
 import re
 import struct
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,12 @@ STEP = "trainer/global_step"
 SENT = "all_sent_until"
 """The file, beside W&B's, that says when a start of the run has last waited for all to arrive."""
 
-STARTS = "starts"
-"""The file, beside W&B's, that names the folder of each start of the run, and the last step that it was told."""
+STARTS = "starts.json"
+"""The file, beside W&B's, that says of each start of the run what it has told."""
+
+Until = dict[str, int]
+"""The last step at which a number or a picture was told, by its name. All before it has been told as well: what was
+lost is told when the run is opened next."""
 
 
 def told(folder: Path, run_id: str, but_for_seconds: float = 0.0) -> dict[int, set[str]]:
@@ -56,44 +61,64 @@ def note_all_sent(folder: Path) -> None:
     write_text(folder / SENT, f"{time.time()}\n")
 
 
-def starts(folder: Path, run_id: str, last_logged: int) -> dict[str, int | None]:
-    """Return the starts of the run by the names of their folders, each with the last step that it was told.
+def starts(folder: Path, run_id: str, logged: Until) -> dict[str, Until]:
+    """Return what each start of the run has told, by the name of its folder.
 
     Args:
         folder: W&B's in the run folder.
         run_id: the run's.
-        last_logged: the last step that was logged before this start of the run. A start whose files have been
-            removed unseen was told as much, as far as anybody knows.
+        logged: what had been logged when the training was resumed. A start that was killed, and whose files were
+            removed before anybody had looked, has told as much, as far as anybody knows.
+
+    Raises:
+        OSError: a file cannot be read.
     """
-    noted = {}
-    for line in _lines(folder / STARTS):
-        name, _, until = line.partition(" ")
-        if re.fullmatch(r"[\w-]{1,100}", name, re.ASCII):
+    found = {}
+    for name, noted in _noted(folder).items():
+        if name.endswith(f"-{run_id}"):
             if (folder / name).exists():
-                rows = _rows(folder / name / f"run-{run_id}.wandb")
-                noted[name] = max(map(_step, rows), default=None)
+                found[name] = _until(folder / name / f"run-{run_id}.wandb")
             else:
-                noted[name] = int(until) if until.isdecimal() else last_logged
-    return noted
+                found[name] = logged if noted is None else noted
+    return found
 
 
-def told_by_what_is_gone(folder: Path, starts: dict[str, int | None]) -> int:
-    """Return up to which step the run was told by files that are there no more; -1 where none are missing.
-
-    ``wandb sync --clean`` removes them when it has sent them.
-    """
-    gone = (until for name, until in starts.items() if not (folder / name).exists())
-    return max((until for until in gone if until is not None), default=-1)
+def told_by_what_is_gone(folder: Path, starts: dict[str, Until]) -> Until:
+    """Return what was told by files that are there no more: ``wandb sync --clean`` removes what it has sent."""
+    return _latest(until for name, until in starts.items() if not (folder / name).exists())
 
 
-def note_starts(folder: Path, starts: dict[str, int | None]) -> None:
-    """Write down the starts of the run."""
-    lines = (name if until is None else f"{name} {until}" for name, until in starts.items())
-    write_text(folder / STARTS, "".join(f"{line}\n" for line in lines))
+def note_starts(folder: Path, starts: Mapping[str, Until | None]) -> None:
+    """Write down what the starts of the run have told; None for one whose end nobody has seen yet."""
+    write_text(folder / STARTS, json.dumps(starts, indent=1) + "\n")
 
 
-def _lines(file: Path) -> list[str]:
-    return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
+def _noted(folder: Path) -> dict[str, Until | None]:
+    """What has been written down, as far as it can be read: the folder may come from elsewhere."""
+    if not (folder / STARTS).exists():
+        return {}
+    try:
+        noted = json.loads((folder / STARTS).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return {}
+    return {
+        name: until
+        for name, until in (noted.items() if isinstance(noted, dict) else ())
+        if re.fullmatch(r"[\w-]{1,100}", name, re.ASCII)
+        and (until is None or (isinstance(until, dict) and all(type(step) is int for step in until.values())))
+    }
+
+
+def _until(file: Path) -> Until:
+    return _latest(dict.fromkeys(row, _step(row)) for row in _rows(file))
+
+
+def _latest(parts: Iterable[Until]) -> Until:
+    latest: Until = {}
+    for part in parts:
+        for key, step in part.items():
+            latest[key] = max(step, latest.get(key, step))
+    return latest
 
 
 def _all_sent_until(folder: Path) -> float:
@@ -123,7 +148,9 @@ def _rows(file: Path) -> list[dict[str, str]]:
     """The rows of a file that are of a step. A link is no file of W&B's, and may lead anywhere."""
     if file.is_symlink() or not file.is_file():
         return []
-    return [row for row in _history(file.read_bytes()) if row.get(STEP, "").isdecimal()]
+    return [
+        row for row in _history(file.read_bytes()) if re.fullmatch(r"\d{1,18}", row.get(STEP, ""), re.ASCII)
+    ]
 
 
 def _step(row: dict[str, str]) -> int:

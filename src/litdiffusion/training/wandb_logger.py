@@ -14,15 +14,16 @@ from typing import Any, Literal
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from litdiffusion.errors import UserError
 from litdiffusion.files import write_text
 from litdiffusion.processes import STOP_SIGNALS
-from litdiffusion.runs.folder import RunFolder
+from litdiffusion.runs.folder import RunFolder, shown_as
 from litdiffusion.runs.metrics import Row, read_rows
 from litdiffusion.training.wandb_files import (
     STEP,
+    Until,
     note_all_sent,
     note_starts,
     starts,
@@ -61,7 +62,8 @@ class LastingWandbLogger(WandbLogger):
     even that fails, the training goes on without, and the run is opened once more at its end.
 
     What W&B's process is told while it ends is lost without a word. So whenever the run is opened, it is told what
-    the run folder holds and W&B's files do not; and never what they hold, though a resumed training repeats it.
+    the run folder holds and W&B's files do not; and never what they hold, though a resumed training repeats it. What
+    its files have held is written down when the run is closed, and counts when they have been removed since.
     """
 
     def __init__(self, run: RunFolder, notice: str | None = None, **kwargs: Any) -> None:
@@ -70,8 +72,9 @@ class LastingWandbLogger(WandbLogger):
         self._mode = kwargs["settings"].mode
         self._pictures: list[Entry] = []
         self._told: dict[int, set[str]] = {}
-        self._told_until = self._last_logged = -1
-        self._starts: dict[str, int | None] = {}
+        self._told_by_gone: Until = {}
+        self._logged: Until = {}
+        self._starts: dict[str, Until] = {}
         self._wandb_init.pop("anonymous", None)  # W&B warns of it, even where it is not set
         self._config: dict[str, Any] = {}
         self._described = self._given_up = False
@@ -84,10 +87,11 @@ class LastingWandbLogger(WandbLogger):
     @rank_zero_only
     def resume_at(self, step: int, images_per_step: int) -> None:
         """Say where the training is resumed, before the rows beyond are dropped and the run is described."""
-        self._last_logged = max((int(row["step"]) for row in self._rows()), default=-1)
-        for drawn_at, path in self._run.pictures():
-            if drawn_at <= step:
-                self._pictures.append(_picture(path, drawn_at, drawn_at * images_per_step))
+        drawn = [_picture(path, at, at * images_per_step) for at, path in self._run.pictures()]
+        self._pictures = drawn
+        for entry in sorted(self._entries(), key=lambda entry: entry.step):
+            self._logged |= dict.fromkeys(entry.keys, entry.step)
+        self._pictures = [picture for picture in drawn if picture.step <= step]
 
     @rank_zero_only
     def describe(self, config: dict[str, Any]) -> None:
@@ -102,7 +106,8 @@ class LastingWandbLogger(WandbLogger):
         if self._notice:
             log.warning(self._notice)
         try:
-            self._attempt(self._open)
+            with _files_in_order():
+                self._attempt(self._open)
         except ConnectionError as error:
             raise UserError(
                 f"logger.wandb: {error}, twice; logger=csv or tensorboard does without"
@@ -110,8 +115,6 @@ class LastingWandbLogger(WandbLogger):
         except wandb.Error as error:
             way_out = "; logger.wandb.mode=offline needs neither network nor account"
             raise UserError(f"logger.wandb: {error}{way_out * (self._mode == 'online')}") from error
-        except OSError as error:
-            raise UserError(f"logger.wandb: {_reason(error)}: mend it, or move it away") from error
         self._described = True
 
     @rank_zero_only
@@ -132,16 +135,22 @@ class LastingWandbLogger(WandbLogger):
         """Finish the run, so that the next job of a sweep starts one of its own."""
         if self._described:
             missed, self._given_up, self._described = self._given_up, False, False
-            self._insist(self._finish, "what it lacks the run folder holds, and the same command tells it")
+            self._insist(self._finish, "what it lacks, the run's command tells it when it is repeated")
+            self._note()
             if missed and not self._given_up:
                 log.info("W&B has been told now what it missed")
 
     def lacks_anything(self) -> bool:
-        """Whether the run folder holds what W&B's run has not been told."""
+        """Whether the run folder holds what W&B's run has not been told.
+
+        Raises:
+            UserError: W&B's files cannot be read.
+        """
         if self._mode == "disabled":
             return False
-        self._recall()
-        return any(not self._knows(entry) and entry.values() for entry in self._entries())
+        with _files_in_order():
+            self._recall()
+            return any(not self._knows(entry) and entry.values() for entry in self._entries())
 
     def _open(self) -> None:
         import wandb
@@ -155,8 +164,7 @@ class LastingWandbLogger(WandbLogger):
         # Not left to Lightning, which would take up a run that has lost its process.
         self._experiment = wandb.init(**self._wandb_init)
         if self._mode != "disabled":
-            self._starts[Path(self._experiment.dir).parent.name] = None
-            note_starts(self._folder, self._starts)
+            note_starts(self._folder, {**self._starts, Path(self._experiment.dir).parent.name: None})
         self._experiment.define_metric("images_seen")
         self._experiment.define_metric("*", step_metric="images_seen")
         self.log_hyperparams(self._config)
@@ -178,8 +186,15 @@ class LastingWandbLogger(WandbLogger):
         if (self._folder / "run_id").exists():
             run_id, on_its_way = _run_id(self._folder), 0.0 if self._offline else SEND_SECONDS
             self._told = told(self._folder, run_id, but_for_seconds=on_its_way)
-            self._starts = starts(self._folder, run_id, self._last_logged)
-            self._told_until = told_by_what_is_gone(self._folder, self._starts)
+            self._starts = starts(self._folder, run_id, self._logged)
+            self._told_by_gone = told_by_what_is_gone(self._folder, self._starts)
+
+    def _note(self) -> None:
+        """Write down what W&B's files hold, while they are there."""
+        if self._mode != "disabled":
+            with suppress(OSError, UserError):
+                self._recall()
+                note_starts(self._folder, self._starts)
 
     def _rows(self) -> list[Row]:
         return read_rows(self._run.metrics) if self._run.metrics.exists() else []
@@ -189,7 +204,8 @@ class LastingWandbLogger(WandbLogger):
         return [*(_row(int(row.pop("step")), row) for row in self._rows()), *self._pictures]
 
     def _knows(self, entry: Entry) -> bool:
-        return entry.step <= self._told_until or entry.keys <= self._told.get(entry.step, set())
+        told = self._told.get(entry.step, set())
+        return all(key in told or entry.step <= self._told_by_gone.get(key, -1) for key in entry.keys)
 
     def _tell(self, entry: Entry) -> None:
         self._open()
@@ -197,7 +213,9 @@ class LastingWandbLogger(WandbLogger):
             self.experiment.log({**values, STEP: entry.step})
 
     def _insist(
-        self, act: Callable[[], None], otherwise: str = "until it ends, the run is logged in its folder alone"
+        self,
+        act: Callable[[], None],
+        consequence: str = "until the training ends, it is logged in the run folder alone",
     ) -> None:
         """Do it, or say that it cannot be done, which is no reason to end a training."""
         import wandb
@@ -208,8 +226,9 @@ class LastingWandbLogger(WandbLogger):
             self._attempt(act)
         except (wandb.Error, OSError, UserError) as error:
             reason = _reason(error) if isinstance(error, OSError) else error
-            log.warning("W&B: %s; %s", reason, otherwise)
+            log.warning("W&B: %s; %s", reason, consequence)
             self._given_up = True
+            self._note()
 
     def _attempt(self, act: Callable[[], None]) -> None:
         """Do it; where W&B's process has ended, once more, with another."""
@@ -287,7 +306,7 @@ def _row(step: int, metrics: dict[str, float]) -> Entry:
 
 
 def _picture(path: Path, step: int, images_seen: int) -> Entry:
-    key = picture_key(path)
+    key = shown_as(path)
 
     def values() -> dict[str, Any] | None:
         import wandb
@@ -296,7 +315,8 @@ def _picture(path: Path, step: int, images_seen: int) -> Entry:
             return None
         try:
             with Image.open(path) as picture:
-                picture.load()
+                for frame in ImageSequence.Iterator(picture):
+                    frame.load()
         except Exception as error:  # Pillow has many ways to say it
             log.warning("W&B: %s is damaged, and not shown (%s)", path, error)
             return None
@@ -306,9 +326,19 @@ def _picture(path: Path, step: int, images_seen: int) -> Entry:
     return Entry(step, frozenset({key}), values, path)
 
 
-def picture_key(path: Path) -> str:
-    """Return the name of a picture on a dashboard; all grids have one, so that it shows them over time."""
-    return f"samples/{path.stem}" if path.stem in ("noised_strip", "denoising") else "samples/grid"
+@contextmanager
+def _files_in_order() -> Iterator[None]:
+    """Name the file that is in the way.
+
+    Raises:
+        UserError: one is.
+    """
+    try:
+        yield
+    except ConnectionError:
+        raise
+    except OSError as error:
+        raise UserError(f"logger.wandb: {_reason(error)}: mend it, or move it away") from error
 
 
 def _reason(error: OSError) -> str:
