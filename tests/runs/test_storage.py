@@ -154,6 +154,7 @@ def test_a_run_whose_disk_fills_up_goes_on_when_there_is_space(peaceful: Path, t
         assert differences(peaceful, run_dir) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_under_a_dashboard_too_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,27 +190,6 @@ def test_what_files_that_were_cleaned_away_did_not_hold_is_told(seen: bool, tmp_
     assert [row[STEP] for row in told_of if "val/loss" in row] == [4, 7]
 
 
-def test_what_was_told_is_written_down_when_the_dashboard_is_given_up(tmp_path: Path) -> None:
-    script = """
-log_rows(range(5))
-when_told()
-refuse_to_open(times=2)
-log_rows([5])
-when_told()
-import os
-os._exit(0)
-"""
-    with process_that_logs(tmp_path, script) as process:
-        await_ready(process)
-        time.sleep(0.5)
-        signal_wandb(process, signal.SIGKILL)
-        go_on(process)
-        await_ready(process)
-        go_on(process)
-    (until,) = json.loads((tmp_path / "wandb" / STARTS).read_text()).values()
-    assert until["x"] == 4
-
-
 @pytest.mark.usefixtures("no_account")
 def test_a_run_that_goes_on_with_wandb_brings_along_what_it_has_logged_without(tmp_path: Path) -> None:
     often = ("callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=1")
@@ -282,6 +261,7 @@ def test_online_what_may_not_have_arrived_is_told_again(long_wandb_file: Path) -
 
 
 LOGGING = """
+import json
 import sys
 from pathlib import Path
 from PIL import Image
@@ -407,7 +387,8 @@ close_loggers(loggers)
     assert_told(tmp_path, range(30), [19])
 
 
-@pytest.mark.parametrize("seconds", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.0, 0.2])
 def test_wandb_whose_process_ends_before_the_run_is_open(tmp_path: Path, seconds: float) -> None:
     with process_that_logs(tmp_path, "log_rows(range(3)); close_loggers(loggers)") as process:
         deadline = time.monotonic() + 60
@@ -449,10 +430,13 @@ refuse_to_open(times=2)
 log_rows(range(5, 8))
 show(7)
 assert loggers[1]._given_up
+(until,) = json.loads((run_dir / "wandb" / "starts.json").read_text()).values()
+assert until["x"] == 4  # written down, should its files be removed
 close_loggers(loggers)
 """
     with process_that_logs(tmp_path, script) as process:
         await_ready(process)
+        time.sleep(0.5)  # what it was told before is written by now
         signal_wandb(process, signal.SIGKILL)
         go_on(process)
     assert_told(tmp_path, range(8), [7])
