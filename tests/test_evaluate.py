@@ -16,6 +16,7 @@ from litdiffusion.diffusion import V, schedules
 from litdiffusion.errors import UserError
 from litdiffusion.evaluate import bits_variance
 from litdiffusion.evaluation.bits_per_dim import bound_parts
+from litdiffusion.processes import num_started
 from small_worlds import affine_denoiser
 
 CLASSY = ("net.num_classes=10", "net.learned_variance=true", "schedule.num_steps=20")
@@ -91,6 +92,17 @@ def test_more_than_one_process_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="evaluate measures in one process"):
         evaluate(classy, tmp_path / "out")
+
+
+@pytest.mark.parametrize("said", ["abc", "-1", "1.5"])
+def test_a_number_of_processes_that_is_none(
+    said: str, classy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", said)
+    with pytest.raises(UserError, match=f"WORLD_SIZE={said}: "):
+        evaluate(classy, tmp_path / "out")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert num_started() == 1
 
 
 def test_a_sampler_is_refused_and_not_ignored(classy: Path, tmp_path: Path) -> None:

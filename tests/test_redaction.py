@@ -65,6 +65,7 @@ def test_code_that_assigns_a_secret_is_masked() -> None:
         "x.dsn.y",
         "+a@extra.bearer",
         "list.0.pwd",
+        "a.authorization",
     ],
 )
 def test_an_override_is_masked_whatever_part_of_its_key_names_a_secret(key: str) -> None:
@@ -81,3 +82,8 @@ def test_an_override_is_masked_inside_a_dictionary() -> None:
         "+a.author=me",
     ):
         assert redacted_override(harmless) == harmless
+
+
+def test_a_bearers_token_is_known_by_its_form() -> None:
+    assert redacted("Authorization: Bearer abcdef0123456789") == "Authorization: Bearer ***"
+    assert redacted("the bearer presented-to-everybody") == "the bearer presented-to-everybody"

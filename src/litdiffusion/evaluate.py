@@ -7,7 +7,6 @@ are the held-out loss and the bound on the likelihood; image metrics join them.
 import litdiffusion.preflight  # noqa: F401  # isort: skip
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from typing import cast, get_args
@@ -31,6 +30,7 @@ from litdiffusion.errors import UserError
 from litdiffusion.evaluation.bits_per_dim import measured_bits
 from litdiffusion.evaluation.held_out import measured_losses
 from litdiffusion.files import write_text
+from litdiffusion.processes import num_started
 from litdiffusion.runs.folder import absolute, writable_folder
 from litdiffusion.runs.model import TrainedModel, load_model
 from litdiffusion.training.memory import keep_freed_memory
@@ -41,7 +41,7 @@ def main(cfg: DictConfig) -> None:
     """Measure a checkpoint; the last line printed is what ``out/metrics.json`` holds."""
     validate(cfg)
     check_bits(cfg)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or num_tasks() > 1:
+    if num_started() > 1 or num_tasks() > 1:
         raise UserError("evaluate measures in one process: start it without torchrun or srun")
     device = torch_device(cfg.device)
     keep_freed_memory()

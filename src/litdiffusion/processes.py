@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from litdiffusion.errors import UserError
+
 T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -26,6 +28,20 @@ def rank_and_number() -> tuple[int, int]:
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+
+def num_started() -> int:
+    """Return how many processes torchrun, or a launcher like it, has started together; 1 for one alone.
+
+    Raises:
+        UserError: the environment says something else.
+    """
+    said = os.environ.get("WORLD_SIZE") or "1"
+    if not said.isdecimal():
+        raise UserError(
+            f"WORLD_SIZE={said}: the environment should say how many processes there are; unset it"
+        )
+    return int(said)
 
 
 def share_of(count: int) -> range:
@@ -47,7 +63,7 @@ def gathered(value: T) -> list[T]:
 @contextmanager
 def together(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun has started, for as long as they work together; alone, do nothing."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if num_started() == 1 or dist.is_initialized():
         yield
         return
     if device.type == "cuda":

@@ -15,7 +15,7 @@ from typing import Any
 MASK = "***"
 
 ANY_KEY = re.compile(
-    r"key|token|secret|passw|passphrase|credential|(^|[_-])(pass|auth|bearer|cookie|dsn|pwd)([_-]|$)",
+    r"key|token|secret|passw|passphrase|credential|authorization|(^|[_-])(pass|auth|bearer|cookie|dsn|pwd)([_-]|$)",
     re.IGNORECASE,
 )
 """Names under which a run folder or a dashboard is told no text."""
@@ -30,6 +30,7 @@ SHORTEST = 8
 
 _FORMS = (
     (re.compile(r"(?<=://)[^/\s:@]+(:[^/\s@]*)?(?=@)"), MASK),  # the user and password of an address
+    (re.compile(r"(?<=[Bb]earer )(?=\S*\d)[\w.~+/=-]{16,}"), MASK),
     (
         re.compile(
             r"\b(?:gh[opsur]_|github_pat_|glpat-|hf_|sk-|xox[abprs]-|AKIA|local-|wandb_v1_)[A-Za-z0-9_-]{16,}"

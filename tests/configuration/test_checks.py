@@ -125,6 +125,7 @@ def test_torchruns_processes_are_those_of_the_run(
         ({"trainer__num_nodes": 0}, ["trainer.num_nodes=0"]),
         ({"trainer__max_time": "00:01:00:00"}, ["trainer.max_time=00:01:00:00", "trainer.max_steps"]),
         ({"trainer__limit_train_batches": 0}, ["trainer.limit_train_batches=0", "trainer.max_steps"]),
+        ({"trainer__limit_train_batches": 1}, ["trainer.limit_train_batches=1", "trainer.max_steps"]),
         ({"trainer__fast_dev_run": True}, ["trainer.fast_dev_run=True", "trainer.max_steps"]),
         ({"trainer__strategy": "ddp_notebook"}, ["trainer.strategy=ddp_notebook", "use ddp"]),
         ({"trainer__devices": 0}, ["trainer.devices=0"]),

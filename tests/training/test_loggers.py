@@ -65,6 +65,10 @@ def test_a_file_where_tensorboards_folder_would_be_is_one_line(tmp_path: Path) -
     (tmp_path / "tensorboard").write_text("not a folder")
     with pytest.raises(UserError, match=f"{tmp_path}/tensorboard is no folder: move it away"):
         train_tiny(tmp_path, "logger=tensorboard")
+    (tmp_path / "tensorboard").unlink()
+    (tmp_path / "tensorboard").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=f"{tmp_path}/tensorboard is no folder: move it away"):
+        train_tiny(tmp_path, "logger=tensorboard")
 
 
 def test_metrics_table_survives_kills_and_new_columns(tmp_path: Path) -> None:

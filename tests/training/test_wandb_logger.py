@@ -190,6 +190,26 @@ def test_what_files_that_were_cleaned_away_did_not_hold_is_told(seen: bool, tmp_
     assert [row[STEP] for row in told_of if "val/loss" in row] == [4, 7]
 
 
+def test_a_closing_that_a_signal_interrupts_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    logger = wandb_logger(str(tmp_path), mode="offline")
+    describe_run([logger], {"seed": 3})
+    logger.log_metrics({"x": 1}, step=5)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(logger.experiment), "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            close_loggers([logger])
+    (until,) = json.loads((tmp_path / "wandb" / STARTS).read_text()).values()
+    assert until["x"] == 5
+    close_loggers([logger])
+    assert starts_of(tmp_path) == 1
+    assert [row["x"] for row in offline_history(tmp_path)] == [1]
+
+
 @pytest.mark.usefixtures("no_account")
 def test_a_run_that_goes_on_with_wandb_brings_along_what_it_has_logged_without(tmp_path: Path) -> None:
     often = ("callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=1")

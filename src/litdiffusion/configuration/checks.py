@@ -16,6 +16,7 @@ from litdiffusion.configuration.slurm import check_tasks, num_tasks
 from litdiffusion.configuration.sweeps import check_sweep
 from litdiffusion.configuration.values import check_values
 from litdiffusion.errors import UserError
+from litdiffusion.processes import num_started
 
 MAX_SEED = 2**63 - 1
 """What torch's generators and every file format take."""
@@ -212,7 +213,9 @@ def _check_length(cfg: DictConfig) -> None:
         ("overfit_batches", 0),
         ("fast_dev_run", 0),
     ):
-        if trainer.get(name) not in (None, whole):
+        given = trainer.get(name)
+        one_batch = name == "limit_train_batches" and type(given) is int
+        if given is not None and (given != whole or one_batch):
             raise UserError(
                 f"trainer.{name}={trainer[name]}: a run's length is counted in steps, or it could not be continued;"
                 " use trainer.max_steps"
@@ -259,10 +262,9 @@ def _check_started(processes: int, num_nodes: int) -> None:
     """What has started this process has started all processes of the run: not several runs, nor a part of one."""
     check_tasks(processes)
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if by_torchrun and started != processes:
+    if by_torchrun and num_started() != processes:
         raise UserError(
-            f"torchrun has started {started} processes, but trainer.devices x trainer.num_nodes is {processes}:"
+            f"torchrun has started {num_started()} processes, but trainer.devices x trainer.num_nodes is {processes}:"
             " choose trainer=ddp or ddp_cpu, trainer.devices as torchrun's --nproc-per-node and trainer.num_nodes as"
             " its --nnodes"
         )

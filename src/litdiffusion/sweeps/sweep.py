@@ -1,7 +1,6 @@
 """A sweep: its jobs, which of them are left to do, and what their sweeper is told."""
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +15,7 @@ from litdiffusion.configuration.slurm import num_tasks
 from litdiffusion.configuration.sweeps import SweepCommand, current_sweep
 from litdiffusion.errors import UserError
 from litdiffusion.files import write_text
+from litdiffusion.processes import num_started
 from litdiffusion.redaction import redacted_override, without_secrets
 from litdiffusion.reporting.report import duration
 from litdiffusion.runs.folder import absolute, writable_folder
@@ -66,7 +66,7 @@ class Sweep:
         self._hide_secrets()
         setup_globals()
         configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 or num_tasks() > 1:
+        if num_started() > 1 or num_tasks() > 1:
             raise UserError(
                 "a sweep is started once, without torchrun or srun: its jobs start their own processes, as many as"
                 " trainer.devices says"

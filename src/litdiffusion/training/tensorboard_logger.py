@@ -32,7 +32,7 @@ class LastingTensorBoardLogger(TensorBoardLogger):
             UserError: another file lies where TensorBoard's folder would.
         """
         folder = Path(self.log_dir)
-        if folder.exists() and not folder.is_dir():
+        if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
             raise UserError(f"{folder} is no folder: move it away, or use another logger")
         self._kwargs["purge_step"] = step + 1 if step else 0
         self._resumed_at, self._known = step, _written(folder, step) if step else set()

@@ -10,6 +10,7 @@ import struct
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,12 @@ def _rows(file: Path) -> list[dict[str, str]]:
     """The rows of a file that are of a step. A link is no file of W&B's, and may lead anywhere."""
     if file.is_symlink() or not file.is_file():
         return []
+    now = file.stat()
+    return _rows_as_of(file, now.st_size, now.st_mtime_ns)
+
+
+@lru_cache(maxsize=32)
+def _rows_as_of(file: Path, size: int, changed: int) -> list[dict[str, str]]:
     return [
         row for row in _history(file.read_bytes()) if re.fullmatch(r"\d{1,18}", row.get(STEP, ""), re.ASCII)
     ]

@@ -134,9 +134,12 @@ class LastingWandbLogger(WandbLogger):
     def close(self) -> None:
         """Finish the run, so that the next job of a sweep starts one of its own."""
         if self._described:
-            missed, self._given_up, self._described = self._given_up, False, False
-            self._insist(self._finish, "what it lacks, the run's command tells it when it is repeated")
-            self._note()
+            missed, self._given_up = self._given_up, False
+            try:
+                self._insist(self._finish, "what it lacks, the run's command tells it when it is repeated")
+            finally:
+                self._note()
+            self._described = False
             if missed and not self._given_up:
                 log.info("W&B has been told now what it missed")
 
@@ -244,7 +247,7 @@ class LastingWandbLogger(WandbLogger):
         try:
             with _losses():
                 yield
-        except Exception:
+        except BaseException:  # a signal that stops the run may come in the middle
             self._forget()
             raise
 
