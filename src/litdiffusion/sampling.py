@@ -77,7 +77,7 @@ def sample_images(
             noise = normal_like(torch.empty((len(numbers), *denoiser.image_shape), device=device), generators)
             guided = denoiser
             if classes is not None:
-                rows = torch.tensor([classes[i % len(classes)] for i in numbers], device=device)
+                rows = torch.tensor([classes[i % len(classes)] for i in numbers])
                 guided = denoiser.guided(Guidance(rows, guidance_scale, (low, high)))
             if edit is None:
                 moments = sampler.steps(guided, denoiser.schedule.terminal_std * noise, generators)
@@ -86,7 +86,7 @@ def sample_images(
             for moment in moments:
                 if watch is not None:
                     watch(start, moment)
-            batches.append(moment.x.float().clamp(-1, 1).cpu())
+            batches.append(moment.x.float().clamp(-1, 1).cpu())  # waits for the device, once a batch
     finally:
         denoiser.train(was_training)
     return torch.cat(gathered(torch.cat(batches)))

@@ -31,6 +31,14 @@ def test_clipping_moves_the_noise_along(clip):
     assert torch.equal(estimate.x0, raw if clip == "none" else raw.clamp(-1, 1))
 
 
+@pytest.mark.parametrize("t", [1, 17, 40])
+def test_one_time_for_the_whole_batch_is_that_time_for_each_image(t):
+    denoiser, x_t, earlier = affine_denoiser(SCHEDULE, V(), net=Spy()), images(3), images(3, seed=1)
+    one, each = (denoiser(x_t, time, earlier) for time in (t, torch.full((3,), t)))
+    assert torch.equal(one.x0, each.x0)
+    assert torch.equal(one.eps, each.eps)
+
+
 def test_the_networks_clock_starts_at_0():
     net = Spy(self_condition=False)
     affine_denoiser(SCHEDULE, net=net)(images(2), torch.tensor([1, 40]))

@@ -156,6 +156,27 @@ def test_guidance_keeps_to_its_interval(interval):
         torch.testing.assert_close(estimate.x0, (everywhere if inside else plain)(X_T, times).x0)
 
 
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.25, 0.75), (0.3, 0.3), (0.1 + 0.2, 1.0), (0.0, 0.0)])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_one_time_for_all_is_guided_as_the_same_time_for_each(scale, interval):
+    denoiser = exact_denoiser(ShiftedData(SCHEDULE), num_classes=3)
+    guided = denoiser.guided(Guidance(LABELS, scale, interval))
+    for t in range(1, 41):
+        one, each = (guided(X_T, time) for time in (t, torch.full((5,), t)))
+        assert torch.equal(one.x0, each.x0)
+        assert torch.equal(one.eps, each.eps)
+    assert denoiser.net.calls[::2] == denoiser.net.calls[1::2]
+
+
+def test_labels_follow_the_denoiser_to_its_device():
+    denoiser = exact_denoiser(ShiftedData(schedules.linear(40)), num_classes=3).to("meta")
+    guidance = denoiser.guided(Guidance(LABELS, 2.0, (0.0, 0.5))).guidance
+    assert guidance.labels.is_meta
+    assert (guidance.scale, guidance.interval) == (2.0, (0.0, 0.5))
+    with pytest.raises(ValueError, match="labels: each must be one of"):
+        denoiser.guided(Guidance(LABELS + 1))
+
+
 @pytest.mark.parametrize("scale", [0.0, 3.0])
 def test_an_interval_holds_for_each_image_of_mixed_times(scale):
     denoiser = exact_denoiser(ShiftedData(SCHEDULE), num_classes=3)

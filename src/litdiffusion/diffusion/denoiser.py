@@ -6,14 +6,15 @@ clock, the conversion of its output, clipping, self-conditioning, learned varian
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from litdiffusion.diffusion.process import at_least_float32
+from litdiffusion.diffusion.devices import to_device
+from litdiffusion.diffusion.process import Time, at_least_float32
 from litdiffusion.diffusion.schedules import Schedule
 from litdiffusion.diffusion.targets import Target
 
@@ -117,6 +118,8 @@ class Denoiser(nn.Module):
     def guided(self, guidance: Guidance | None) -> "Denoiser":
         """Return a denoiser of the same network that draws what ``guidance`` asks for.
 
+        Labels on the CPU are checked there and then moved; checking labels on a GPU waits for it.
+
         Raises:
             ValueError: the network knows no classes, or a label is none of them.
         """
@@ -125,6 +128,9 @@ class Denoiser(nn.Module):
                 raise ValueError("labels: this network was trained without class labels")
             if not bool(((guidance.labels >= 0) & (guidance.labels < self.num_classes)).all()):
                 raise ValueError(f"labels: each must be one of 0..{self.num_classes - 1}")
+            device = self.schedule.alpha.device
+            if guidance.labels.device != device:
+                guidance = replace(guidance, labels=to_device(guidance.labels, device))
         twin = self._twin()
         twin.guidance = guidance
         return twin
@@ -167,10 +173,14 @@ class Denoiser(nn.Module):
         target, variance = raw.chunk(2, dim=1)
         return target, (variance + 1) / 2
 
-    def forward(self, x_t: Images, t: Int[Tensor, " batch"], self_cond: Images | None = None) -> Estimate:
-        """Estimate x_0 and eps at times t in 1..T."""
-        output, variance = self._guided_output(x_t, t, self_cond)
-        return self.estimate(output, x_t, t, variance)
+    def forward(self, x_t: Images, t: Time, self_cond: Images | None = None) -> Estimate:
+        """Estimate x_0 and eps at times t in 1..T, one for the whole batch or one for each image.
+
+        With guidance in a part of [0, 1], times on a GPU have to be read, and waited for, to see which lie in it.
+        """
+        times = torch.full((len(x_t),), t, device=x_t.device) if isinstance(t, int) else t
+        output, variance = self._guided_output(x_t, t, times, self_cond)
+        return self.estimate(output, x_t, times, variance)
 
     def estimate(
         self,
@@ -201,31 +211,39 @@ class Denoiser(nn.Module):
         return self.estimate(output, x_t, t).x0
 
     def _guided_output(
-        self, x_t: Images, t: Int[Tensor, " batch"], self_cond: Images | None
+        self, x_t: Images, t: Time, times: Int[Tensor, " batch"], self_cond: Images | None
     ) -> tuple[Images, Images | None]:
         guidance = self.guidance
         if guidance is None:
-            return self.output(x_t, t, self_cond)
-        low, high = guidance.interval
-        fraction = t / self.schedule.num_steps
-        inside = ((fraction >= low) & (fraction <= high))[:, None, None, None]
-        labels = guidance.labels.to(t.device)
+            return self.output(x_t, times, self_cond)
+        inside, labels = self._inside(guidance.interval, t), to_device(guidance.labels, x_t.device)
         if guidance.scale == 1 or not bool(inside.any()):
-            return self.output(x_t, t, self_cond, labels)
+            return self.output(x_t, times, self_cond, labels)
         if guidance.scale == 0 and bool(inside.all()):
-            return self.output(x_t, t, self_cond)
+            return self.output(x_t, times, self_cond)
         # One call for both branches; where output is linear in x_0, guiding the one guides the other.
         assert self.num_classes is not None
         both = torch.cat((labels, torch.full_like(labels, self.num_classes)))
         output, variance = self.output(
             x_t.repeat(2, 1, 1, 1),
-            t.repeat(2),
+            times.repeat(2),
             None if self_cond is None else self_cond.repeat(2, 1, 1, 1),
             both,
         )
         given, free = output.chunk(2)
         scale = torch.where(inside, guidance.scale, 1.0).to(output.dtype)
         return free + scale * (given - free), None if variance is None else variance.chunk(2)[0]
+
+    def _inside(
+        self, interval: tuple[float, float], t: Time
+    ) -> Bool[Tensor, "batch 1 1 1"] | Bool[Tensor, ""]:
+        """Whether t / T lies in the interval: one answer for each image, or a single one, on the CPU, for all."""
+        low, high = interval
+        if (low, high) == (0, 1):
+            return torch.tensor(True)
+        fraction = torch.as_tensor(t) / self.schedule.num_steps
+        inside = (fraction >= low) & (fraction <= high)
+        return inside if isinstance(t, int) else inside[:, None, None, None]
 
     def _twin(self) -> "Denoiser":
         # Shares every module and table with this one; only its own attributes may be set.

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from litdiffusion.diffusion.denoiser import Denoiser
+from litdiffusion.diffusion.devices import to_device
 from litdiffusion.diffusion.process import diffuse
 from litdiffusion.diffusion.samplers import DDIM
 from litdiffusion.diffusion.schedules import Schedule
@@ -247,7 +248,7 @@ def _rows(given: Given, eps: Images, first: int) -> Images:
         raise ValueError(
             f"image: {list(given.shape[1:])} (channels, height, width), but {list(eps.shape[1:])} is drawn"
         )
-    return given[_numbers(eps, first) % len(given)].to(eps)
+    return to_device(_of_each(given, eps, first).to(eps.dtype), eps.device)
 
 
 def _mask_rows(mask: Masks, eps: Images, first: int) -> Bool[Tensor, "batch _ h w"]:
@@ -255,16 +256,18 @@ def _mask_rows(mask: Masks, eps: Images, first: int) -> Bool[Tensor, "batch _ h 
     mask = mask[:, None] if mask.ndim == 3 else mask
     if mask.shape[2:] != eps.shape[2:] or mask.shape[1] not in (1, eps.shape[1]):
         raise ValueError(f"mask: {list(mask.shape[1:])}, but {list(eps.shape[1:])} is drawn")
-    return mask[_numbers(eps, first) % len(mask)].to(eps.device) > 0
+    return to_device(_of_each(mask, eps, first), eps.device) > 0
 
 
-def _numbers(eps: Images, first: int) -> Tensor:
-    return torch.arange(first, first + len(eps))
+def _of_each(given: Tensor, eps: Images, first: int) -> Tensor:
+    """For each row of ``eps`` that of ``given``, in turn, chosen where ``given`` lies."""
+    return given[torch.arange(first, first + len(eps), device=given.device) % len(given)]
 
 
 def _fractions(eps: Images, first: int, num_images: int) -> Float[Tensor, "batch 1 1 1"]:
     """Where on the path each row lies: 0 at the first image of the run, 1 at the last."""
-    return (_numbers(eps, first) / (num_images - 1)).to(eps)[:, None, None, None]
+    fractions = torch.arange(first, first + len(eps)) / (num_images - 1)
+    return to_device(fractions.to(eps.dtype), eps.device)[:, None, None, None]
 
 
 def _checked_strength(strength: float) -> float:

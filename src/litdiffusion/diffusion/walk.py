@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from litdiffusion.diffusion.denoiser import Denoiser, Estimate
+from litdiffusion.diffusion.devices import to_device
 from litdiffusion.diffusion.grids import Grid, grid_times
 from litdiffusion.diffusion.process import diffuse
 from litdiffusion.diffusion.schedules import Schedule
@@ -132,7 +133,7 @@ class Sampler(ABC):
             return normal_like(x_T, generators)
 
         def denoise(x: Images, t: int) -> Estimate:
-            estimate: Estimate = denoiser(x, torch.full((len(x),), t, device=x.device), self_cond)
+            estimate: Estimate = denoiser(x, t, self_cond)
             return estimate
 
         for t, s in pairwise(grid):
@@ -167,4 +168,4 @@ def normal_like(x: Images, generators: Generators) -> Images:
         noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in generators])
     else:
         noise = torch.randn(x.shape, generator=generators)
-    return noise.to(x)
+    return to_device(noise.to(x.dtype), x.device)

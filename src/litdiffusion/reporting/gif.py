@@ -40,12 +40,14 @@ class Film:
         index = self._seen[start]
         self._seen[start] += 1
         if index in self._moments and start < MAX_IMAGES:
-            self._kept.append((index, moment.x[: MAX_IMAGES - start].float().cpu()))
+            # On the CPU only when all is drawn: sampling would wait for each. A view would keep the whole batch.
+            self._kept.append((index, moment.x[: MAX_IMAGES - start].to(torch.float32, copy=True)))
 
     def frames(self) -> list[Float[Tensor, "batch channels h w"]]:
         """Return the moments in order, each of the first images; every process must call this, each gets all."""
         parts: dict[int, list[Tensor]] = {}
-        for index, images in (each for kept in gathered(self._kept) for each in kept):
+        mine = [(index, images.cpu()) for index, images in self._kept]
+        for index, images in (each for kept in gathered(mine) for each in kept):
             parts.setdefault(index, []).append(images)
         return [torch.cat(parts[index]) for index in sorted(parts)]
 
