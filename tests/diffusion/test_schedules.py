@@ -170,6 +170,16 @@ def test_tables_follow_the_device():
     assert moved.alpha.dtype == torch.float64
 
 
+def test_the_numbers_at_a_time_are_on_the_host_wherever_the_tables_are():
+    plain = schedules.cosine(30, zero_terminal_snr=True)
+    moved = copy.deepcopy(plain).to("meta")
+    numbers = list(zip(plain.alpha.tolist(), plain.sigma.tolist(), strict=True))
+    assert [moved.at_time(t) for t in range(31)] == numbers
+    assert torch.equal(moved.host_log_snr, plain.log_snr)
+    assert moved.has_zero_terminal_snr
+    assert moved.terminal_std == plain.terminal_std
+
+
 def test_tables_are_no_part_of_a_checkpoint():
     assert schedules.linear(10).state_dict() == {}
 

@@ -31,7 +31,7 @@ def grid_times(schedule: Schedule, count: int, grid: Grid) -> list[int]:
 
 
 def _even_in_log_snr(schedule: Schedule, count: int) -> list[float]:
-    log_snr = schedule.log_snr.cpu()
+    log_snr = schedule.host_log_snr
     # Pure noise has a log-SNR of minus infinity: then the grid spreads over what comes before it.
     finite = schedule.num_steps - int(schedule.has_zero_terminal_snr)
     last = max(finite, 1)

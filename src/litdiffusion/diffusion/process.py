@@ -105,8 +105,9 @@ def learned_log_variance(
 
     with v for beta_t and the posterior's variance for beta-tilde_t, so that it is right at any s < t.
     """
+    # A number stays on the CPU, as a scalar that a GPU takes along with the operation.
     low, high = (
-        torch.as_tensor(variance, dtype=schedule.alpha.dtype).log().to(fraction)
+        torch.as_tensor(variance, dtype=schedule.alpha.dtype).log().to(fraction.dtype)
         for variance in (clipped_posterior_variance(schedule, t, s), transition(schedule, t, s).v)
     )
     return fraction * high + (1 - fraction) * low
@@ -121,12 +122,8 @@ def clipped_posterior_variance(schedule: Schedule, t: Time, s: Time) -> Number:
     first = transition(schedule, 2, 1).posterior_variance if schedule.num_steps > 1 else step.v
     if isinstance(s, int):
         return first if s == 0 else step.posterior_variance
-    at_end = s[:, None, None, None] == 0
-    first = torch.as_tensor(first, dtype=schedule.alpha.dtype, device=s.device)
-    return torch.where(at_end, first, step.posterior_variance)
+    return torch.where(s[:, None, None, None] == 0, first, step.posterior_variance)
 
 
 def _tables(schedule: Schedule, t: Time) -> tuple[Number, Number]:
-    if isinstance(t, int):
-        return float(schedule.alpha[t]), float(schedule.sigma[t])
-    return schedule.at(t, schedule.alpha.dtype)
+    return schedule.at_time(t) if isinstance(t, int) else schedule.at(t, schedule.alpha.dtype)

@@ -117,7 +117,7 @@ class DDIM(Sampler):
             step, x_t = transition(schedule, t, s), x_s
             for _ in range(iterations):
                 earlier = self_cond if t < schedule.num_steps else None  # the way back begins without
-                estimate = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device), earlier)
+                estimate = denoiser(x_t, t, earlier)
                 self_cond = estimate.x0
                 eps = estimate.eps
                 if s > 0 and step.sigma_t > step.a * step.alpha_s:
@@ -200,7 +200,7 @@ class Heun(Sampler):
         self, schedule: Schedule, x_t: Images, t: int, noise: Callable[[], Images]
     ) -> tuple[Images, int]:
         """Add noise by the forward process, to a time of the schedule."""
-        k = schedule.sigma / schedule.alpha
+        k = schedule.host_sigma / schedule.host_alpha
         gamma = min(self.churn / (self.num_steps or schedule.num_steps), 2**0.5 - 1)
         low, high = self.churn_interval
         if gamma == 0 or not low <= float(k[t]) <= high or t == schedule.num_steps:
@@ -220,4 +220,4 @@ class Heun(Sampler):
 
 
 def _lambda(schedule: Schedule, t: int) -> float:
-    return float(schedule.log_snr[t - 1]) / 2
+    return float(schedule.host_log_snr[t - 1]) / 2

@@ -27,6 +27,9 @@ DDPM_STEPS = 1000
 class Schedule(nn.Module):
     """The tables alpha and sigma, in float64, on whatever device the model is.
 
+    ``host_alpha`` and ``host_sigma`` are the same tables, always on the CPU: what is decided by the numbers at a time
+    is decided there, without waiting for the device.
+
     Args:
         alpha: alpha_0..alpha_T, falling from 1.
         sigma: sigma_0..sigma_T, rising from 0.
@@ -37,6 +40,8 @@ class Schedule(nn.Module):
 
     alpha: Tensor
     sigma: Tensor
+    host_alpha: Tensor
+    host_sigma: Tensor
 
     def __init__(self, alpha: Float64[Tensor, " times"], sigma: Float64[Tensor, " times"]) -> None:
         super().__init__()
@@ -51,6 +56,8 @@ class Schedule(nn.Module):
             raise ValueError("the signal-to-noise ratio of a schedule must fall at every step")
         self.register_buffer("alpha", alpha, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)
+        # Plain attributes, so they stay where they are when the module moves.
+        self.host_alpha, self.host_sigma = alpha.cpu(), sigma.cpu()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Schedule":
         """Follow the module's device, never its precision: bfloat16 has no room for alpha_bar near 1."""
@@ -79,7 +86,12 @@ class Schedule(nn.Module):
     @property
     def log_snr(self) -> Float64[Tensor, " T"]:
         """log(alpha_t^2 / sigma_t^2) for t = 1..T; minus infinity where alpha_T = 0."""
-        return 2 * (self.alpha[1:].log() - self.sigma[1:].log())
+        return _log_snr(self.alpha, self.sigma)
+
+    @property
+    def host_log_snr(self) -> Float64[Tensor, " T"]:
+        """``log_snr`` on the CPU."""
+        return _log_snr(self.host_alpha, self.host_sigma)
 
     @property
     def terminal_std(self) -> float:
@@ -87,17 +99,21 @@ class Schedule(nn.Module):
 
         It is 1 for every variance-preserving schedule and for the straight path of flow matching.
         """
-        return float((self.alpha[-1].square() + self.sigma[-1].square()).sqrt())
+        return float((self.host_alpha[-1].square() + self.host_sigma[-1].square()).sqrt())
 
     @property
     def has_zero_terminal_snr(self) -> bool:
         """Whether x_T is pure noise: then the network cannot be asked for eps there."""
-        return bool(self.alpha[-1] == 0)
+        return bool(self.host_alpha[-1] == 0)
 
     def at(self, t: Int[Tensor, " batch"], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return alpha_t and sigma_t as [batch, 1, 1, 1]."""
         alpha, sigma = self.alpha[t].to(dtype), self.sigma[t].to(dtype)
         return alpha[:, None, None, None], sigma[:, None, None, None]
+
+    def at_time(self, t: int) -> tuple[float, float]:
+        """Return alpha_t and sigma_t as numbers, read from the tables on the host."""
+        return float(self.host_alpha[t]), float(self.host_sigma[t])
 
 
 def from_alphas_cumprod(alphas_cumprod: Float64[Tensor, " T"], zero_terminal_snr: bool = False) -> Schedule:
@@ -206,6 +222,10 @@ def flow(num_steps: int = 1000) -> Schedule:
     """alpha_t = 1 - t/T, sigma_t = t/T: the straight path of flow matching (2210.02747, 2209.03003)."""
     time = _fractions(num_steps)
     return Schedule(1 - time, time)
+
+
+def _log_snr(alpha: Float64[Tensor, " times"], sigma: Float64[Tensor, " times"]) -> Float64[Tensor, " T"]:
+    return 2 * (alpha[1:].log() - sigma[1:].log())
 
 
 def _linspace(start: float, end: float, num_steps: int) -> Float64[Tensor, " T"]:
