@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from litdiffusion.diffusion import X0, Denoiser, Epsilon, Guidance, Schedule, V, schedules
+from litdiffusion.diffusion import X0, Denoiser, Epsilon, Estimate, Guidance, Schedule, V, q_sample, schedules
 from litdiffusion.diffusion.likelihood import (
     Bound,
     Variance,
@@ -15,6 +15,7 @@ from litdiffusion.diffusion.likelihood import (
     decoder_log_prob,
     normal_kl,
     prior_bits,
+    reverse_bits,
     variational_bound,
 )
 from small_worlds import ALL_SCHEDULES, SCHEDULES, Affine, GaussianData, Oracle, Spy, affine_denoiser, normal
@@ -412,6 +413,35 @@ def test_float32_is_enough_at_any_length(make, num_steps):
         assert bool(torch.isfinite(rough).all())
         assert float(rough.min()) >= 0
         torch.testing.assert_close(rough.double().sum(), fine.sum(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+def test_a_row_at_the_end_and_one_that_is_not_do_not_disturb_each_other(variance):
+    """Each is given both terms, and keeps its own, with its gradient."""
+    schedule, t = schedules.cosine(30), torch.tensor([1, 30, 1, 2, 15])
+    x0, eps = on_levels(5, 1, 4, 4).float(), normal(5, 1, 4, 4)
+    denoiser = affine_denoiser(schedule, V(), "none")
+
+    def terms_and_gradients(rows: slice) -> tuple[Tensor, Tensor]:
+        image = x0[rows].clone().requires_grad_()
+        terms = bound_term(denoiser, image, t[rows], eps[rows], variance)
+        return terms.detach(), torch.autograd.grad(terms.sum(), image)[0]
+
+    together = terms_and_gradients(slice(0, 5))
+    alone = zip(*(terms_and_gradients(slice(i, i + 1)) for i in range(5)), strict=True)
+    for found, wanted in zip(together, alone, strict=True):
+        assert bool(torch.isfinite(found).all())
+        torch.testing.assert_close(found, torch.cat(wanted))
+
+
+def test_a_wild_estimate_elsewhere_leaves_the_gradient_at_the_end_finite():
+    """So far out, the decoder would find nothing in any bin; but that row has no use for it."""
+    schedule, t = schedules.cosine(30), torch.tensor([1, 30])
+    x0 = on_levels(2, 1, 4, 4)
+    guess = (x0 * torch.tensor([1.0, 1e18], dtype=torch.float64)[:, None, None, None]).requires_grad_()
+    x_t = q_sample(schedule, x0, t, normal(2, 1, 4, 4, dtype=torch.float64))
+    reverse_bits(schedule, Estimate(guess, x_t), x0, x_t, t, "beta").sum().backward()
+    assert bool(torch.isfinite(guess.grad).all())
 
 
 def test_a_learned_variance_that_was_not_learned_is_refused():

@@ -107,11 +107,13 @@ def reverse_bits(
     true_log_variance = torch.as_tensor(clipped_posterior_variance(schedule, t, s)).log().to(mean)
     log_variance = reverse_log_variance(schedule, estimate, t, variance).to(mean).expand_as(mean)
     nats = normal_kl(true_mean, true_log_variance, mean, log_variance)
-    end = t == 1
-    if bool(end.any()):
-        decoder = -decoder_log_prob(x0[end], mean[end], log_variance[end] / 2)
-        nats = nats.index_put((end,), decoder.to(nats.dtype))
-    return bits(nats)
+    end = (t == 1)[:, None, None, None]
+    if end.device.type == "cpu" and not bool(end.any()):  # on a GPU, looking would wait for it
+        return bits(nats)
+    # For every row, so that none has to be picked out. Those not at the end are given harmless numbers: the gradient
+    # goes through both branches.
+    decoder = -decoder_log_prob(x0, torch.where(end, mean, 0.0), torch.where(end, log_variance / 2, 0.0))
+    return bits(torch.where(end, decoder.to(nats.dtype), nats))
 
 
 def reverse_log_variance(
@@ -138,7 +140,8 @@ def reverse_log_variance(
 
 def prior_bits(schedule: Schedule, x0: Images) -> PerImage:
     """Return L_T of each image, in bits per dimension: how far x_T is from pure noise."""
-    mean = float(schedule.alpha[-1]) * x0
+    alpha_T, _ = schedule.at_time(schedule.num_steps)
+    mean = alpha_T * x0
     log_variance = 2 * schedule.sigma[-1].log().to(mean)
     prior_log_variance = torch.full_like(log_variance, 2 * math.log(schedule.terminal_std))
     return bits(normal_kl(mean, log_variance, torch.zeros_like(mean), prior_log_variance))
