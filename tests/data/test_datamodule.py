@@ -1,6 +1,7 @@
 import itertools
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +47,18 @@ def test_batches_are_uint8_rows_of_the_stream() -> None:
         assert store.labels is not None
         assert torch.equal(batch.labels, store.labels[index])
         assert (batch.start, batch.step) == (0, step)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("memory_limit_mb", "kind"), [(1024, MemoryStore), (0, ArrowStore)])
+def test_batches_are_page_locked_for_a_gpu(memory_limit_mb: int, kind: type, device: str) -> None:
+    data = module(memory_limit_mb=memory_limit_mb)
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    data.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=1)
+    data.setup("fit")
+    store = data._store("fit")
+    assert isinstance(store, kind)
+    assert store._pin_memory == (device == "cuda")
 
 
 def test_the_stream_has_no_length_and_starts_afresh_each_time() -> None:

@@ -63,6 +63,27 @@ def test_memory_holds_one_contiguous_uint8_tensor_of_many_chunks() -> None:
     assert len(store) == 700
 
 
+def test_for_a_gpu_every_batch_is_page_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels too; what is read to be looked at is not."""
+    locked: list[torch.Tensor] = []
+
+    def pin_memory(x: torch.Tensor) -> torch.Tensor:
+        locked.append(x.clone())
+        return locked[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)  # which asks for a GPU
+    rows, wanted = folder_dataset(tmp_path), ([3, 1], [4])
+    plain, store = MemoryStore(rows, (8, 6), 3), MemoryStore(rows, (8, 6), 3, pin_memory=True)
+    for one, other in zip(plain.batches(requests(*wanted)), store.batches(requests(*wanted)), strict=True):
+        assert {id(other.images), id(other.labels)} == {id(x) for x in locked[-2:]}
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+        assert (one.start, one.step) == (other.start, other.step)
+    assert len(locked) == 4
+    store.read([0])
+    assert len(locked) == 4
+
+
 def test_without_labels_there_are_none(tmp_path: Path) -> None:
     save_images(tmp_path, 5)
     rows = ImageFolder(tmp_path).load("train")

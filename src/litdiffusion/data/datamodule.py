@@ -13,6 +13,7 @@ from litdiffusion.data.fingerprint import Fingerprint, fingerprint
 from litdiffusion.data.sampling_order import SamplingOrder
 from litdiffusion.data.sources import Source
 from litdiffusion.data.stores import ArrowStore, Batch, ImageStore, MemoryStore, Request, to_float
+from litdiffusion.diffusion.devices import to_device
 from litdiffusion.errors import UserError
 from litdiffusion.randomness import uniform_positions
 
@@ -201,7 +202,8 @@ class ImageDataModule(LightningDataModule):
         if training and self.source.flip:
             stop = batch.start + len(images)
             coins = uniform_positions(batch.start, stop, self.seed, "flip", batch.step) < 0.5
-            images = torch.where(coins.to(images.device)[:, None, None, None], images.flip(-1), images)
+            mirrored = to_device(coins, images.device)[:, None, None, None]
+            images = torch.where(mirrored, images.flip(-1), images)
         return batch._replace(images=to_float(images))
 
     def _first_step(self) -> int:
@@ -242,7 +244,7 @@ class ImageDataModule(LightningDataModule):
         in_memory = megabytes <= self.memory_limit_mb
         how = "decoded once into memory" if in_memory else "decoded as they are needed"
         log.info("%s: %d %s images, %.1f MiB as pixels, %s", self.source.name, size, role, megabytes, how)
-        if in_memory:
-            return MemoryStore(dataset, (height, width), channels)
         pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        if in_memory:
+            return MemoryStore(dataset, (height, width), channels, pin)
         return ArrowStore(dataset, (height, width), channels, self.num_workers, pin)

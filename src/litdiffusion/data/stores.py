@@ -51,10 +51,24 @@ def to_float(images: UInt8[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
 
 
 class MemoryStore:
-    """A small split: decoded once, one contiguous uint8 tensor [N, C, H, W]; a batch is one gather."""
+    """A small split: decoded once, one contiguous uint8 tensor [N, C, H, W]; a batch is one gather.
 
-    def __init__(self, dataset: datasets.Dataset, image_size: tuple[int, int], channels: int) -> None:
+    Args:
+        dataset: columns "image" and, where there are labels, "label".
+        image_size: (height, width).
+        channels: 1 or 3.
+        pin_memory: page-locked batches, for a CUDA device.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        image_size: tuple[int, int],
+        channels: int,
+        pin_memory: bool = False,
+    ) -> None:
         size = len(dataset)
+        self._pin_memory = pin_memory
         self.images = torch.empty((size, channels, *image_size), dtype=torch.uint8)
         self.labels = torch.empty(size, dtype=torch.int64) if "label" in dataset.column_names else None
         rows = dataset.with_format("arrow")
@@ -78,7 +92,8 @@ class MemoryStore:
 
     def batches(self, requests: Iterator[Request]) -> Iterator[Batch]:
         """One gather for each request."""
-        return (self._gather(request) for request in requests)
+        batches = (self._gather(request) for request in requests)
+        return map(_page_locked, batches) if self._pin_memory else batches
 
     def read(self, indices: list[int]) -> Batch:
         """Return a few images."""
@@ -88,6 +103,11 @@ class MemoryStore:
         index = torch.tensor(request.indices, dtype=torch.int64)
         labels = None if self.labels is None else self.labels[index]
         return Batch(self.images[index], labels, request.start, request.step)
+
+
+def _page_locked(batch: Batch) -> Batch:
+    labels = None if batch.labels is None else batch.labels.pin_memory()
+    return batch._replace(images=batch.images.pin_memory(), labels=labels)
 
 
 class ArrowStore:

@@ -68,7 +68,8 @@ class ImportanceTimesteps(TimestepRule):
     """Times drawn in proportion to sqrt(E[L_t^2]), which makes the loss's variance least (2102.09672, section 3.3).
 
     The expectation is over the last ``history`` losses at each t; until every t has as many, times are uniform.
-    Spread over the batch like ``StratifiedTimesteps``.
+    Spread over the batch like ``StratifiedTimesteps``. On a GPU every step waits for it: times are drawn on the CPU
+    from losses that lie on the device.
 
     Args:
         num_steps: T.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from litdiffusion.data.stores import Batch
 from litdiffusion.diffusion import Denoiser, Guidance
+from litdiffusion.diffusion.devices import to_device
 from litdiffusion.diffusion.likelihood import Variance, bound_term, prior_bits
 from litdiffusion.diffusion.timesteps import spread_times
 from litdiffusion.randomness import generator_at
@@ -78,10 +79,11 @@ def bound_parts(
     num_steps = denoiser.schedule.num_steps
     if denoiser.num_classes is not None and labels is not None:
         denoiser = denoiser.guided(Guidance(labels))
-    position = torch.arange(first, first + len(images), device=images.device)
+    position = torch.arange(first, first + len(images))
 
     def term(t: Int[Tensor, " batch"]) -> PerImage:
-        eps = noise(position, t, tuple(images.shape[1:])).to(images.device)
+        eps = noise(position, t, tuple(images.shape[1:]))
+        t, eps = to_device(t, images.device), to_device(eps, images.device)
         return bound_term(denoiser, images, t, eps, variance)
 
     prior, decoder = prior_bits(denoiser.schedule, images), term(torch.ones_like(position))
@@ -113,7 +115,7 @@ def strata(
 
 
 def noise(position: Int[Tensor, " batch"], t: Int[Tensor, " batch"], shape: tuple[int, ...]) -> Images:
-    """Return the standard normal noise that belongs to each image at its t, on the CPU."""
+    """Return the standard normal noise that belongs to each image at its t; all of it on the CPU."""
     places = zip(position.tolist(), t.tolist(), strict=True)
     return torch.stack(
         [torch.randn(shape, generator=generator_at("bits per dim", i, time)) for i, time in places]

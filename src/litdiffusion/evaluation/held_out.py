@@ -12,6 +12,7 @@ from torch import Tensor
 
 from litdiffusion.data.stores import Batch
 from litdiffusion.diffusion import Denoiser, Objective
+from litdiffusion.diffusion.devices import to_device
 from litdiffusion.diffusion.timesteps import spread_times
 from litdiffusion.randomness import normal_positions
 
@@ -33,7 +34,8 @@ def held_out_losses(
     position = torch.arange(first, first + len(images), device=images.device)
     t = spread_times(position, denoiser.schedule.num_steps)
     eps = normal_positions(tuple(images.shape[1:]), first, first + len(images), "held out")
-    return objective(denoiser, images, t, eps.to(images.device), feed_back=True, labels=labels), t
+    eps = to_device(eps, images.device)
+    return objective(denoiser, images, t, eps, feed_back=True, labels=labels), t
 
 
 def measured_losses(denoiser: Denoiser, objective: Objective, batches: Iterable[Batch]) -> dict[str, float]:

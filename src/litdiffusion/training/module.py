@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 
 from litdiffusion.data.datamodule import Batch
 from litdiffusion.diffusion import Denoiser, Objective
+from litdiffusion.diffusion.devices import to_device
 from litdiffusion.diffusion.likelihood import Variance
 from litdiffusion.diffusion.timesteps import TimestepRule
 from litdiffusion.errors import UserError
@@ -159,7 +160,7 @@ class LitDiffusion(LightningModule):
             self.denoiser.schedule.num_steps,
         )
         eps = normal_positions(tuple(images.shape[1:]), first, last, *place, "eps")
-        return t.to(images.device), eps.to(images.device)
+        return to_device(t, images.device), to_device(eps, images.device)
 
     def told_labels(self, batch: Batch) -> Int[Tensor, " batch"] | None:
         """Return the labels that the network is told: some are withheld, as ``num_classes``."""
@@ -168,7 +169,8 @@ class LitDiffusion(LightningModule):
             return None
         last = batch.start + len(batch.labels)
         coins = uniform_positions(batch.start, last, self.seed, "train", batch.step, "label")
-        return batch.labels.masked_fill(coins.to(batch.labels.device) < self.label_dropout, num_classes)
+        withheld = to_device(coins < self.label_dropout, batch.labels.device)
+        return batch.labels.masked_fill(withheld, num_classes)
 
     def _of_all_processes(self, values: Tensor) -> Tensor:
         gathered = self.all_gather(values)

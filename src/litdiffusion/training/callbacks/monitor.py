@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
+from litdiffusion.diffusion.devices import to_device
 from litdiffusion.evaluation.held_out import BINS
 from litdiffusion.processes import gathered, rank_and_number
 from litdiffusion.training.callbacks.attached import find, images_seen
@@ -27,7 +28,8 @@ class Monitor(Callback):
     Every value is logged at an optimizer step, with ``images_seen`` beside it as the axis to compare runs on.
     The losses are means over all images since the last line, weighted where some times are drawn more often than
     others. They travel in checkpoints, so a resumed run logs
-    what an uninterrupted one would, and sums up what one resumed at its end has left.
+    what an uninterrupted one would, and sums up what one resumed at its end has left. They are summed on the device:
+    on a GPU, only the steps that log a line wait for it.
 
     Args:
         every_n_steps: optimizer steps between lines.
@@ -132,8 +134,8 @@ class Monitor(Callback):
     def _add(self, outputs: StepOutput, module: LitDiffusion, world_size: int, step: int) -> None:
         losses, weights = outputs["losses"].double(), outputs["weights"].double()
         bins = ((outputs["t"] - 1) * BINS) // module.denoiser.schedule.num_steps
-        self.loss_sums = self.loss_sums.to(losses.device).index_add(0, bins, weights * losses)
-        self.loss_counts = self.loss_counts.to(losses.device).index_add(0, bins, weights)
+        self.loss_sums = to_device(self.loss_sums, losses.device).index_add(0, bins, weights * losses)
+        self.loss_counts = to_device(self.loss_counts, losses.device).index_add(0, bins, weights)
         self._images += len(losses) * world_size
         # Which step was the first is kept on the device: reading it is what waits.
         since = torch.zeros_like(bins[0]) if self._astray_since is None else self._astray_since
