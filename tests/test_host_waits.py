@@ -1,0 +1,357 @@
+"""No step of training or sampling makes the host wait for the GPU.
+
+The device ``meta`` stands in for one: it has no values that could be read. ``no_host_waits`` refuses what
+``torch.cuda.set_sync_debug_mode("error")`` does, reads and blocking copies, and names the operation. What may wait is
+at the end of this file.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from litdiffusion.data.datamodule import Batch, ImageDataModule
+from litdiffusion.data.sources.digits import Digits
+from litdiffusion.diffusion import (
+    DDPM,
+    L1,
+    L2,
+    P2,
+    Denoiser,
+    Guidance,
+    Huber,
+    ImportanceTimesteps,
+    MinSNR,
+    Objective,
+    Sampler,
+    Sigmoid,
+    Step,
+    StratifiedTimesteps,
+    Uniform,
+    UniformTimesteps,
+    Variational,
+    schedules,
+)
+from litdiffusion.diffusion.editing import Edit, Inpaint, Interpolate, Slerp, Variation
+from litdiffusion.diffusion.timesteps import TimestepRule
+from litdiffusion.evaluation.bits_per_dim import bound_parts
+from litdiffusion.evaluation.held_out import held_out_losses
+from litdiffusion.nn import UNet
+from litdiffusion.reporting.gif import Film
+from litdiffusion.sampling import sample_images
+from litdiffusion.training.callbacks import Monitor
+from litdiffusion.training.ema import EMA
+from litdiffusion.training.lr import constant
+from litdiffusion.training.module import LitDiffusion
+from small_worlds import SAMPLERS, TARGETS, images
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+aten = torch.ops.aten
+READ = {
+    aten._local_scalar_dense,  # item, float, bool, int
+    aten.nonzero,
+    aten.masked_select,
+    aten.equal,
+    aten.allclose,
+    aten.bincount,
+    aten.repeat_interleave,
+    aten._unique2,
+    aten.unique_dim,
+    aten.unique_consecutive,
+}
+"""What returns a number to the host, or has a size that depends on values."""
+INDEX = {aten.index, aten.index_put, aten.index_put_, aten._unsafe_index}
+MADE_OF_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+
+
+class WaitError(RuntimeError):
+    """The host would wait for the device here."""
+
+
+class Dispatched(TorchDispatchMode):
+    """Refuses operations on the device that make the host wait."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        if func is aten._to_copy.default:
+            self.check_copy(func, args[0], kwargs.get("device"), kwargs.get("non_blocking"))
+        elif func is aten.copy_.default:
+            self.check_copy(func, args[1], args[0].device, kwargs.get("non_blocking") or True in args[2:])
+        elif any(each.is_meta for each in tensors):
+            if func.overloadpacket in READ:
+                raise WaitError(f"{func} reads values off the device")
+            if any(each.device.type == "cpu" and each.ndim > 0 for each in tensors):
+                raise WaitError(f"{func} mixes devices")
+            masks = [each for each in tensors if each.dtype in (torch.bool, torch.uint8)]
+            if func.overloadpacket in INDEX and any(each is mask for each in args[1] for mask in masks):
+                raise WaitError(f"{func} picks by a mask on the device")
+        return func(*args, **kwargs)
+
+    def check_copy(self, func: Any, source: Tensor, target: torch.device | None, non_blocking: bool) -> None:
+        ways = source.device.type, (target or source.device).type
+        if ways == ("meta", "cpu") or (ways == ("cpu", "meta") and not non_blocking):
+            raise WaitError(f"{func} copies from {ways[0]} to {ways[1]}")
+
+
+class Called(TorchFunctionMode):
+    """Refuses tensors that are made of Python's numbers on the device: no operation shows these on ``meta``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in MADE_OF_NUMBERS and result.is_meta and result is not args[0]:
+            raise WaitError(f"{func.__name__} copies numbers to the device")
+        return result
+
+
+@contextmanager
+def no_host_waits() -> Iterator[None]:
+    with Called(), Dispatched():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def autocast_takes_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = torch.autocast
+
+    def autocast(device_type: str, *args: Any, **kwargs: Any) -> torch.autocast:
+        return original("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+
+
+# ---------------------------------------------------------------------------------------------- the instrument
+
+
+def on_device(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+ROWS = torch.tensor([0, 2])
+WAITING: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda x: x[0, 0].item(),
+    "float": lambda x: float(x.sum()),
+    "if": lambda x: 1 if (x > 0).any() else 2,
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "copy to the host": lambda x: torch.empty(4, 3).copy_(x),
+    "nonzero": lambda x: x.nonzero(),
+    "equal": lambda x: torch.equal(x, x),
+    "mask": lambda x: x[x > 0],
+    "mask assigned": lambda x: x.__setitem__(x > 0, x[0, 0]),
+    "rows": lambda x: x[ROWS],
+    "rows assigned": lambda x: x.__setitem__(ROWS, 1.0),
+    "rows of the host": lambda x: torch.rand(4)[x[:, 0].long()],
+    "to": lambda x: ROWS.to("meta"),
+    "to its like": lambda x: ROWS.to(x),
+    "copy": lambda x: x[0].copy_(torch.ones(3)),
+    "assigned": lambda x: x.__setitem__(0, torch.ones(3)),
+    "tensor": lambda x: torch.tensor([1.0], device="meta"),
+    "as_tensor": lambda x: torch.as_tensor(1.0, device="meta"),
+    "new_tensor": lambda x: x.new_tensor([1.0]),
+}
+FREE: dict[str, Callable[[Tensor], object]] = {
+    "non_blocking": lambda x: ROWS.to("meta", non_blocking=True),
+    "non_blocking copy": lambda x: x[0].copy_(torch.ones(3), non_blocking=True),
+    "made there": lambda x: torch.arange(3, device="meta") + torch.full((3,), 2, device="meta"),
+    "a number": lambda x: torch.where(x > 0, x, 2.0) * 3.0,
+    "a scalar of the host": lambda x: x * torch.tensor(2.0),
+    "rows of the device": lambda x: x[torch.arange(2, device="meta")],
+    "as_tensor of itself": lambda x: torch.as_tensor(x),
+    "on the host": lambda x: float(torch.rand(3)[ROWS].sum()),
+}
+
+
+@pytest.mark.parametrize("wait", WAITING.values(), ids=WAITING)
+def test_a_wait_is_found(wait):
+    x = on_device(4, 3)
+    with pytest.raises(WaitError), no_host_waits():
+        wait(x)
+
+
+@pytest.mark.parametrize("free", FREE.values(), ids=FREE)
+def test_what_does_not_wait_is_let_be(free):
+    x = on_device(4, 3)
+    with no_host_waits():
+        free(x)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+SCHEDULES = {
+    "linear": schedules.linear(20),
+    "cosine": schedules.cosine(20),
+    "zero_snr": schedules.cosine(20, zero_terminal_snr=True),
+    "flow": schedules.flow(20),
+}
+NETS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "self_condition": {"self_condition": True},
+    "classes": {"num_classes": 3},
+    "learned_variance": {"learned_variance": True},
+    "all": {"self_condition": True, "num_classes": 3, "learned_variance": True, "dropout": 0.1},
+}
+
+
+class Small(nn.Module):
+    """A network that can do everything, in a few operations."""
+
+    self_condition, num_classes, learned_variance = True, 3, True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 1)
+        self.labels = nn.Embedding(4, 1)
+
+    def forward(self, x: Tensor, clock: Tensor, self_cond: Tensor | None, labels: Tensor) -> Tensor:
+        both = torch.cat((x, torch.zeros_like(x) if self_cond is None else self_cond), dim=1)
+        return self.conv(both) + (self.labels(labels)[:, :, None, None] + clock[:, None, None, None])
+
+
+def on_the_gpu(net: nn.Module, schedule: str = "linear", target: str = "v", clip: str = "static") -> Denoiser:
+    """A denoiser of 8x8 images."""
+    return Denoiser(net, SCHEDULES[schedule], TARGETS[target], 1, 8, clip).to("meta")
+
+
+def unet(options: dict[str, Any]) -> UNet:
+    return UNet(8, 1, (1,), heads=2, head_dim=4, **options)
+
+
+def train(denoiser: Denoiser, objective: Objective, timesteps: TimestepRule, steps: int) -> None:
+    optimizer = partial(torch.optim.Adam, lr=1e-3)
+    lit = LitDiffusion(denoiser, objective, timesteps, optimizer, constant, EMA(0.9), seed=1).to("meta")
+    lit.trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    adam = lit.configure_optimizers()["optimizer"]
+    datamodule = ImageDataModule(Digits(8, 1, flip=True), batch_size=6, seed=0)
+    monitor = Monitor()
+    labels = on_device(6, dtype=torch.int64) if denoiser.num_classes else None
+    for step in range(steps):
+        batch = Batch(on_device(6, 1, 8, 8, dtype=torch.uint8), labels, 0, step)
+        with no_host_waits():
+            output = lit.training_step(datamodule.finish(batch, training=True), step)
+            output["loss"].backward()
+            nn.utils.clip_grad_norm_(lit.parameters(), 1.0)
+            adam.step()
+            adam.zero_grad()
+            lit.ema.update(lit.averaged, lit.denoiser.net, step + 1)
+            monitor._add(output, lit, 1, step + 1)
+
+
+@pytest.mark.parametrize("options", NETS.values(), ids=NETS)
+def test_no_training_step_waits(options, monkeypatch):
+    fed = []
+    original = Denoiser.self_conditioning
+    monkeypatch.setattr(Denoiser, "self_conditioning", lambda *args: fed.append(1) or original(*args))
+    train(on_the_gpu(unet(options)), Objective(L1(), Uniform()), UniformTimesteps(), 2)
+    assert len(fed) == ("self_condition" in options)  # in one step of the two
+
+
+WEIGHTINGS = {
+    "uniform": Uniform(),
+    "min_snr": MinSNR(),
+    "p2": P2(),
+    "sigmoid": Sigmoid(),
+    "variational": Variational(),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS.values(), ids=WEIGHTINGS)
+def test_no_objective_waits(weighting, target, schedule):
+    if SCHEDULES[schedule].has_zero_terminal_snr and not TARGETS[target].defined_at_zero_snr:
+        return
+    train(on_the_gpu(Small(), schedule, target), Objective(Huber(), weighting), StratifiedTimesteps(), 1)
+
+
+@pytest.mark.parametrize("options", NETS.values(), ids=NETS)
+def test_no_measured_loss_waits(options):
+    denoiser, batch = on_the_gpu(unet(options)), on_device(3, 1, 8, 8)
+    with no_host_waits():
+        held_out_losses(denoiser, Objective(L2(), MinSNR()), batch, 7)
+        bound_parts(denoiser, batch, 7, 4, "learned" if denoiser.learned_variance else "beta")
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+ALL_SAMPLERS = {**SAMPLERS, "ddpm_learned": lambda num_steps: DDPM(num_steps, variance="learned")}
+EDITS: dict[str, Edit] = {
+    "inpaint": Inpaint(images(2, size=8), torch.rand(2, 8, 8) > 0.5, repeats=2),
+    "inpaint_from_the_gpu": Inpaint(on_device(2, 1, 8, 8), on_device(8, 8), repeats=2),
+    "variation": Variation(images(2, size=8)),
+    "interpolate": Interpolate(images(1, size=8), images(1, size=8, seed=1), 3),
+    "slerp": Slerp(images(1, size=8), images(1, size=8, seed=1), 3),
+}
+
+
+def draw(denoiser: Denoiser, sampler: Sampler, **how: Any) -> None:
+    """The images come to the host after the last moment of a batch, and nothing does before."""
+    film, times = Film(range(100)), []
+
+    def watch(start: int, moment: Step) -> None:
+        film.watch(start, moment)
+        times.append(moment.t)
+
+    with pytest.raises(WaitError, match="copies from meta to cpu"), no_host_waits():
+        sample_images(denoiser, sampler, 3, seed=0, watch=watch, **how)
+    assert times == sampler.times(denoiser.schedule)[-len(times) :]
+    assert len(times) > 1
+
+
+@pytest.mark.parametrize("grid", ["uniform", "quadratic", "log_snr"])
+@pytest.mark.parametrize("make", ALL_SAMPLERS.values(), ids=ALL_SAMPLERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_sampler_waits(schedule, make, grid):
+    sampler = make(5)
+    sampler.grid = grid
+    draw(on_the_gpu(Small(), schedule), sampler, labels=None)
+
+
+@pytest.mark.parametrize("clip", ["none", "static", "dynamic"])
+@pytest.mark.parametrize(
+    ("scale", "interval"), [(0.0, (0, 1)), (1.0, (0, 1)), (3.0, (0, 1)), (3.0, (0.2, 0.6)), (0.0, (0.2, 0.6))]
+)
+def test_guidance_and_clipping_do_not_wait(scale, interval, clip):
+    denoiser = on_the_gpu(unet(NETS["all"]), clip=clip)
+    draw(denoiser, DDPM(5), labels="all", guidance_scale=scale, guidance_interval=interval)
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("make", ALL_SAMPLERS.values(), ids=ALL_SAMPLERS)
+def test_no_edit_waits(make, edit):
+    draw(on_the_gpu(Small()), make(5), edit=edit, guidance_scale=2.0, guidance_interval=(0.2, 0.8))
+
+
+# ---------------------------------------------------------------------------------------------- what waits
+
+
+def test_labels_on_the_gpu_are_checked_there():
+    """As those of validation are for the bound, once for each batch; sampling has its own on the CPU."""
+    denoiser, labels = on_the_gpu(Small()), on_device(3, dtype=torch.int64)
+    with pytest.raises(WaitError, match="_local_scalar_dense"), no_host_waits():
+        denoiser.guided(Guidance(labels))
+
+
+def test_times_on_the_gpu_are_looked_for_in_a_part_of_the_way():
+    """Samplers ask at a number, which all images share."""
+    x_t, t = on_device(2, 1, 8, 8), on_device(2, dtype=torch.int64)
+    denoiser, labels = on_the_gpu(Small()), torch.tensor([0, 1])
+    with no_host_waits():
+        denoiser.guided(Guidance(labels, 3.0))(x_t, t)
+        guided = denoiser.guided(Guidance(labels, 3.0, (0.2, 0.6)))
+    with pytest.raises(WaitError, match="_local_scalar_dense"), no_host_waits():
+        guided(x_t, t)
+
+
+def test_importance_timesteps_draw_on_the_host_from_what_they_have_learned_on_the_gpu():
+    with pytest.raises(WaitError, match="copies from meta to cpu"):
+        train(on_the_gpu(Small()), Objective(L2(), Uniform()), ImportanceTimesteps(20), 1)
