@@ -1,18 +1,18 @@
-# Everything here runs in .venv, which the first target makes by itself.
+# Everything here runs in .venv, which the first target makes by itself, or, with PY=..., in that interpreter as it is.
 PYTHON ?= python3
 VENV ?= .venv
+PY ?= $(VENV)/bin/python
 EXPERIMENT ?= quickstart
 ARGS ?=
 
-PY := $(VENV)/bin/python
-INSTALLED := $(VENV)/.installed
+INSTALLED := $(if $(filter file,$(origin PY)),$(VENV)/.installed)
 PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 # Fashion-MNIST is fetched before a training, unless ARGS names other data.
 OTHER_DATA := $(filter-out data=fashion_mnist,$(filter data=% data.path=% debug=%,$(ARGS)))
 DATA := $(if $(OTHER_DATA),,data)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-slurm lint format types data bench faults notebook sweep clean
+.PHONY: help train test test-slow test-slurm lint format types data bench gpu gpu-wheels faults notebook sweep clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +47,12 @@ data: $(INSTALLED)  ## Fetch Fashion-MNIST, without root, into LITDIFFUSION_DATA
 bench: $(INSTALLED)  ## Measure the training step beside the blog's code and others
 	$(PY) benchmarks/train_step.py --markdown docs/benchmarks.md $(ARGS)
 
+gpu: $(INSTALLED)  ## Run all that needs a GPU, in eight minutes: docs/gpu.md; ARGS=--dry-run tries it on the CPU
+	$(PY) benchmarks/gpu.py $(ARGS)
+
+gpu-wheels: $(INSTALLED)  ## Download the packages that make gpu needs on a machine without a network
+	$(PY) benchmarks/gpukit/wheels.py $(ARGS)
+
 faults: $(INSTALLED)  ## Interrupt real runs 25 times and compare them with runs left in peace; ARGS="--times 4"
 	$(PY) tests/faults.py $(ARGS)
 
@@ -60,7 +66,7 @@ clean:  ## Remove caches and the virtual environment; runs and data stay
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'error: this needs Python 3.11 or later; name one: make PYTHON=python3.12' >&2; exit 2; }
 	@echo 'Making the virtual environment in $(VENV): torch and its libraries are several GB, this takes some minutes.'

@@ -20,9 +20,10 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from peers import blog
+from peers import blog, libraries
+from peers.libraries import SIZES, Setting, Steps
 
 SIZE = 28
 
@@ -145,59 +146,14 @@ def ours(precision: str, preset: str = "cpu") -> Callable[[Plan], Seconds]:
     return measure
 
 
-def denoising_diffusion_pytorch(plan: Plan) -> Seconds:
-    """Its ``Trainer``'s step: Adam, clipping, and an average every ten steps."""
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
-    from ema_pytorch import EMA
+def library(steps: Callable[[Setting], Steps]) -> Callable[[Plan], Seconds]:
+    """Another library, in float32 on this processor."""
 
-    model = GaussianDiffusion(Unet(dim=28, dim_mults=(1, 2, 4), channels=1), image_size=SIZE, timesteps=300)
-    average = EMA(model, beta=0.995, update_every=10)
-    optimizer = torch.optim.Adam(model.parameters(), lr=8e-5, betas=(0.9, 0.99))
-    batch = plan.batch() / 2 + 0.5
+    def measure(plan: Plan) -> Seconds:
+        theirs = steps(Setting(SIZES["blog"], plan.batch_size))
+        return Seconds(timed(theirs.train, plan), timed(theirs.sample, plan))
 
-    def step() -> None:
-        loss = model(batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update()
-
-    train = timed(step, plan)
-    x = plan.batch()
-    return Seconds(train, timed(lambda: model.p_sample(x, 150), plan))
-
-
-def diffusers(plan: Plan) -> Seconds:
-    """The step of its unconditional training example, without the average, which is off by default there."""
-    from diffusers import DDPMScheduler, UNet2DModel
-
-    model = UNet2DModel(
-        sample_size=SIZE,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(32, 64, 128),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    )
-    scheduler = DDPMScheduler(num_train_timesteps=1000)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    batch = plan.batch()
-
-    def step() -> None:
-        noise = torch.randn_like(batch)
-        t = torch.randint(0, 1000, (plan.batch_size,))
-        output = model(scheduler.add_noise(batch, noise, t), t).sample
-        nn.functional.mse_loss(output, noise).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    @torch.no_grad()
-    def sample() -> None:
-        scheduler.step(model(batch, 500).sample, 500, batch)
-
-    return Seconds(timed(step, plan), timed(sample, plan))
+    return measure
 
 
 def input_pipeline(plan: Plan) -> list[float]:
@@ -235,10 +191,12 @@ CONTENDERS = {
     "ours_bf16": Contender("litdiffusion, bf16-mixed", ours("bf16-mixed"), without_bfloat16),
     "ddpm_pytorch": Contender(
         "denoising-diffusion-pytorch, float32",
-        denoising_diffusion_pytorch,
+        library(libraries.ddpm_pytorch),
         without("denoising_diffusion_pytorch"),
     ),
-    "diffusers": Contender("diffusers UNet2DModel (4.02M), float32", diffusers, without("diffusers")),
+    "diffusers": Contender(
+        "diffusers UNet2DModel (4.02M), float32", library(libraries.diffusers), without("diffusers")
+    ),
 }
 
 

@@ -32,12 +32,13 @@ PATIENCE_SECONDS = 300
 def start(run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
     """Start, or repeat, a run; it and the processes that it starts are a group of their own."""
     command = [sys.executable, "-m", "litdiffusion.train", *COMMAND, f"run_dir={run_dir}", *overrides]
+    path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # for hold.py
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},  # for hold.py
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
         start_new_session=True,
     )
 

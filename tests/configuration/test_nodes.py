@@ -6,10 +6,12 @@ from typing import Annotated, Any, Literal, Protocol
 
 import pytest
 from beartype.vale import Is
+from hydra import compose, initialize_config_dir
+from lightning.pytorch.plugins import FSDPPrecision
 from omegaconf import OmegaConf
 from torch import nn, optim
 
-from litdiffusion.configuration import build, check_nodes
+from litdiffusion.configuration import build, check_nodes, config_folder
 from litdiffusion.configuration.annotations import accepts, could_accept, spelled
 from litdiffusion.diffusion import V
 from litdiffusion.errors import UserError
@@ -227,3 +229,13 @@ def test_build_leaves_bugs_alone() -> None:
     with pytest.raises(Exception, match="ZeroDivisionError") as caught:
         build(cfg.node, "node")
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_fsdp_rounds_neither_images_nor_the_schedule() -> None:
+    """Lightning's own choice for bf16-mixed casts inputs and buffers to bfloat16: then alpha is 1 at small t."""
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        cfg = compose("train", ["trainer=fsdp", "run_dir=/nowhere"])
+    strategy = build(cfg.trainer.strategy, "trainer.strategy")
+    strategy.precision_plugin = FSDPPrecision("bf16-mixed")
+    chosen = strategy.mixed_precision_config
+    assert (chosen.param_dtype, chosen.reduce_dtype, chosen.buffer_dtype) == (None, None, None)

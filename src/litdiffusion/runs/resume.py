@@ -39,6 +39,7 @@ FREE_TO_CHANGE = (
     "trainer.val_check_interval",
     "trainer.limit_val_batches",
     "trainer.precision",
+    "trainer.deterministic",
     "trainer.default_root_dir",
     "lr_scheduler.total_steps",
 )

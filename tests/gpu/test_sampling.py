@@ -1,0 +1,94 @@
+"""Sampling on a GPU: each sampler, guidance, and editing give the CPU's images; checkpoints move between the two."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from gpu_world import DEVICE, ON_DEVICE, needs_gpu
+from torch import Tensor
+
+from commands import run
+from litdiffusion import load_model
+from litdiffusion.diffusion import Denoiser, V, schedules
+from litdiffusion.diffusion.editing import Inpaint, Interpolate, Slerp, Variation
+from litdiffusion.nn import UNet
+from litdiffusion.sampling import sample_images
+from small_worlds import SAMPLERS, images, randomized
+
+pytestmark = needs_gpu
+
+TOLERANCE = 2e-3
+"""Of pixels in [-1, 1], less than half a gray level; each evaluation of the network adds its rounding."""
+
+
+def denoiser(clip: str = "static", **options: bool) -> Denoiser:
+    net = randomized(
+        UNet(dim=8, channels=1, dim_mults=[1, 2], attention=["linear", "full"], num_classes=3, **options)
+    )
+    return Denoiser(net, schedules.cosine(50), V(), channels=1, image_size=8, clip=clip)
+
+
+def on_both(model: Denoiser, sampler: str, **request: object) -> tuple[Tensor, Tensor]:
+    def draw(device: torch.device) -> Tensor:
+        return sample_images(model.to(device), SAMPLERS[sampler](num_steps=8), 6, seed=0, **request)
+
+    return draw(torch.device("cpu")), draw(DEVICE)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_what_the_cpu_draws(sampler: str) -> None:
+    cpu, device = on_both(denoiser(), sampler, labels=None)
+    torch.testing.assert_close(device, cpu, rtol=0, atol=TOLERANCE)
+    assert cpu.std() > 0.1
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7)])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_guidance_draws_what_the_cpu_draws(scale: float, interval: tuple[float, float]) -> None:
+    request = {"labels": [0, 2], "guidance_scale": scale, "guidance_interval": interval}
+    cpu, device = on_both(denoiser(), "dpmpp_2m", **request)
+    torch.testing.assert_close(device, cpu, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("option", ["self_condition", "learned_variance"])
+def test_what_a_network_may_do_besides_is_the_same(option: str) -> None:
+    cpu, device = on_both(denoiser(**{option: True}), "ddpm", labels="all")
+    torch.testing.assert_close(device, cpu, rtol=0, atol=TOLERANCE)
+
+
+def test_dynamic_clipping_is_the_same() -> None:
+    cpu, device = on_both(denoiser(clip="dynamic"), "ddim", labels=None)
+    torch.testing.assert_close(device, cpu, rtol=0, atol=TOLERANCE)
+
+
+GIVEN, OTHER = images(1, size=8), images(1, size=8, seed=1)
+EDITS = {
+    "inpaint": Inpaint(GIVEN, torch.ones(8, 8, dtype=torch.bool).tril(), repeats=2),
+    "variation": Variation(GIVEN, 0.5),
+    "interpolate": Interpolate(GIVEN, OTHER, 6, 0.5),
+    "slerp": Slerp(GIVEN, OTHER, 6),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_editing_is_the_same(edit: str) -> None:
+    cpu, device = on_both(denoiser(), "ddim", labels=None, edit=EDITS[edit])
+    torch.testing.assert_close(device, cpu, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("here", "there"), [("trainer=cpu", ON_DEVICE), (ON_DEVICE, "trainer=cpu")])
+def test_a_checkpoint_moves_and_its_run_goes_on(
+    here: str, there: str, tiny: list[str], tmp_path: Path
+) -> None:
+    options = [*tiny, "callbacks.sample_images=null", "trainer.precision=32-true", f"run_dir={tmp_path}"]
+    options += ["lr_scheduler.total_steps=10"]
+    run("train", *options, here, "trainer.max_steps=5")
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    drawn = [
+        load_model(checkpoint, device=device).sample(4, "dpmpp_2m", num_steps=8) for device in ("cpu", DEVICE)
+    ]
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=TOLERANCE)
+    run("train", *options, there, "trainer.max_steps=10")
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["global_step"] == 10
+    assert all(bool(torch.isfinite(weight).all()) for weight in state["state_dict"].values())
