@@ -41,7 +41,7 @@ def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
 
     outcomes = results["parts"]["tests"]["details"]["outcomes"]
     assert {name.partition("::")[0] for name in outcomes} == {
-        f"tests/gpu/test_{room}.py" for room in ("training", "sampling", "waits")
+        f"tests/gpu/test_gpu_{room}.py" for room in ("training", "sampling", "waits")
     }
     assert set(outcomes.values()) == {"passed", "skipped"}
     for measured in results["parts"]["speed"]["details"]["measurements"]:

@@ -26,7 +26,7 @@ def page(results: dict[str, Any]) -> str:
         ),
     ]
     for name, chapter in (("tests", tests), ("speed", speed), ("quality", quality)):
-        if details := parts[name].get("details"):
+        if details := parts.get(name, {}).get("details"):
             lines += ["", f"## {name.capitalize()}", "", *chapter(details)]
     return "\n".join(lines) + "\n"
 

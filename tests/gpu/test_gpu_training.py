@@ -63,9 +63,9 @@ def test_it_trains_in_half_precision(precision: str, tiny: list[str], tmp_path: 
 
 def test_killed_and_repeated_it_is_bit_for_bit_the_same(tiny: list[str], tmp_path: Path) -> None:
     """With ``trainer.deterministic=true``, dropout and self-conditioning included, in this card's own precision."""
-    steps = 24 if DRY_RUN else 60
+    steps = 24 if DRY_RUN else 120
     options = [*tiny, ON_DEVICE, "trainer.deterministic=true", f"trainer.max_steps={steps}"]
-    options += ["lr_scheduler.total_steps=60", "callbacks.sample_images.every_n_steps=20"]
+    options += ["lr_scheduler.total_steps=120", "callbacks.sample_images.every_n_steps=20"]
     finish(tmp_path / "peace", *options)
     process = start(tmp_path / "run", *options)
     wait_for(lambda: has_come_to(tmp_path / "run", 10), process)

@@ -17,8 +17,8 @@ from small_worlds import SAMPLERS, images, randomized
 
 pytestmark = needs_gpu
 
-TOLERANCE = 2e-3
-"""Of pixels in [-1, 1], less than half a gray level; each evaluation of the network adds its rounding."""
+TOLERANCE = 5e-4
+"""Of pixels in [-1, 1], a sixteenth of a gray level; rounding alone, of eight evaluations, comes to 3e-5."""
 
 
 def denoiser(clip: str = "static", **options: bool) -> Denoiser:
