@@ -27,7 +27,7 @@ from pathlib import Path
 
 from interrupted_runs import PATIENCE_SECONDS, differences, finish, kill, rows, start
 from litdiffusion.runs.folder import RunFolder, shown_as
-from litdiffusion.training.wandb_files import STEP
+from litdiffusion.training.loggers.wandb import STEP
 from offline_wandb import offline_history
 
 PROCESSES = {1: [], 2: ["trainer=ddp_cpu"]}
@@ -163,12 +163,12 @@ def strike(process: subprocess.Popen[str], blow: str, moments: random.Random) ->
 
 
 def mistold(run_dir: Path) -> list[str]:
-    """What W&B's files do not hold once, of the numbers of ``metrics.csv`` and of the pictures."""
+    """What W&B's files do not hold, of the numbers of ``metrics.csv`` and of the pictures, or hold beyond them."""
     due = {key: [int(row["step"]) for row in rows(run_dir) if row[key]] for key in ("train/loss", "val/loss")}
     for step, path in RunFolder(run_dir).pictures():
         due.setdefault(shown_as(path), []).append(step)
     history = offline_history(run_dir)
-    told = {key: sorted(row[STEP] for row in history if key in row) for key in due}
+    told = {key: sorted({row[STEP] for row in history if key in row}) for key in due}
     return [
         f"W&B was told {key} at {told[key]}, of {due[key]}" for key in due if told[key] != sorted(due[key])
     ]

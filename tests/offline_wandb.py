@@ -54,5 +54,5 @@ def _history(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def told_wandb(run_dir: Path, key: str) -> list[str]:
-    """Where, in images seen, the run has told W&B this number, in this order: what was lost at first is told late."""
-    return sorted((str(row["images_seen"]) for row in offline_history(run_dir) if key in row), key=int)
+    """Where, in images seen, the run has told W&B this number; each place once, however often it was told there."""
+    return sorted({str(row["images_seen"]) for row in offline_history(run_dir) if key in row}, key=int)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import Trainer
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from litdiffusion.configuration.checks import validate
@@ -35,7 +34,7 @@ from litdiffusion.training.callbacks.attached import datamodule_of, find, images
 from litdiffusion.training.callbacks.interruption import ending_at_once, stopping_at_once
 from litdiffusion.training.checkpoint_io import WholeCheckpointIO
 from litdiffusion.training.cluster import cluster_environment, leave, leave_in_peace
-from litdiffusion.training.loggers import close_loggers, complete_dashboards, describe_run, resume_loggers
+from litdiffusion.training.loggers import ForeignLogger, RunLogger, described
 from litdiffusion.training.memory import keep_freed_memory
 from litdiffusion.training.module import LitDiffusion
 
@@ -98,7 +97,8 @@ def train(
         resumption.check_weights(module.state_dict())
         resumption.check_optimizer(optimizer)
     run.check()
-    trainer = build_trainer(cfg)
+    loggers = build_loggers(cfg)
+    trainer = build_trainer(cfg, loggers)
 
     datamodule.prepare_data()
     datamodule.setup("fit")
@@ -126,25 +126,27 @@ def train(
     stopped_by = None
     try:
         images_per_step = trainer.accumulate_grad_batches * datamodule.batch_size
-        resume_loggers(trainer.loggers, resumption.step if resumption else 0, images_per_step)
-        describe_run(trainer.loggers, config, overrides())
+        for logger in loggers:
+            logger.resume_at(resumption.step if resumption else 0, images_per_step)
+        for logger in loggers:
+            logger.describe(described(config, overrides()))
         checkpoint = resumption.checkpoint if resumption else None
         with children_end_with_this(), ending_at_once() if trainer.world_size > 1 else nullcontext():
             trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         with stopping_at_once(trainer):
-            finish(trainer, module, run, config, started)
+            finish(trainer, module, run, config, loggers, started)
     except Interrupted as interrupted:
         if process_rank() == 0:
             log.warning("%s: the same command with run_dir=%s continues", interrupted, run.path)
         stopped_by = interrupted.signum
     finally:
         leave_in_peace()
-        close_loggers(trainer.loggers)
+        close(loggers)
     return stopped_by
 
 
-def build_trainer(cfg: DictConfig) -> Trainer:
-    """Build loggers, callbacks and the trainer that runs them."""
+def build_trainer(cfg: DictConfig, loggers: list[RunLogger]) -> Trainer:
+    """Build the callbacks and the trainer that runs them."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings(
@@ -156,16 +158,23 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     warnings.filterwarnings("ignore", message=strides)
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
     plugins = [plugin for plugin in (WholeCheckpointIO(), cluster_environment()) if plugin]
-    supplied: dict[str, Any] = {"logger": build_loggers(cfg), "callbacks": callbacks, "plugins": plugins}
+    supplied: dict[str, Any] = {"logger": loggers, "callbacks": callbacks, "plugins": plugins}
     if not cfg.datamodule.num_val:
         supplied["limit_val_batches"] = 0  # or Lightning warns that there is nothing to validate on
     trainer: Trainer = build(cfg.trainer, "trainer", **supplied)
     return trainer
 
 
-def build_loggers(cfg: DictConfig) -> list[Logger]:
+def build_loggers(cfg: DictConfig) -> list[RunLogger]:
     """Build them; none is opened yet."""
-    return [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node]
+    loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node]
+    return [logger if isinstance(logger, RunLogger) else ForeignLogger(logger) for logger in loggers]
+
+
+def close(loggers: list[RunLogger]) -> None:
+    """Finish what each keeps open; closed once more, they do nothing."""
+    for logger in loggers:
+        logger.close()
 
 
 def announce(trainer: Trainer, module: LitDiffusion, run: RunFolder, resumption: Resumption | None) -> None:
@@ -185,7 +194,12 @@ def announce(trainer: Trainer, module: LitDiffusion, run: RunFolder, resumption:
 
 
 def finish(
-    trainer: Trainer, module: LitDiffusion, run: RunFolder, config: dict[str, Any], started: float
+    trainer: Trainer,
+    module: LitDiffusion,
+    run: RunFolder,
+    config: dict[str, Any],
+    loggers: list[RunLogger],
+    started: float,
 ) -> None:
     """Validate and sample the trained model, draw the curves, write and print the summary."""
     monitor, saving = find(trainer, Monitor), find(trainer, SaveCheckpoints)
@@ -226,9 +240,7 @@ def finish(
         "run_dir": str(run.path),
         **{name: str(path) for name, path in files.items() if path and path.exists()},
     }
-    close_loggers(
-        trainer.loggers
-    )  # a run that is killed before its dashboard has been told all is not finished
+    close(loggers)  # a run that is killed before its dashboard has been told all is not finished
     run.write_summary(summary)
     say(f"\n{paragraph(summary, run.path)}")
 
@@ -240,9 +252,16 @@ def say(text: str) -> None:
 
 
 def complete(cfg: DictConfig, config: dict[str, Any], run: RunFolder) -> None:
-    """Tell the dashboard of a finished run what it lacks; whatever hinders that, the run is finished."""
+    """Tell the dashboards of a finished run what they lack; whatever hinders that, the run is finished."""
+    summary = run.read_summary()
+    steps = summary["steps"]
     try:
-        complete_dashboards(build_loggers(cfg), config, overrides(), run)
+        for logger in build_loggers(cfg):
+            if logger.is_behind:
+                run.prepare()
+                logger.resume_at(steps, summary.get("images_seen", 0) // max(steps, 1))
+                logger.describe(described(config, overrides()))
+                logger.close()
     except UserError as error:
         log.warning("%s", error)
 

@@ -1,7 +1,6 @@
 """What reaches W&B's offline files, whatever ends and whenever."""
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -19,14 +18,12 @@ import wandb
 from wandb.sdk.lib.service.service_port_file import ServicePollForTokenError
 
 from commands import train_tiny
-from litdiffusion import train
 from litdiffusion.configuration import resolvers
 from litdiffusion.errors import UserError
 from litdiffusion.processes import STOP_SIGNALS
 from litdiffusion.runs.metrics import MetricsTable, read_rows
-from litdiffusion.training.loggers import close_loggers, describe_run
-from litdiffusion.training.wandb_files import SENT, STARTS, STEP, note_all_sent, told
-from litdiffusion.training.wandb_logger import LastingWandbLogger, wandb_logger
+from litdiffusion.training.loggers import WandB
+from litdiffusion.training.loggers.wandb import STEP, WATERMARK
 from offline_wandb import offline_history, offline_records
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -97,23 +94,31 @@ def test_a_wandb_run_is_grouped_by_its_sweep_and_tagged_by_its_experiment(
 
 
 @pytest.mark.usefixtures("no_account")
-def test_what_a_killed_run_had_told_wandb_is_not_told_again(tmp_path: Path) -> None:
-    run_dir, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
+def test_what_a_killed_run_has_logged_is_told_again_as_the_same_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     often = ("logger=wandb", "callbacks.monitor.every_n_steps=2", "callbacks.sample_images.every_n_steps=2")
-    train_tiny(run_dir, *often)
-    checkpoint = last.read_bytes()
-    train_tiny(run_dir, *often, "trainer.max_steps=8")
-    last.write_bytes(checkpoint)  # as if the second start had been killed before it saved
-    (run_dir / "checkpoints" / "previous.ckpt").unlink(missing_ok=True)
-    train_tiny(run_dir, *often, "trainer.max_steps=8")
-    rows = offline_history(run_dir, awaited=13)
-    assert len(rows) == 13
-    losses = [row["images_seen"] for row in rows if "train/loss" in row]
-    assert losses == [32, 64, 96, 128]
-    logged = [row["step"] for row in read_rows(run_dir / "metrics.csv") if "train/loss" in row]
-    assert logged == [2, 4, 6, 8]
+    train_tiny(tmp_path, *often)
+
+    def killed(logger: WandB) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(WandB, "close", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_tiny(tmp_path, *often, "trainer.max_steps=8")
+    wandb.teardown()
+    assert watermark(tmp_path) == 4
+    train_tiny(tmp_path, *often, "trainer.max_steps=10")
+    assert watermark(tmp_path) == 10
+    rows = offline_history(tmp_path)
+    logged = read_rows(tmp_path / "metrics.csv")
+    for key in ("train/loss", "val/loss", "val/bits_per_dim"):
+        told = {(row[STEP], row["images_seen"], row[key]) for row in rows if key in row}
+        assert told == {(row["step"], row["images_seen"], row[key]) for row in logged if key in row}, key
     grids = [row["images_seen"] for row in rows if "samples/grid" in row]
-    assert grids == [32, 64, 96, 128]
+    assert set(grids) == {32, 64, 96, 128, 160}
+    assert grids.count(32) == 1  # before the watermark
 
 
 @pytest.mark.usefixtures("no_account")
@@ -129,85 +134,24 @@ def test_what_wandb_has_sent_and_cleaned_away_is_not_told_again(tmp_path: Path) 
     assert not [row for row in kept if "samples/noised_strip" in row]
 
 
-@pytest.mark.usefixtures("no_account")
-def test_what_wandb_lost_after_files_were_cleaned_away_is_told_again(tmp_path: Path) -> None:
-    often = ("logger=wandb", "callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=1")
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    train_tiny(tmp_path, *often, "trainer.max_steps=2")
-    checkpoint = last.read_bytes()
-    train_tiny(tmp_path, *often)
-    last.write_bytes(checkpoint)  # as if it had been killed before it saved
-    last.with_name("previous.ckpt").unlink(missing_ok=True)
-    for folder in (tmp_path / "wandb").glob("offline-run-*"):
-        shutil.rmtree(folder)
-    train_tiny(tmp_path, *often, "trainer.max_steps=6")
-    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    assert [row[STEP] for row in offline_history(tmp_path) if "train/loss" in row] == [5, 6]
-    data = file.read_bytes()
-    file.write_bytes(data[: data.index(b"train/loss")])
-    train_tiny(tmp_path, *often, "trainer.max_steps=7")
-    told_of = offline_history(tmp_path)
-    assert [row[STEP] for row in told_of if "train/loss" in row] == [5, 6, 7]
-    assert [row[STEP] for row in told_of if "samples/grid" in row] == [5, 6, 7]
-
-
-@pytest.mark.parametrize("seen", [True, False])
-def test_what_files_that_were_cleaned_away_did_not_hold_is_told(seen: bool, tmp_path: Path) -> None:
-    """What they held is written down when the run is closed; of one that was killed it can only be guessed."""
-    table = MetricsTable(tmp_path / "metrics.csv")
-
-    def begin(step: int) -> LastingWandbLogger:
-        logger = wandb_logger(str(tmp_path), mode="offline")
-        logger.resume_at(step, 16)
-        describe_run([logger], {"seed": 3})
-        return logger
-
-    def log_row(logger: LastingWandbLogger, key: str, step: int) -> None:
-        table.append({"step": step, key: step, "images_seen": 16 * step})
-        logger.log_metrics({key: step, "images_seen": 16 * step}, step=step)
-
-    first = begin(0)
-    for step in (1, 2, 3, 4):
-        log_row(first, "train/loss", step)
-        if step % 2 == 0 and step < 4:
-            log_row(first, "val/loss", step)
-    close_loggers([first])
-    if not seen:
-        starts = tmp_path / "wandb" / STARTS
-        starts.write_text(json.dumps(dict.fromkeys(json.loads(starts.read_text()))))
-    else:
-        for step in (5, 6):  # with logger=csv
-            table.append({"step": step, "train/loss": step, "images_seen": 16 * step})
-    for folder in (tmp_path / "wandb").glob("offline-run-*"):
-        shutil.rmtree(folder)
-    second = begin(6 if seen else 3)
-    for step in (4, 7):
-        log_row(second, "train/loss", step)
-        log_row(second, "val/loss", step)
-    close_loggers([second])
-    told_of = offline_history(tmp_path)
-    assert [row[STEP] for row in told_of if "train/loss" in row] == ([5, 6, 7] if seen else [7])
-    assert [row[STEP] for row in told_of if "val/loss" in row] == [4, 7]
-
-
 def test_a_closing_that_a_signal_interrupts_is_made_up_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    logger = wandb_logger(str(tmp_path), mode="offline")
-    describe_run([logger], {"seed": 3})
+    logger = WandB(str(tmp_path), mode="offline")
+    logger.describe({"seed": 3})
+    MetricsTable(tmp_path / "metrics.csv").append({"step": 5, "x": 1})
     logger.log_metrics({"x": 1}, step=5)
     with monkeypatch.context() as patched:
         patched.setattr(type(logger.experiment), "finish", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            close_loggers([logger])
-    (until,) = json.loads((tmp_path / "wandb" / STARTS).read_text()).values()
-    assert until["x"] == 5
-    close_loggers([logger])
-    assert starts_of(tmp_path) == 1
-    assert [row["x"] for row in offline_history(tmp_path)] == [1]
+            logger.close()
+    assert not (tmp_path / "wandb" / WATERMARK).exists()
+    logger.close()
+    assert {row["x"] for row in offline_history(tmp_path)} == {1}
+    assert watermark(tmp_path) == 5
 
 
 @pytest.mark.usefixtures("no_account")
@@ -225,70 +169,14 @@ def test_a_run_that_goes_on_with_wandb_brings_along_what_it_has_logged_without(t
     assert pictures == [(16, 1), (32, 2), (48, 3), (64, 4)]  # at 3 it ended before
 
 
-@pytest.fixture(scope="module")
-def long_wandb_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of 400 rows, which fill several blocks."""
-    folder = tmp_path_factory.mktemp("long")
-    logger = wandb_logger(str(folder), mode="offline")
-    describe_run([logger], {"seed": 3})
-    for step in range(400):
-        logger.log_metrics({"x": step, f"{'y' * 100}{step % 3}": step}, step=step)
-    close_loggers([logger])
-    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    assert len(offline_history(folder, awaited=400)) == 400
-    return file
-
-
-def test_what_wandb_was_told_is_read_from_its_file_however_it_ends(
-    long_wandb_file: Path, tmp_path: Path
-) -> None:
-    run_id = long_wandb_file.stem.removeprefix("run-")
-    folder = long_wandb_file.parents[1]
-    whole = told(folder, run_id)
-    assert list(whole) == list(range(400))
-    assert all({"x", f"{'y' * 100}{step % 3}"} <= keys for step, keys in whole.items())
-    assert told(folder, "another") == {}
-    data = long_wandb_file.read_bytes()
-    assert len(data) > 2 * 2**15
-    cut = tmp_path / "offline-run-1" / long_wandb_file.name
-    cut.parent.mkdir()
-    for length in [*range(0, len(data), 997), *range(2**15 - 20, 2**15 + 20)]:
-        cut.write_bytes(data[:length])
-        steps = list(told(tmp_path, run_id))
-        assert steps == list(range(len(steps)))
-        cut.write_bytes(data[:length] + bytes(5000))  # as a machine leaves it that loses its power
-        assert set(told(tmp_path, run_id)) in ({*steps}, {*steps, len(steps)})
-    cut.write_bytes(os.urandom(100_000))
-    assert told(tmp_path, run_id) == {}
-
-
-def test_online_what_may_not_have_arrived_is_told_again(long_wandb_file: Path) -> None:
-    """W&B's client sends what it has written every fifteen seconds."""
-    folder, run_id = long_wandb_file.parents[1], long_wandb_file.stem.removeprefix("run-")
-    times = [row["_timestamp"] for row in offline_history(folder.parent)]
-    assert len(times) == 400
-    assert list(told(folder, run_id, but_for_seconds=times[-1] - times[300] + 1e-6)) == list(range(300))
-    logger = wandb_logger(str(folder.parent), mode="offline")
-    logger._recall()
-    assert len(logger._told) == 400
-    logger._offline = False
-    logger._recall()
-    assert logger._told == {}  # all within the last seconds
-    note_all_sent(folder)  # which W&B's client has waited for
-    logger._recall()
-    assert len(logger._told) == 400
-    (folder / SENT).unlink()
-
-
 LOGGING = """
 import json
 import sys
 from pathlib import Path
 from PIL import Image
-from litdiffusion.training.loggers import CSVLogger, close_loggers, describe_run, log_picture
-from litdiffusion.training.wandb_logger import wandb_logger
+from litdiffusion.training.loggers import CSVLogger, WandB
 run_dir = Path(sys.argv[1])
-loggers = [CSVLogger(str(run_dir / "metrics.csv")), wandb_logger(str(run_dir), mode="offline")]
+loggers = [CSVLogger(str(run_dir / "metrics.csv")), WandB(str(run_dir), mode="offline")]
 picture = run_dir / "picture.png"
 Image.new("L", (2, 2)).save(picture)
 
@@ -298,7 +186,7 @@ def log_rows(steps):
             logger.log_metrics({"x": step, "images_seen": step}, step=step)
 
 def show(step):
-    log_picture(loggers[1], picture, step=step, images_seen=step)
+    loggers[1].log_picture(picture, step=step, images_seen=step)
 
 def when_told():
     print("ready", flush=True)
@@ -317,7 +205,7 @@ def refuse_to_open(times, kill=False):
     wandb.init = refused
 """
 OPEN = """
-describe_run(loggers, {"seed": 3})
+loggers[1].describe({"seed": 3})
 """
 """A process that logs, as a training does. In each test one of its own, for W&B serves all runs of a process by one
 process of its own."""
@@ -360,10 +248,11 @@ def signal_wandb(process: subprocess.Popen[str], signum: signal.Signals) -> None
 
 
 def assert_told(run_dir: Path, steps: Iterable[int], pictures: Iterable[int]) -> None:
-    """Each once, and each start of the run that has told something its configuration."""
+    """Each at least once, and each start of the run that has told something its configuration."""
     logged = offline_history(run_dir)
-    assert sorted(row["x"] for row in logged if "x" in row) == list(steps)
-    assert sorted(row["images_seen"] for row in logged if "samples/grid" in row) == list(pictures)
+    assert {(row[STEP], row["x"]) for row in logged if "x" in row} == {(step, step) for step in steps}
+    assert {row["images_seen"] for row in logged if "samples/grid" in row} == set(pictures)
+    assert watermark(run_dir) == max([*steps, *pictures])
     for file in (run_dir / "wandb").glob("offline-run-*/run-*.wandb"):
         records = list(offline_records(file))
         if any(record.HasField("history") for record in records):
@@ -375,7 +264,7 @@ def assert_told(run_dir: Path, steps: Iterable[int], pictures: Iterable[int]) ->
 )
 def test_wandb_outlives_a_signal_to_every_process_of_a_run(tmp_path: Path, signum: signal.Signals) -> None:
     """As Slurm sends it."""
-    script = "log_rows(range(20)); when_told(); show(20); log_rows([20]); close_loggers(loggers)"
+    script = "log_rows(range(20)); when_told(); show(20); log_rows([20]); loggers[1].close()"
     with process_that_logs(tmp_path, script) as process:
         await_ready(process)
         time.sleep(0.5)  # what it was told before is written by now
@@ -396,7 +285,7 @@ log_rows([20])
 when_told()
 log_rows(range(21, 30))
 when_told()
-close_loggers(loggers)
+loggers[1].close()
 """
     with process_that_logs(tmp_path, script) as process:
         # It stands still, so that it takes nothing up any more; then it ends. So does the next one.
@@ -410,7 +299,7 @@ close_loggers(loggers)
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.0, 0.2])
 def test_wandb_whose_process_ends_before_the_run_is_open(tmp_path: Path, seconds: float) -> None:
-    with process_that_logs(tmp_path, "log_rows(range(3)); close_loggers(loggers)") as process:
+    with process_that_logs(tmp_path, "log_rows(range(3)); loggers[1].close()") as process:
         deadline = time.monotonic() + 60
         find = ["pgrep", "--parent", str(process.pid), "wandb-core"]
         while not (found := subprocess.run(find, capture_output=True, text=True).stdout.split()):
@@ -418,27 +307,6 @@ def test_wandb_whose_process_ends_before_the_run_is_open(tmp_path: Path, seconds
         time.sleep(seconds)
         os.kill(int(found[0]), signal.SIGKILL)
     assert_told(tmp_path, range(3), [])
-
-
-@pytest.mark.usefixtures("no_account")
-def test_what_wandb_has_lost_of_an_earlier_start_is_told_again(tmp_path: Path) -> None:
-    """Numbers and pictures that a kill has kept from W&B's file, while the checkpoint after them was written."""
-    often = ("logger=wandb", "callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=1")
-    train_tiny(tmp_path, *often)
-    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    rows = offline_history(tmp_path)
-    # Nothing can be told of this one, and nothing is the worse.
-    (tmp_path / "samples" / "step-0000002.png").unlink()
-    data = file.read_bytes()
-    file.write_bytes(data[: data.index(b"samples/noised_strip")])
-    assert len(offline_history(tmp_path)) < len(rows)
-    train_tiny(tmp_path, *often, "trainer.max_steps=5")
-    kept = offline_history(tmp_path)
-    for key in ("train/loss", "val/loss"):
-        logged = [row["step"] for row in read_rows(tmp_path / "metrics.csv") if key in row]
-        assert [row[STEP] for row in kept if key in row] == logged
-    assert [row[STEP] for row in kept if "samples/noised_strip" in row] == [0]
-    assert [row[STEP] for row in kept if "samples/grid" in row] == [1, 3, 4, 5]  # at 4 it ended before
 
 
 def test_a_dashboard_that_was_given_up_is_whole_at_the_end(tmp_path: Path) -> None:
@@ -450,9 +318,7 @@ refuse_to_open(times=2)
 log_rows(range(5, 8))
 show(7)
 assert loggers[1]._given_up
-(until,) = json.loads((run_dir / "wandb" / "starts.json").read_text()).values()
-assert until["x"] == 4  # written down, should its files be removed
-close_loggers(loggers)
+loggers[1].close()
 """
     with process_that_logs(tmp_path, script) as process:
         await_ready(process)
@@ -467,7 +333,7 @@ def test_wandb_whose_process_ends_twice_before_the_run_is_open_is_one_line(tmp_p
 from litdiffusion.errors import UserError
 refuse_to_open(times=2, kill=True)
 try:
-    describe_run(loggers, {"seed": 3})
+    loggers[1].describe({"seed": 3})
 except UserError as error:
     assert "the process that W&B writes with has ended" in str(error), error
 else:
@@ -481,9 +347,13 @@ def test_a_trainer_that_asks_for_the_dashboard_opens_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wandb, "init", lambda **settings: pytest.fail("opened"))
-    logger = wandb_logger(str(tmp_path), mode="offline")
+    logger = WandB(str(tmp_path), mode="offline")
     logger.experiment.log({"x": 1})
     assert not (tmp_path / "wandb").exists()
+
+
+def watermark(run_dir: Path) -> int:
+    return int((run_dir / "wandb" / WATERMARK).read_text())
 
 
 def starts_of(run_dir: Path) -> int:
@@ -519,9 +389,9 @@ def test_a_finished_run_stays_one_whatever_hinders_its_dashboard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     train_tiny(tmp_path, "logger=wandb")
-    (tmp_path / "wandb" / STARTS).unlink()
-    (tmp_path / "wandb" / STARTS).mkdir()
-    for mode, reason in (("offline", f"{tmp_path}/wandb/{STARTS}"), ("online", "W&B has no account here")):
+    (tmp_path / "wandb" / WATERMARK).unlink()
+    (tmp_path / "wandb" / WATERMARK).mkdir()
+    for mode, reason in (("offline", f"{tmp_path}/wandb/{WATERMARK}"), ("online", "W&B has no account here")):
         train_tiny(tmp_path, "logger=wandb", f"logger.wandb.mode={mode}")
         assert "This run is finished" in capsys.readouterr().out
         [record] = [record for record in caplog.records if reason in record.message]
@@ -534,11 +404,11 @@ def test_a_run_is_not_finished_before_its_dashboard_is(
 ) -> None:
     """So that a sweep, which leaves finished jobs alone, repeats it."""
 
-    def killed(loggers: object) -> None:
+    def killed(logger: WandB) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "close_loggers", killed)
+        patched.setattr(WandB, "close", killed)
         with pytest.raises(KeyboardInterrupt):
             train_tiny(tmp_path, "logger=wandb")
     wandb.teardown()
@@ -548,7 +418,7 @@ def test_a_run_is_not_finished_before_its_dashboard_is(
     assert (tmp_path / "summary.json").exists()
     told_of = offline_history(tmp_path)
     for key in ("samples/grid", "samples/denoising", "val/loss"):
-        assert [row[STEP] for row in told_of if key in row] == [4], key
+        assert {row[STEP] for row in told_of if key in row} == {4}, key
 
 
 @pytest.mark.usefixtures("no_account")
@@ -593,11 +463,11 @@ def test_odd_files_where_wandb_writes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"logger.wandb: {folder}/run_id \(.*\): mend it, or move it away"):
         train_tiny(tmp_path, "logger=wandb")
     (folder / "run_id").rmdir()
-    odd = {"x" * 5000: {}, "../..": None, "/root": {"x": 1}, "run-1": [2], "run-2": {"x": "9"}, "\0": None}
-    for text in ("{", "[" * 10_000, "null", f'{{"a": {"9" * 5000}}}', json.dumps(odd), "\xff"):
-        (folder / STARTS).write_text(text, encoding="latin-1")
+    for text in ("", "{", "4.5", "9" * 5000, "\xff"):  # as if nothing had been told
+        (folder / WATERMARK).write_text(text, encoding="latin-1")
         train_tiny(tmp_path, "logger=wandb")
-    assert [row[STEP] for row in offline_history(tmp_path) if "val/loss" in row] == [4]
+        assert watermark(tmp_path) == 4
+    assert {row[STEP] for row in offline_history(tmp_path) if "val/loss" in row} == {4}
 
 
 def test_a_dashboard_whose_process_cannot_live_here_is_one_line(
@@ -607,15 +477,15 @@ def test_a_dashboard_whose_process_cannot_live_here_is_one_line(
         raise ServicePollForTokenError("wandb-core exited with code -9")
 
     monkeypatch.setattr(wandb, "init", killed)
-    logger = wandb_logger(str(tmp_path), mode="offline")
+    logger = WandB(str(tmp_path), mode="offline")
     with pytest.raises(UserError, match=r"has ended \(wandb-core exited with code -9\), twice; logger=csv"):
-        describe_run([logger], {})
+        logger.describe({})
 
 
 def test_a_dashboard_that_cannot_be_reached_again_does_not_end_the_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logger = wandb_logger(str(tmp_path), mode="offline")
+    logger = WandB(str(tmp_path), mode="offline")
     opened = []
 
     def lost(*args: object, **kwargs: object) -> None:
@@ -625,7 +495,7 @@ def test_a_dashboard_that_cannot_be_reached_again_does_not_end_the_training(
         opened.append(kwargs)
         raise wandb.Error("no network")
 
-    logger._experiment = SimpleNamespace(log=lost)
+    logger._experiment, logger._described = SimpleNamespace(log=lost), True
     monkeypatch.setattr(wandb, "init", unreachable)
     monkeypatch.setattr(wandb, "teardown", lost)
     for step in range(3):
@@ -645,13 +515,13 @@ def test_a_dashboard_whose_files_cannot_be_finished_hides_no_error(
         raise ConnectionResetError("Connection lost")
 
     for step, finish in enumerate((full, lost)):  # or both: its process has ended, and none can be started
-        logger = wandb_logger(str(tmp_path), mode="offline")
-        describe_run([logger], {})
+        logger = WandB(str(tmp_path), mode="offline")
+        logger.describe({})
         MetricsTable(tmp_path / "metrics.csv").append({"step": step, "x": 1})  # which W&B lacks
         with monkeypatch.context() as patched:
             patched.setattr(logger, "_experiment", SimpleNamespace(finish=finish))
             patched.setattr(wandb, "init", full)
-            close_loggers([logger])
+            logger.close()
         [record] = [record for record in caplog.records if "No space left on device" in record.message]
         assert record.levelname == "WARNING"
         caplog.clear()

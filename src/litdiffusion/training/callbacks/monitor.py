@@ -221,7 +221,6 @@ def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
     """Send metrics to every logger at the current optimizer step, past the reach of ``kill -9``."""
     for logger in trainer.loggers:
         logger.log_metrics({"images_seen": images_seen(trainer), **metrics}, step=trainer.global_step)
-        logger.save()
 
 
 def _now(trainer: Trainer) -> float:

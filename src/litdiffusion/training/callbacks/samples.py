@@ -12,7 +12,7 @@ from litdiffusion.reporting.gif import Film, pick_frames, save_gif
 from litdiffusion.sampling import sample_images
 from litdiffusion.training.callbacks.attached import datamodule_of, images_seen
 from litdiffusion.training.callbacks.monitor import check_sound, clock_stopped
-from litdiffusion.training.loggers import log_picture
+from litdiffusion.training.loggers import RunLogger
 from litdiffusion.training.module import LitDiffusion
 
 STRIP_IMAGES = 4
@@ -90,4 +90,5 @@ class SampleImages(Callback):
 
     def _log(self, trainer: Trainer, path: Path) -> None:
         for logger in trainer.loggers:
-            log_picture(logger, path, trainer.global_step, images_seen(trainer))
+            if isinstance(logger, RunLogger):
+                logger.log_picture(path, trainer.global_step, images_seen(trainer))

@@ -1,0 +1,91 @@
+"""What every logger promises."""
+
+from abc import abstractmethod
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+from litdiffusion.redaction import redacted_override, without_secrets
+
+
+class RunLogger(Logger):
+    """A logger that follows its run through kills and resumptions. Only the first process calls it.
+
+    The run folder's ``metrics.csv`` holds every row; a dashboard shows them. What one has no use for it leaves as is.
+    """
+
+    def resume_at(self, step: int, images_per_step: int) -> None:
+        """Say at which optimizer step the training begins, 0 or where it is resumed, before anything is logged.
+
+        Rows and pictures of later steps will be logged again.
+        """
+
+    def describe(self, config: dict[str, Any]) -> None:
+        """Open the run, and show its configuration.
+
+        Raises:
+            UserError: the dashboard cannot be reached, or refuses.
+        """
+
+    @abstractmethod
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add a row of numbers, so that it outlives ``kill -9``; ``images_seen`` is one of them."""
+
+    def log_picture(self, path: Path, step: int, images_seen: int) -> None:
+        """Show a picture or a GIF, which stays where it is."""
+
+    def close(self) -> None:
+        """Finish, so that the next job of a sweep starts a run of its own."""
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether a finished run has rows or pictures that have not been logged here, but could be."""
+        return False
+
+    @property
+    def name(self) -> str:
+        """Lightning asks for one."""
+        return type(self).__name__.lower()
+
+    @property
+    def version(self) -> str:
+        """Lightning asks for one."""
+        return ""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Lightning hands over what a module calls its hyperparameters; ``describe`` has the whole configuration."""
+
+
+class ForeignLogger(RunLogger):
+    """Any other logger of Lightning's: it is given the numbers and the configuration."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    @property
+    def experiment(self) -> Any:
+        """What it calls its experiment."""
+        return getattr(self._logger, "experiment", None)
+
+    def describe(self, config: dict[str, Any]) -> None:
+        """See ``RunLogger``."""
+        self._logger.log_hyperparams(config)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """See ``RunLogger``."""
+        self._logger.log_metrics(dict(metrics), step)
+        self._logger.save()
+
+    def close(self) -> None:
+        """See ``RunLogger``."""
+        self._logger.finalize("success")
+
+
+def described(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the configuration as dashboards show it: secrets masked, and what was typed as ``typed``."""
+    typed = " ".join(redacted_override(each) for each in overrides if not each.startswith("run_dir="))
+    return without_secrets(config) | ({"typed": typed} if typed else {})

@@ -1,0 +1,249 @@
+"""W&B: one run for each run folder, for the folder's whole life."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image, ImageSequence
+
+from litdiffusion.errors import UserError
+from litdiffusion.files import write_text
+from litdiffusion.runs.folder import RunFolder, shown_as
+from litdiffusion.runs.metrics import read_rows
+from litdiffusion.training.loggers import wandb_client as client
+from litdiffusion.training.loggers.base import RunLogger
+
+log = logging.getLogger(__name__)
+
+STEP = "trainer/global_step"
+"""The optimizer step of a row."""
+
+WATERMARK = "logged_until"
+"""The file, beside W&B's, that holds the step up to which W&B has everything: written when the run is closed."""
+
+Values = Callable[[], Mapping[str, Any] | None]
+"""Makes what W&B's run is given, anew for a run opened anew; None for a picture that is gone or damaged."""
+
+
+class WandB(RunLogger):
+    """One W&B run for the folder's whole life; it is told everything at least once.
+
+    Whenever the run is opened, it is told what the run folder holds beyond the watermark: rows of ``metrics.csv``
+    and pictures. So nothing is lost to a kill, to W&B's own process ending, or to a start with another logger; what
+    had arrived before a crash is told twice, as the same point of a curve.
+
+    What asks a job to stop reaches all of its processes where Slurm sends it, and W&B's ends at once, while the
+    training still has a step to finish and pictures to draw. Then another is started, and the same run goes on; where
+    even that fails, the training goes on without, and the run is opened once more at its end.
+
+    Args:
+        run_dir: the run folder.
+        project: W&B's.
+        name: of the run; None for the folder's name.
+        group: None for the sweep that this is a job of, if it is one.
+        tags: of the run.
+        mode: ``auto`` is what the environment's ``WANDB_MODE`` says; else online where this machine has a W&B
+            account, and offline otherwise, in so many words: nobody is ever asked a question.
+
+    Raises:
+        UserError: online is asked for, and there is no account.
+    """
+
+    def __init__(
+        self,
+        run_dir: str,
+        project: str = "litdiffusion",
+        name: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        mode: Literal["auto", "online", "offline", "disabled"] = "auto",
+    ) -> None:
+        super().__init__()
+        self._run = RunFolder(Path(run_dir))
+        self._folder = self._run.path / "wandb"
+        self._mode, self._notice = client.settled_mode(mode, self._folder)
+        self._settings = {
+            "project": project,
+            "name": name or self._run.path.name,
+            "group": group or os.environ.get("LITDIFFUSION_SWEEP"),
+            "tags": tags,
+        }
+        self._experiment: Any = None
+        self._config: dict[str, Any] = {}
+        self._step = self._images_per_step = 0
+        self._shown: dict[Path, tuple[int, int]] = {}
+        self._described = self._given_up = False
+
+    @property
+    def experiment(self) -> Any:
+        """W&B's run while it is open. Lightning's trainer asks for it, which opens nothing."""
+        return self._experiment or DummyLogger().experiment
+
+    @rank_zero_only
+    def resume_at(self, step: int, images_per_step: int) -> None:
+        """See ``RunLogger``."""
+        self._step, self._images_per_step = step, images_per_step
+
+    @rank_zero_only
+    def describe(self, config: dict[str, Any]) -> None:
+        """Open the run, and give it its configuration.
+
+        Raises:
+            UserError: W&B cannot be reached, does not take the account, or cannot run here.
+        """
+        import wandb
+
+        if self._mode == "disabled":
+            return
+        self._config = config
+        if self._notice:
+            log.warning(self._notice)
+        try:
+            with client.files_in_order():
+                self._attempt(self._open)
+        except ConnectionError as error:
+            raise UserError(
+                f"logger.wandb: {error}, twice; logger=csv or tensorboard does without"
+            ) from error
+        except wandb.Error as error:
+            way_out = "; logger.wandb.mode=offline needs neither network nor account"
+            raise UserError(f"logger.wandb: {error}{way_out * (self._mode == 'online')}") from error
+        self._described = True
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add a row of numbers."""
+        self._log(step or 0, partial(dict, metrics))
+
+    @rank_zero_only
+    def log_picture(self, path: Path, step: int, images_seen: int) -> None:
+        """Add a picture, or a GIF."""
+        self._shown[path] = step, images_seen
+        self._log(step, partial(_picture, path, images_seen))
+
+    @rank_zero_only
+    def close(self) -> None:
+        """Finish the run, and write down that it has everything."""
+        if self._described:
+            missed, self._given_up = self._given_up, False
+            self._insist(self._finish, "what it lacks, the run's command tells it when it is repeated")
+            self._described = False
+            if missed and not self._given_up:
+                log.info("W&B has been told now what it missed")
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the run folder holds what W&B's run has not been told.
+
+        Raises:
+            UserError: a file is in the way.
+        """
+        if self._mode == "disabled":
+            return False
+        with client.files_in_order():
+            return any(step > self._watermark() for step, _ in self._entries())
+
+    def _log(self, step: int, values: Values) -> None:
+        self._step = max(self._step, step)
+
+        def tell() -> None:
+            self._open()
+            if told := values():
+                self._experiment.log({**told, STEP: step})
+
+        if self._described:
+            self._insist(tell)
+
+    def _open(self) -> None:
+        """Open the run, if it is not, and tell it what it lacks."""
+        if self._experiment is not None or self._mode == "disabled":
+            return
+        experiment = client.open_run(self._folder, self._mode, **self._settings)
+        experiment.define_metric("images_seen")
+        experiment.define_metric("*", step_metric="images_seen")
+        experiment.config.update(self._config, allow_val_change=True)
+        watermark = self._watermark()
+        for step, values in self._entries():
+            if watermark < step <= self._step and (told := values()):
+                experiment.log({**told, STEP: step})
+        self._experiment = experiment
+
+    def _finish(self) -> None:
+        if self._experiment is None and not self.is_behind:
+            return
+        self._open()
+        self._experiment.finish()
+        write_text(self._folder / WATERMARK, f"{self._step}\n")
+        self._experiment = None
+        client.leave()
+
+    def _watermark(self) -> int:
+        """The step up to which W&B has everything; -1 where it may have nothing."""
+        file = self._folder / WATERMARK
+        try:
+            return int(file.read_text(encoding="utf-8")) if file.exists() else -1
+        except ValueError:
+            return -1
+
+    def _entries(self) -> Iterator[tuple[int, Values]]:
+        """What the run folder holds, rows and pictures, each with its step."""
+        for row in read_rows(self._run.metrics) if self._run.metrics.exists() else ():
+            values = dict(row)
+            yield int(values.pop("step")), partial(dict, values)
+        drawn = {path: (step, step * self._images_per_step) for step, path in self._run.pictures()}
+        for path, (step, images_seen) in (drawn | self._shown).items():
+            yield step, partial(_picture, path, images_seen)
+
+    def _insist(
+        self,
+        act: Callable[[], None],
+        consequence: str = "until the training ends, it is logged in the run folder alone",
+    ) -> None:
+        """Do it, or say that it cannot be done, which is no reason to end a training."""
+        import wandb
+
+        if self._given_up:
+            return
+        try:
+            self._attempt(act)
+        except (wandb.Error, OSError, UserError) as error:
+            log.warning("W&B: %s; %s", client.reason(error), consequence)
+            self._given_up = True
+
+    def _attempt(self, act: Callable[[], None]) -> None:
+        """Do it; where W&B's process has ended, once more, with another."""
+        try:
+            self._once(act)
+        except ConnectionError:
+            self._once(act)
+
+    def _once(self, act: Callable[[], None]) -> None:
+        try:
+            with client.losses():
+                act()
+        except BaseException:  # a signal that stops the run may come in the middle
+            self._experiment = None
+            client.leave()  # or W&B would come back to what is open when this process ends
+            raise
+
+
+def _picture(path: Path, images_seen: int) -> dict[str, Any] | None:
+    """What W&B's run is given; None for a picture that is gone or damaged, which is said."""
+    import wandb
+
+    if not path.exists():
+        return None
+    try:
+        with Image.open(path) as picture:
+            for frame in ImageSequence.Iterator(picture):
+                frame.load()
+    except Exception as error:  # Pillow has many ways to say it
+        log.warning("W&B: %s is damaged, and not shown (%s)", path, error)
+        return None
+    shown = wandb.Video(str(path), format="gif") if path.suffix == ".gif" else wandb.Image(str(path))
+    return {shown_as(path): shown, "images_seen": images_seen}

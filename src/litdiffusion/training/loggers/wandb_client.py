@@ -1,0 +1,156 @@
+"""W&B's client: where it sends to, how its own process is started, and its errors in this project's words."""
+
+import os
+import re
+import secrets
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from litdiffusion.errors import UserError
+from litdiffusion.files import write_text
+from litdiffusion.processes import STOP_SIGNALS
+
+FLUSH_EVERY = 0.01
+"""Seconds after which W&B's own process writes what it was told. What it has not written by then ends with it."""
+
+
+def settled_mode(mode: str, folder: Path) -> tuple[Literal["online", "offline", "disabled"], str | None]:
+    """Return what ``logger.wandb.mode`` comes to on this machine, and what there is to be said of it.
+
+    Raises:
+        UserError: online is asked for, and there is no account; or a mode that does not exist.
+    """
+    import wandb
+
+    source, asked = "logger.wandb.mode", mode
+    if mode == "auto" and os.environ.get("WANDB_MODE"):
+        source, asked = "WANDB_MODE", os.environ["WANDB_MODE"].lower()
+    asked = {"dryrun": "offline", "run": "online"}.get(asked, asked)  # W&B's old names
+    if asked == "disabled":
+        return "disabled", None
+    if asked == "offline":
+        return "offline", None
+    if asked not in ("auto", "online"):
+        raise UserError(f"{source}={asked}: choose online, offline or disabled")
+    if wandb.login(prompt=False, verify=False):
+        return "online", None
+    if asked != "auto":
+        raise UserError(
+            f"{source}={asked}: W&B has no account here; run `wandb login`, set WANDB_API_KEY, or use"
+            " logger.wandb.mode=offline"
+        )
+    return "offline", (
+        "W&B: this machine has no account (see `wandb login`), so the run is logged offline in"
+        f" {folder}; upload it later with `wandb sync {folder}/offline-run-*`"
+    )
+
+
+def lasting_run_id(folder: Path) -> str:
+    """Return the id of the W&B run that a folder keeps; a new one the first time.
+
+    Raises:
+        UserError: what it keeps is no id.
+    """
+    file = folder / "run_id"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, secrets.token_hex(4))
+    run_id = file.read_text(errors="replace").strip()
+    if not re.fullmatch(r"[\w-]{1,64}", run_id, re.ASCII):  # it becomes a part of file names
+        raise UserError(f"{file} holds no id of a W&B run: remove it, and a new run is begun there")
+    return run_id
+
+
+def open_run(folder: Path, mode: Literal["online", "offline"], **settings: Any) -> Any:
+    """Open, or continue, the W&B run of a folder.
+
+    Raises:
+        wandb.Error: W&B cannot be reached, or refuses; for the loss of its own process see ``losses``.
+    """
+    import wandb
+
+    _start_out_of_reach()
+    return wandb.init(
+        id=lasting_run_id(folder),
+        dir=str(folder.parent),
+        resume="allow",
+        **settings,
+        settings=wandb.Settings(
+            silent=True,
+            mode=mode,
+            # Addresses of repositories and commands may hold secrets; the run folder knows both without them.
+            disable_git=True,
+            x_disable_meta=True,
+            x_transaction_log_flush_interval=FLUSH_EVERY,
+        ),
+    )
+
+
+def leave() -> None:
+    """End W&B's own process."""
+    import wandb
+
+    with suppress(OSError, SystemExit), losses():
+        wandb.teardown()
+
+
+@contextmanager
+def files_in_order() -> Iterator[None]:
+    """Name the file that is in the way.
+
+    Raises:
+        UserError: one is.
+    """
+    try:
+        yield
+    except ConnectionError:
+        raise
+    except OSError as error:
+        raise UserError(f"logger.wandb: {reason(error)}: mend it, or move it away") from error
+
+
+def reason(error: Exception) -> str:
+    """Return what is wrong, and with which file."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename} ({error.strerror})"
+    return str(getattr(error, "strerror", None) or error)
+
+
+@contextmanager
+def losses() -> Iterator[None]:
+    """Tell the loss of W&B's process in one way, of the several that W&B has.
+
+    Raises:
+        ConnectionError: it has ended.
+    """
+    from wandb.sdk.lib.service.service_port_file import ServicePollForTokenError
+    from wandb.sdk.lib.service.service_token import WandbServiceConnectionError
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+
+    before_its_address, before_its_answer = ServicePollForTokenError, WandbServiceConnectionError
+    later = (HandleAbandonedError, MailboxClosedError, ConnectionError)
+    try:
+        yield
+    except (before_its_address, before_its_answer, *later) as error:
+        raise ConnectionError(
+            f"the process that W&B writes with has ended ({str(error) or type(error).__name__})"
+        ) from error
+
+
+def _start_out_of_reach() -> None:
+    """Start W&B's own process, which writes, deaf to SIGUSR1 and SIGUSR2, which would end it.
+
+    It listens to SIGINT and SIGTERM itself, whatever is blocked here: those end it.
+    """
+    import wandb
+    from wandb.analytics.opentelemetry import opentelemetry_proxy
+
+    opentelemetry_proxy.disable()  # or a process that ends as it starts leaves this one waiting for its own lock
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        wandb.setup()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
