@@ -117,6 +117,19 @@ def test_a_block_begins_as_the_identity():
         assert not torch.equal(block(tokens, condition), tokens)
 
 
+def test_weights_begin_as_published():
+    """Xavier's uniform for what works on tokens, a normal of 0.02 for time and class, biases of 0."""
+    net = DiT(1, 64, 2, 2, num_classes=99)
+    for name, module in net.named_modules():
+        if name.startswith("time_embedding.") and isinstance(module, nn.Linear):
+            assert 0.018 < float(module.weight.detach().std()) < 0.022, name
+        elif isinstance(module, nn.Linear) and "modulation" not in name and name != "final":
+            bound = (6 / (module.in_features + module.out_features)) ** 0.5
+            assert 0.95 * bound < float(module.weight.detach().abs().max()) <= bound, name
+        assert getattr(module, "bias", None) is None or module.bias.count_nonzero() == 0, name
+    assert 0.018 < float(net.class_embedding.weight.detach().std()) < 0.022
+
+
 def test_adaln_is_its_formula():
     norm, tokens, condition = randomized(AdaLN(8, gated=True)), normal(2, 5, 8), normal(2, 8, seed=1)
     found, gate = norm(tokens, condition)
@@ -207,6 +220,25 @@ def test_each_image_is_on_its_own():
         torch.testing.assert_close(both[one], net(x[one], T[one], labels=torch.tensor([label])))
 
 
+def test_the_earlier_estimate_comes_before_the_image():
+    """As in the U-Net: without weights for its channels, the network is the one that is not told of it."""
+    net, plain = small(self_condition=True, patch_size=1), small(patch_size=1)
+    state = net.state_dict()
+    plain.load_state_dict(state | {"embed_patches.weight": state["embed_patches.weight"][:, 1:]})
+    with torch.no_grad():
+        net.embed_patches.weight[:, 0] = 0
+    x, earlier = normal(2, 1, 4, 4), normal(2, 1, 4, 4, seed=1)
+    torch.testing.assert_close(net(x, T, earlier), plain(x, T))
+
+
+def test_dropout_zeroes_what_a_layer_adds():
+    block = randomized(DiTBlock(64, 2, 4.0, dropout=0.6))
+    tokens = normal(4, 16, 64)
+    added = block(tokens, normal(4, 64, seed=1)) - tokens
+    share = float((added == 0).float().mean())
+    assert share == pytest.approx(0.6**2, abs=0.03)  # by both layers
+
+
 def test_dropout_works_in_training_alone():
     net, plain, x = small(dropout=0.5), small(), normal(2, 1, 8, 8)
     assert not torch.allclose(net.train()(x, T), net(x, T))
@@ -240,7 +272,9 @@ def test_a_block_is_attention_and_perceptron_each_behind_its_gate():
     normalized, gate = block.norm1(tokens, condition)
     middle = tokens + gate * block.attention(normalized)
     normalized, gate = block.norm2(middle, condition)
-    torch.testing.assert_close(block(tokens, condition), middle + gate * block.mlp(normalized))
+    narrow, _, wide = block.mlp
+    hidden = torch.nn.functional.gelu(narrow(normalized), approximate="tanh")
+    torch.testing.assert_close(block(tokens, condition), middle + gate * wide(hidden), rtol=1e-6, atol=1e-6)
 
 
 # -------------------------------------------------------------------------------------------- what is refused
