@@ -19,20 +19,8 @@ OURS = ("litdiffusion.diffusion", "litdiffusion.nn")
 TORCH_LAYERS = ("torch.nn",)
 """Of these, modules alone."""
 
-NEVER_TRUSTED = sys.stdlib_module_names | {
-    *(
-        "litdiffusion",
-        "hydra_plugins",
-        "torch",
-        "numpy",
-        "lightning",
-        "hydra",
-        "omegaconf",
-        "yaml",
-        "datasets",
-    ),
-    *("submitit", "cloudpickle", "pip", "setuptools"),
-}
+_LIBRARIES = {"torch", "numpy", "lightning", "hydra", "omegaconf", "yaml", "datasets", "submitit"}
+NEVER_TRUSTED = sys.stdlib_module_names | _LIBRARIES | {"litdiffusion", "hydra_plugins", "pip", "cloudpickle"}
 """Packages that hold far more than models: functions that load pickles, fetch code or start processes."""
 
 DEEPEST, LONGEST = 32, 10_000
