@@ -147,10 +147,7 @@ PRESETS = [
         ["experiment=quickstart", f"{group}"]
         for group in ("optimizer=adam", "lr_scheduler=constant", "data=digits")
     ),
-    *(
-        [f"experiment={path.stem}", "net=dit"]
-        for path in sorted((config_folder() / "experiment").glob("*.yaml"))
-    ),
+    *([f"experiment={name}", "net=dit"] for name in ("annotated", "cifar10", "class_conditional")),
     ["net=dit", "debug=tiny"],
 ]
 

@@ -139,7 +139,7 @@ def test_a_hostile_checkpoint_gains_nothing_from_trust(target: str, ckpt: Path, 
 
 
 @pytest.mark.parametrize(
-    ("command", "value"), [("train", "null"), ("train", "[torch.hub]"), ("sample", "os"), ("evaluate", "3")]
+    ("command", "value"), [("train", "null"), ("sample", "[torch.hub]"), ("evaluate", "os")]
 )
 def test_what_cannot_be_trusted_is_one_line(command: str, value: str, tmp_path: Path) -> None:
     where = (
