@@ -18,6 +18,8 @@ from litdiffusion.configuration import build
 from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import config_folder
 from litdiffusion.data.datamodule import ImageDataModule
+from litdiffusion.diffusion import Network
+from litdiffusion.nn import DiT
 from litdiffusion.reporting.images import to_uint8
 
 CHOICES = [
@@ -31,6 +33,8 @@ CHOICES = [
     ["net.self_condition=true", "net.dropout=0.1", "net.init_dim=12"],
     ["trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=null", "datamodule.num_val=0"],
     ["data.channels=3", "data.image_size=[8,12]"],
+    ["net=dit_tiny", "experiment=class_conditional", "sampler=dpmpp_2m", "data.image_size=[6,10]"],
+    ["net=dit_tiny", "experiment=learned_variance", "net.self_condition=true", "net.dropout=0.1"],
     ["logger=none", "callbacks.sample_images=null", "callbacks.progress=null"],
     ["trainer.precision=bf16-mixed"],
     ["trainer.precision=64-true", "callbacks.sample_images.every_n_steps=2"],
@@ -143,6 +147,8 @@ PRESETS = [
         ["experiment=quickstart", f"{group}"]
         for group in ("optimizer=adam", "lr_scheduler=constant", "data=digits")
     ),
+    *([f"experiment={name}", "net=dit"] for name in ("annotated", "cifar10", "class_conditional")),
+    ["net=dit", "debug=tiny"],
 ]
 
 
@@ -154,7 +160,23 @@ def test_every_preset_takes_every_choice(overrides: list[str], tmp_path: Path) -
     if "experiment=annotated" in overrides:
         assert cfg.schedule.num_steps == 300
         assert cfg.schedule.get("rescale", False) is False
-    build(cfg.module, "module")
+    module = build(cfg.module, "module")
+    assert isinstance(module.denoiser.net, Network)
+    assert isinstance(module.denoiser.net, DiT) == ("net=dit" in overrides)
+
+
+def test_every_network_of_the_configuration_takes_what_presets_may_set() -> None:
+    contract = {"channels", "self_condition", "num_classes", "learned_variance"}
+    for name in choices("net"):
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            cfg = compose("train", [f"net={name}", "run_dir=x"])
+        assert contract <= set(cfg.net), name
+        assert cfg.net.channels == cfg.data.channels
+    for path in [
+        *(config_folder() / "experiment").glob("*.yaml"),
+        *(config_folder() / "debug").glob("*.yaml"),
+    ]:
+        assert set(OmegaConf.load(path).get("net", {})) <= contract, path
 
 
 REFUSED = {
@@ -306,6 +328,7 @@ OUT_OF_RANGE = {
     "run_dir": [f"run_dir={__file__}/run"],
     "net.channels": ["net.channels=3"],
     "net.out_channels": ["+net.out_channels=3"],
+    "image_size=8x8": ["net=dit", "net.patch_size=3"],
     "logger.wandb": ["logger=wandb", "logger.wandb.mode=online"],
 }
 

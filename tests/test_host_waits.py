@@ -44,7 +44,7 @@ from litdiffusion.diffusion.editing import Edit, Inpaint, Interpolate, Slerp, Va
 from litdiffusion.diffusion.timesteps import TimestepRule
 from litdiffusion.evaluation.bits_per_dim import bound_parts
 from litdiffusion.evaluation.held_out import held_out_losses
-from litdiffusion.nn import UNet
+from litdiffusion.nn import DiT, UNet
 from litdiffusion.reporting.gif import Film
 from litdiffusion.sampling import sample_images
 from litdiffusion.training.callbacks import Monitor
@@ -253,6 +253,11 @@ def test_no_training_step_waits(options, monkeypatch):
     monkeypatch.setattr(Denoiser, "self_conditioning", lambda *args: fed.append(1) or original(*args))
     train(on_the_gpu(unet(options)), Objective(L1(), Uniform()), UniformTimesteps(), 2)
     assert len(fed) == ("self_condition" in options)  # in one step of the two
+
+
+def test_no_step_of_a_transformer_waits():
+    net = DiT(1, 8, 1, 2, self_condition=True, num_classes=3, learned_variance=True, dropout=0.1)
+    train(on_the_gpu(net), Objective(L1(), Uniform()), UniformTimesteps(), 2)
 
 
 WEIGHTINGS = {

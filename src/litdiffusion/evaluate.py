@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError("evaluate measures in one process: start it without torchrun or srun")
     device = torch_device(cfg.device)
     keep_freed_memory()
-    model = load_model(absolute(cfg.ckpt, "ckpt"), cfg.weights, device)
+    model = load_model(absolute(cfg.ckpt, "ckpt"), cfg.weights, device, cfg.trust)
     denoiser = model.denoiser
     variance = bits_variance(cfg.bits_per_dim_variance, denoiser)
     source = data_source(cfg, model)
@@ -85,7 +85,8 @@ def data_source(cfg: DictConfig, model: TrainedModel) -> Source:
     if cfg.get("data"):
         source = build(cfg.data, "data")
     else:
-        check_targets(model.data_config, ours=("litdiffusion.data.sources",), layers=(), kind=Source)
+        sources = ("litdiffusion.data.sources",)
+        check_targets(model.data_config, ours=sources, layers=(), kind=Source, trust=cfg.trust)
         try:
             source = instantiate(model.data_config, _convert_="all")
         except Exception as error:  # values from elsewhere can trip a constructor in any way

@@ -48,7 +48,7 @@ def main(cfg: DictConfig) -> None:
     guidance = guidance_options(cfg)
     device = torch_device(cfg.device)
     keep_freed_memory()
-    model = load_model(absolute(cfg.ckpt, "ckpt"), cfg.weights, device)
+    model = load_model(absolute(cfg.ckpt, "ckpt"), cfg.weights, device, cfg.trust)
     sampler: Sampler = build(cfg.sampler, "sampler") if cfg.get("sampler") else model.default_sampler
     given = read_pictures(cfg, model)
     edit: Edit | None = build(cfg.edit, "edit", **given) if cfg.edit else None

@@ -18,7 +18,7 @@ from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import entry_point, process_rank
 from litdiffusion.configuration.nodes import build
 from litdiffusion.configuration.resolvers import chosen_experiment
-from litdiffusion.configuration.targets import check_targets
+from litdiffusion.configuration.targets import check_targets, trusted_packages
 from litdiffusion.errors import UserError
 from litdiffusion.orphans import children_end_with_this
 from litdiffusion.redaction import SECRET_KEY, without_secrets
@@ -87,7 +87,7 @@ def train(
             )
 
     # Whatever can be refused is refused here, before data is fetched or read.
-    check_targets(model_config)
+    check_targets(model_config, trust=cfg.trust)
     keep_freed_memory()
     datamodule = build(cfg.datamodule, "datamodule")
     torch.manual_seed(cfg.seed)  # every process starts from the same weights
@@ -238,6 +238,7 @@ def finish(
         "device": str(trainer.strategy.root_device),
         "precision": trainer.precision,
         "run_dir": str(run.path),
+        **({"trust": list(trusted_packages(config["trust"]))} if config["trust"] else {}),
         **{name: str(path) for name, path in files.items() if path and path.exists()},
     }
     close(loggers)  # a run that is killed before its dashboard has been told all is not finished

@@ -34,6 +34,7 @@ TRAININGS = {
         "schedule=linear",
     ],
     "learned variance": ["experiment=learned_variance", "timesteps=uniform"],
+    "a transformer": ["net=dit_tiny", "experiment=class_conditional", "net.self_condition=true"],
 }
 
 

@@ -165,7 +165,11 @@ def _check_sampler(cfg: DictConfig) -> None:
 
 def _check_variance(cfg: DictConfig) -> None:
     wanted = arguments_of(cfg, "sampler").get("variance") == "learned"
-    if wanted and "net" in cfg and not arguments_of(cfg, "net").get("learned_variance", False):
+    if not wanted or "net" not in cfg:
+        return
+    # An argument says it, or, of a network that always learns one, an attribute of the class.
+    declared = getattr(locate("net", cfg.net.get("_target_")), "learned_variance", False)
+    if not arguments_of(cfg, "net").get("learned_variance", declared):
         raise UserError(
             "sampler.variance=learned: the network would learn none; add net.learned_variance=true, or use"
             " sampler.variance=beta_tilde"

@@ -7,6 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from litdiffusion.configuration.messages import needs_value
+from litdiffusion.configuration.targets import trusted_packages
 from litdiffusion.errors import UserError
 
 
@@ -23,6 +24,8 @@ def check_words(cfg: DictConfig) -> None:
             raise UserError(needs_value(key))
     if "resume" in cfg and not (isinstance(cfg.resume, str) and cfg.resume):
         raise UserError(f"resume={cfg.resume}: choose auto, must, never, or the path of a checkpoint")
+    if "trust" in cfg:
+        trusted_packages(cfg.trust)
     root = OmegaConf.select(cfg, "trainer.default_root_dir")
     if root is not None and root != cfg.get("run_dir"):
         raise UserError(

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 from torch import nn
 
+from litdiffusion.configuration.messages import one_line
 from litdiffusion.errors import UserError
 
 OURS = ("litdiffusion.diffusion", "litdiffusion.nn")
@@ -17,23 +19,34 @@ OURS = ("litdiffusion.diffusion", "litdiffusion.nn")
 TORCH_LAYERS = ("torch.nn",)
 """Of these, modules alone."""
 
+_LIBRARIES = {"torch", "numpy", "lightning", "hydra", "omegaconf", "yaml", "datasets", "submitit"}
+NEVER_TRUSTED = sys.stdlib_module_names | _LIBRARIES | {"litdiffusion", "hydra_plugins", "pip", "cloudpickle"}
+"""Packages that hold far more than models: functions that load pickles, fetch code or start processes."""
+
 DEEPEST, LONGEST = 32, 10_000
 """No configuration is nested deeper, or has more values; a few bytes of a pickle can hold far more."""
 
 
 def check_targets(
-    cfg: Any, ours: Iterable[str] = OURS, layers: Iterable[str] = TORCH_LAYERS, kind: type | None = None
+    cfg: Any,
+    ours: Iterable[str] = OURS,
+    layers: Iterable[str] = TORCH_LAYERS,
+    kind: type | None = None,
+    trust: Iterable[str] = (),
 ) -> None:
     """Check every ``_target_`` of plain values, however deep, before anything is built from them.
 
     A target is a module's path and one name in it. What it names must have been defined in an allowed package,
     not just be reachable through one (``litdiffusion.nn.unet.torch.hub.load``): any class or function of
-    ``ours`` (with ``kind``, only classes of that kind), any ``nn.Module`` of ``layers``.
+    ``ours`` (with ``kind``, only classes of that kind), any ``nn.Module`` of ``layers``. The packages that the
+    user names in ``trust`` count among ``ours``; nothing of any other package is imported.
 
     Raises:
-        UserError: a target that is not allowed, an interpolation (a checkpoint's values are resolved), or more
-            than a configuration holds.
+        UserError: a target that is not allowed, an interpolation (a checkpoint's values are resolved), more than
+            a configuration holds, or a package that cannot be trusted.
     """
+    trusted = trusted_packages(trust)
+    ours, layers = (*ours, *trusted), tuple(layers)
     plain = OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg
     for number, (key, value) in enumerate(_leaves(plain)):
         if number >= LONGEST:
@@ -42,11 +55,48 @@ def check_targets(
             raise UserError(
                 f"{key}: {value!r} is an interpolation, which a foreign configuration may not hold"
             )
-        if key.rpartition(".")[2] == "_target_" and not _is_allowed(value, tuple(ours), tuple(layers), kind):
+        if key.rpartition(".")[2] == "_target_" and not _is_allowed(value, ours, layers, kind):
             raise UserError(
                 f"{key}: {value!r} is not allowed in a checkpoint, which may build only what "
-                f"{', '.join((*ours, *layers))} define"
+                f"{', '.join((*ours, *layers))} define{_way_out(value, trusted)}"
             )
+
+
+def trusted_packages(trust: Any) -> tuple[str, ...]:
+    """Return the packages that the user trusts: a list of names, or one name.
+
+    Raises:
+        UserError: one is no package's name, or one of ``NEVER_TRUSTED``.
+    """
+    names = (trust,) if isinstance(trust, str) else tuple(trust) if isinstance(trust, Iterable) else (trust,)
+    for name in names:
+        if not _is_dotted(name):
+            raise UserError(
+                f"trust: {name!r} is no package's name; give a list of them, as in trust=[mypackage]"
+            )
+        if name.partition(".")[0] in NEVER_TRUSTED:
+            raise UserError(
+                f"trust: {name} holds more than models, and is never trusted; name the package that defines yours"
+            )
+    return names
+
+
+def _way_out(target: Any, trusted: tuple[str, ...]) -> str:
+    """Return what would let a target in that is not allowed, if anything would."""
+    if not _is_dotted(target) or "." not in target or target.partition(".")[0] in NEVER_TRUSTED:
+        return ""
+    path, package = target.rpartition(".")[0], target.partition(".")[0]
+    if not _inside(path, trusted):
+        return f"; if you trust all code of {package}, add trust=[{package}]"
+    try:
+        importlib.import_module(path)
+    except Exception as error:
+        return f"; {path} cannot be imported ({one_line(error)})"
+    return ""
+
+
+def _is_dotted(name: Any) -> bool:
+    return isinstance(name, str) and "__" not in name and all(map(str.isidentifier, name.split(".")))
 
 
 def _is_allowed(target: Any, ours: tuple[str, ...], layers: tuple[str, ...], kind: type | None) -> bool:

@@ -13,6 +13,7 @@ from litdiffusion.diffusion.losses import (
     Uniform,
     Variational,
 )
+from litdiffusion.diffusion.network import Network
 from litdiffusion.diffusion.process import posterior, q_sample, transition
 from litdiffusion.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Heun
 from litdiffusion.diffusion.schedules import Schedule
@@ -43,6 +44,7 @@ __all__ = [
     "UniformTimesteps",
     "StratifiedTimesteps",
     "ImportanceTimesteps",
+    "Network",
     "Denoiser",
     "Estimate",
     "Guidance",

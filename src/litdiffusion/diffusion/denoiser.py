@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from litdiffusion.diffusion.devices import to_device
+from litdiffusion.diffusion.network import Network
 from litdiffusion.diffusion.process import Time, at_least_float32
 from litdiffusion.diffusion.schedules import Schedule
 from litdiffusion.diffusion.targets import Target
@@ -61,12 +62,8 @@ class Guidance:
 class Denoiser(nn.Module):
     """Estimate x_0 from x_t.
 
-    What the network can do it says itself, by attributes that a plain network lacks: ``self_condition`` (takes
-    an earlier estimate of x_0 as ``self_cond=``), ``num_classes`` (takes ``labels=`` in 0..num_classes, of which
-    the last says "none"), ``learned_variance`` (returns twice the channels).
-
     Args:
-        net: called as ``net(x_t, t - 1)``; returns the target.
+        net: returns the target. ``Network`` says how it is called, and what it may declare that it can do.
         schedule: the tables alpha and sigma.
         target: what the network returns.
         channels: of the images.
@@ -77,7 +74,8 @@ class Denoiser(nn.Module):
         clip_quantile: which quantile of each image ``dynamic`` takes.
 
     Raises:
-        ValueError: the target says nothing at the schedule's last step, or an argument is out of range.
+        ValueError: the target says nothing at the schedule's last step, the network cannot take images of this
+            size, or an argument is out of range.
     """
 
     def __init__(
@@ -100,10 +98,15 @@ class Denoiser(nn.Module):
             raise ValueError(f"clip={clip!r}: choose none, static or dynamic")
         if not 0 < clip_quantile <= 1:
             raise ValueError(f"clip_quantile={clip_quantile}: must lie in (0, 1]")
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        multiple = int(getattr(net, "size_multiple", Network.size_multiple))
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"image_size={height}x{width}: this network takes only sides that are multiples of {multiple}"
+            )
         self.net = net
         self.schedule = schedule
         self.target = target
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_shape = (channels, height, width)
         self.clip = clip
         self.clip_quantile = clip_quantile
@@ -138,17 +141,17 @@ class Denoiser(nn.Module):
     @property
     def self_condition(self) -> bool:
         """Whether the network takes an earlier estimate of x_0."""
-        return bool(getattr(self.net, "self_condition", False))
+        return bool(getattr(self.net, "self_condition", Network.self_condition))
 
     @property
     def learned_variance(self) -> bool:
         """Whether the network says how uncertain a step is."""
-        return bool(getattr(self.net, "learned_variance", False))
+        return bool(getattr(self.net, "learned_variance", Network.learned_variance))
 
     @property
     def num_classes(self) -> int | None:
         """How many classes the network can be asked for; None where it knows of none."""
-        return getattr(self.net, "num_classes", None)
+        return getattr(self.net, "num_classes", Network.num_classes)
 
     def output(
         self,

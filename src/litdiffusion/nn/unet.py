@@ -149,7 +149,7 @@ class UNet(nn.Module):
         self.self_condition = self_condition
         self.num_classes = num_classes
         self.learned_variance = learned_variance
-        self.num_halvings = len(dim_mults) - 1
+        self.size_multiple = 2 ** (len(dim_mults) - 1)
         time_dim = dim * 4
 
         def block(dim_in: int, dim_out: int) -> ResnetBlock:
@@ -207,10 +207,9 @@ class UNet(nn.Module):
             ValueError: height or width cannot be halved ``len(dim_mults) - 1`` times.
         """
         height, width = x.shape[-2:]
-        if height % 2**self.num_halvings or width % 2**self.num_halvings:
-            raise ValueError(
-                f"an image of {height}x{width} pixels cannot be halved {self.num_halvings} times"
-            )
+        if height % self.size_multiple or width % self.size_multiple:
+            halvings = len(self.downs) - 1
+            raise ValueError(f"an image of {height}x{width} pixels cannot be halved {halvings} times")
         if self.self_condition:
             x = torch.cat((torch.zeros_like(x) if self_cond is None else self_cond, x), dim=1)
 

@@ -19,7 +19,7 @@ def paragraph(summary: Mapping[str, object], run_dir: Path) -> str:
 
     Args:
         summary: any of ``experiment``, ``steps``, ``images_seen``, ``wall_seconds``, ``images_per_second``,
-            ``train_loss``, ``val_loss``, ``parameters``, ``device``, ``precision`` and the paths
+            ``train_loss``, ``val_loss``, ``parameters``, ``device``, ``precision``, ``trust`` and the paths
             ``checkpoint``, ``grid``, ``gif``, ``curves``, ``noised_strip``; what is missing goes unsaid.
         run_dir: the run folder; paths within it are given relative to it.
     """
@@ -27,6 +27,9 @@ def paragraph(summary: Mapping[str, object], run_dir: Path) -> str:
     checkpoint = summary.get("checkpoint")
     if checkpoint is not None:
         command = f"python -m litdiffusion.sample {_override('ckpt', str(checkpoint))} num_images=64"
+        trust = summary.get("trust")
+        if isinstance(trust, list) and trust:
+            command += f" trust=[{','.join(trust)}]"
         sentences.append(f"Sample from it with: {command}")
     return " ".join(sentence for sentence in sentences if sentence)
 

@@ -1,6 +1,6 @@
 """``load_model``: from a checkpoint file, and nothing else, to a model that samples."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -211,7 +211,10 @@ def named_sampler(name: str, **options: Any) -> Sampler:
 
 
 def load_model(
-    path: str | Path, weights: Literal["ema", "raw"] = "ema", device: str | torch.device | None = None
+    path: str | Path,
+    weights: Literal["ema", "raw"] = "ema",
+    device: str | torch.device | None = None,
+    trust: Iterable[str] = (),
 ) -> TrainedModel:
     """Load the model of a checkpoint.
 
@@ -219,6 +222,8 @@ def load_model(
         path: a ``.ckpt`` file.
         weights: ``ema`` for the averaged weights (the raw ones where the run had no average), or ``raw``.
         device: where to put it; None for a GPU if there is one.
+        trust: packages, besides this one, whose classes and functions the checkpoint may name. It can have any of
+            them called, with arguments of its choice, so name only packages that you would run anyway.
 
     Raises:
         UserError: the file is missing, damaged, foreign, or names classes that a checkpoint may not name.
@@ -226,7 +231,7 @@ def load_model(
     if weights not in ("ema", "raw"):
         raise UserError(f"weights={weights}: choose ema or raw")
     checkpoint = read_checkpoint(Path(path))
-    parts = _build(checkpoint["model_config"], path)
+    parts = _build(checkpoint["model_config"], path, trust)
     denoiser: Denoiser = parts["denoiser"]
 
     state = {str(name): value for name, value in checkpoint["state_dict"].items()}
@@ -252,13 +257,13 @@ def load_model(
     )
 
 
-def _build(config: dict[str, Any], path: str | Path) -> dict[str, Any]:
+def _build(config: dict[str, Any], path: str | Path, trust: Iterable[str]) -> dict[str, Any]:
     """Build a checkpoint's model from what it says of it, which anybody may have written.
 
     Raises:
         UserError: it names what it may not, or nothing that can be built.
     """
-    check_targets(config)
+    check_targets(config, trust=trust)
     try:
         nodes = OmegaConf.create(config)
         check_nodes(nodes)

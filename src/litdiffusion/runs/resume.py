@@ -23,6 +23,7 @@ FREE_TO_CHANGE = (
     "resume",
     "run_dir",
     "project",
+    "trust",
     "optimized_metric",
     "paths",
     "logger",
