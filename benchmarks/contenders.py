@@ -151,7 +151,9 @@ def library(steps: Callable[[Setting], Steps]) -> Callable[[Plan], Seconds]:
 
     def measure(plan: Plan) -> Seconds:
         theirs = steps(Setting(SIZES["blog"], plan.batch_size))
-        return Seconds(timed(theirs.train, plan), timed(theirs.sample, plan))
+        train = timed(theirs.train, plan)
+        theirs.sampled.eval()
+        return Seconds(train, timed(theirs.sample, plan))
 
     return measure
 

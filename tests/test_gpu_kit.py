@@ -13,6 +13,7 @@ import pytest
 
 import gpu
 from gpukit import report, wheels
+from gpukit.speed import last_words
 from gpukit.worker import union_length
 from litdiffusion.data.fetch import default_folder
 from litdiffusion.data.sources.fashion_mnist import find_folder
@@ -33,6 +34,9 @@ def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
     if find_folder(ROOT / default_folder()) is None:
         pytest.skip("no Fashion-MNIST on this machine: `make data` fetches it")
+    earlier = ("gpu.json", "gpu.md", "gpu-tests.log", "gpu.py", "gpu-notes.txt")
+    for name in earlier:
+        (tmp_path / name).write_text(name)
     done = call("--dry-run", OUT=str(tmp_path))
     results = json.loads((tmp_path / "gpu.json").read_text())
     states = {name: part["state"] for name, part in results["parts"].items()}
@@ -61,12 +65,18 @@ def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
     assert {"gpu-samples.png", "gpu-denoising.gif", "gpu-curves.png"} <= {
         path.name for path in tmp_path.iterdir()
     }
-    assert len(list(tmp_path.iterdir())) <= 8
+    for name, kept in {"gpu.previous.json": "gpu.json", "gpu.previous.md": "gpu.md"}.items():
+        assert (tmp_path / name).read_text() == kept
+    assert "test session starts" in (tmp_path / "gpu-tests.log").read_text()
+    for somebody_elses in ("gpu.py", "gpu-notes.txt"):
+        assert (tmp_path / somebody_elses).read_text() == somebody_elses
 
 
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "gpu.json").write_text("of an earlier run")
     done = call(OUT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["of an earlier run"]
     assert done.stderr.strip() == (
         "error: torch sees no CUDA GPU here; `make gpu ARGS=--dry-run` goes through the kit on the CPU"
     )
@@ -100,9 +110,12 @@ def test_a_part_that_breaks_leaves_the_others_and_is_written_down(kit: gpu.Kit) 
 
 
 def test_a_child_that_takes_too_long_ends_with_all_that_it_has_started(kit: gpu.Kit) -> None:
-    endless = (
-        "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
-    )
+    """Also where that is a session of its own, as the tests' runs are."""
+    endless = """
+import subprocess, time
+print(subprocess.Popen(["sleep", "600"], start_new_session=True).pid, flush=True)
+time.sleep(600)
+"""
     assert kit.call("-c", endless, log="log", seconds=2.0) is None
     grandchild = int((kit.out / "log").read_text())
     deadline = time.monotonic() + 10
@@ -132,6 +145,20 @@ FAILED tests/gpu/test_b.py::test_z[c d] - assert 1 == 2
         "tests/gpu/test_b.py::test_z[c d]": "failed",
         "tests/gpu/test_b.py::test_w": "passed",
     }
+
+
+def test_the_line_that_says_why_is_the_error_and_not_the_advice_below_it() -> None:
+    said = [
+        "Traceback ...",
+        "  File x",
+        "torch._inductor.exc.InductorError: no ptxas",
+        "",
+        "Set TORCH_LOGS for more",
+    ]
+    assert last_words(said) == "torch._inductor.exc.InductorError: no ptxas"
+    assert last_words(["a", "absent: scipy is not installed", "b"]) == "absent: scipy is not installed"
+    assert last_words(["a", "b", ""]) == "b"
+    assert last_words([""]) is None
 
 
 def test_overlapping_kernels_count_once() -> None:
@@ -183,5 +210,5 @@ def test_every_measurement_has_a_name() -> None:
     from gpukit.speed import tasks
 
     titles = [report.title(vars(task)) for dry_run in (False, True) for task in tasks(dry_run)]
-    assert len(set(titles)) == len(titles) == 19
-    assert "litdiffusion, compiled, 35.7M, batch 512" in titles
+    assert len(set(titles)) == len(titles) == 23
+    assert "litdiffusion, compiled, CIFAR-10 network, batch 512" in titles

@@ -18,7 +18,7 @@ def page(results: dict[str, Any]) -> str:
         f"{card}; torch {machine['torch']}, CUDA {machine['cuda']}, Python {machine['python']};"
         f" commit {results['commit'] or 'unknown'}; {results['date']}.",
         "",
-        "| part | | seconds | |",
+        "| part | came to | seconds | in short |",
         "|---|---|---:|---|",
         *(
             f"| {name} | **{part['state']}** | {part['seconds']:.0f} | {cell(part['summary'])} |"
@@ -43,38 +43,43 @@ def tests(details: dict[str, Any]) -> list[str]:
 
 def speed(details: dict[str, Any]) -> list[str]:
     peak = details["matmul_tflops"]
-    found = f"{peak:,.1f} TFLOP/s" if peak else "not measured"
+    found = (
+        f"{peak:,.1f} TFLOP/s" if peak else f"not measured ({cell(details['matmul_fault'] or 'no turn yet')})"
+    )
     lines = [
-        f"bf16-mixed; medians over the turns. A bfloat16 matrix product in the same run: {found}.",
+        "Images per second in bf16-mixed, medians over the turns; a sampling step is one evaluation of the network."
+        f" A bfloat16 matrix product in the same run reached {found}: the shares are of that.",
         "",
-        "| | parameters | training, images/s | TFLOP/s (of the product) | memory, GiB | GPU idle"
-        " | sampling step, images/s | TFLOP/s (of the product) |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| contender | parameters | turns | training, images/s | TFLOP/s | share | peak memory, GiB | GPU idle"
+        " | sampling step, images/s | TFLOP/s | share | peak memory, GiB |",
+        "|---|" + "---:|" * 11,
     ]
     for each in details["measurements"]:
         if not each["turns"]:
-            lines.append(f"| {title(each)} | {cell(each['fault'] or 'no turn yet')} | | | | | | |")
+            lines.append(f"| {title(each)} | {cell(each['fault'] or 'no turn yet')} |" + " |" * 10)
             continue
-        profile = each.get("profile")
+        idle = (each.get("profile") or {}).get("idle_share")
         cells = [
             title(each),
             f"{each['parameters'] / 1e6:.1f}M",
-            f"{each['train_images_per_second']:,.0f}",
-            rate(each, "train"),
-            "" if each["train_peak_gib"] is None else f"{each['train_peak_gib']:.1f}",
-            f"{profile['idle_share']:.0%}" if profile else "",
-            f"{each['sample_images_per_second']:,.0f}",
-            rate(each, "sample"),
+            str(len(each["turns"])),
+            *rates(each, "train"),
+            "" if idle is None else f"{idle:.0%}",
+            *rates(each, "sample"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+        if each["fault"]:
+            lines.append(f"| … then | {cell(each['fault'])} |" + " |" * 10)
     for each in details["measurements"]:
         if profile := each.get("profile"):
+            busy = "an unknown time" if profile["busy_ms"] is None else f"{profile['busy_ms']:.1f} ms"
+            what = "kernels" if each["device"] == "cuda" else "CPU operators"
             lines += [
                 "",
-                f"**{title(each)}**: {profile['kernels']} kernels in a training step of"
-                f" {profile['step_ms']:.1f} ms, busy for {profile['busy_ms']:.1f} ms. The longest:",
+                f"**{title(each)}**: {profile['kernels']} {what} in a training step of"
+                f" {profile['step_ms']:.1f} ms, busy for {busy}. The longest:",
                 "",
-                "| kernel | ms | share |",
+                f"| {what} | ms | share |",
                 "|---|---:|---:|",
                 *(
                     f"| `{cell(kernel['name'])[:100]}` | {kernel['ms']:.2f} | {kernel['share']:.0%} |"
@@ -99,15 +104,21 @@ def quality(details: dict[str, Any]) -> list[str]:
 def title(measurement: dict[str, Any]) -> str:
     """Name a measurement: who, which network, which batch."""
     how = "compiled" if measurement["compiled"] else "eager"
-    network = {"cifar10": "35.7M", "blog": "blog's network"}.get(
+    network = {"cifar10": "CIFAR-10 network", "blog": "blog's network"}.get(
         measurement["network"], measurement["network"]
     )
     return f"{TITLES[measurement['contender']]}, {how}, {network}, batch {measurement['batch_size']:,}"
 
 
-def rate(measurement: dict[str, Any], what: str) -> str:
-    share = measurement[f"{what}_of_peak"]
-    return f"{measurement[f'{what}_tflops']:,.1f}" + (f" ({share:.0%})" if share is not None else "")
+def rates(measurement: dict[str, Any], what: str) -> list[str]:
+    """Images per second, TFLOP/s, their share of the matrix product's, and the peak of memory."""
+    share, memory = measurement[f"{what}_of_peak"], measurement[f"{what}_peak_gib"]
+    return [
+        f"{measurement[f'{what}_images_per_second']:,.0f}",
+        f"{measurement[f'{what}_tflops']:,.1f}",
+        "" if share is None else f"{share:.0%}",
+        "" if memory is None else f"{memory:.1f}",
+    ]
 
 
 def cell(text: str) -> str:

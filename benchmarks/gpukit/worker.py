@@ -9,8 +9,9 @@ its turns it holds little of the GPU's memory and none of its time.
 
 import copy
 import gc
-import importlib.util
 import json
+import os
+import random
 import sys
 import tempfile
 import time
@@ -35,8 +36,11 @@ TURN_SECONDS = 1.0
 FEWEST, MOST = 5, 100
 """Steps of a turn."""
 PROFILED_STEPS = 3
-TRIES = 4
+TRIES = 6
 """While the others warm up beside it, a contender may find the memory taken."""
+MEMORY_IS_TAKEN = ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED", "CUDNN_STATUS")
+ABSENT = "absent:"
+"""How the last word of a contender begins that has nothing to measure here."""
 IMAGES = 2048
 
 Turns = Iterator[None]
@@ -45,7 +49,8 @@ Turns = Iterator[None]
 
 def main() -> None:
     task = json.loads(sys.argv[1])
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
     if task["contender"] == "matmul":
         matrix_product(task["device"], answers)
         return
@@ -56,12 +61,14 @@ def main() -> None:
         try:
             CONTENDERS[task["contender"]](setting, answers)
             return
-        except torch.OutOfMemoryError:
-            if not left:
+        except ImportError as error:
+            sys.exit(f"{ABSENT} {error.name} is not installed")
+        except RuntimeError as error:
+            if not left or not any(word in str(error) for word in MEMORY_IS_TAKEN):
                 raise
         gc.collect()
         torch.cuda.empty_cache()
-        time.sleep(5)
+        time.sleep(3 + 4 * random.random())
 
 
 # -------------------------------------------------------------------------------------------------- contenders
@@ -94,7 +101,7 @@ def ours(setting: Setting, answers: TextIO) -> None:
 
             def on_train_start(self, trainer: Any, pl_module: Any) -> None:
                 net = module.denoiser.net
-                sampled = copy.deepcopy(module.ema_net if hasattr(module, "ema_net") else module.averaged)
+                sampled = copy.deepcopy(module.averaged)
                 denoiser = module.denoiser.with_net(fold_weight_standardization(sampled)).eval()
                 x = setting.batch()
                 with setting.autocast():
@@ -142,12 +149,10 @@ def random_images(setting: Setting) -> Any:
     return RandomImages(size.image_size, size.channels, flip=True)
 
 
-def library(steps: Callable[[Setting], libraries.Steps], needs: str) -> Callable[[Setting, TextIO], None]:
+def library(steps: Callable[[Setting], libraries.Steps]) -> Callable[[Setting, TextIO], None]:
     """Another library: its batch lies ready on the device."""
 
     def measure(setting: Setting, answers: TextIO) -> None:
-        if importlib.util.find_spec(needs) is None:
-            sys.exit(f"{needs} is not installed")
         theirs = steps(setting)
         x = setting.batch()[:2]
         compiled, theirs.net._compiled_call_impl = theirs.net._compiled_call_impl, None
@@ -156,8 +161,10 @@ def library(steps: Callable[[Setting], libraries.Steps], needs: str) -> Callable
         theirs.net._compiled_call_impl = compiled
 
         def sample(steps: int) -> None:
+            theirs.sampled.eval()
             for _ in range(steps):
                 theirs.sample()
+            theirs.net.train()
 
         for _ in take_turns(theirs.net, flops, sample, setting, answers):
             theirs.train()
@@ -167,8 +174,8 @@ def library(steps: Callable[[Setting], libraries.Steps], needs: str) -> Callable
 
 CONTENDERS: dict[str, Callable[[Setting, TextIO], None]] = {
     "ours": ours,
-    "ddpm_pytorch": library(libraries.ddpm_pytorch, "denoising_diffusion_pytorch"),
-    "diffusers": library(libraries.diffusers, "diffusers"),
+    "ddpm_pytorch": library(libraries.ddpm_pytorch),
+    "diffusers": library(libraries.diffusers),
 }
 
 
@@ -176,10 +183,11 @@ def matrix_product(device: str, answers: TextIO) -> None:
     """The rate of a bfloat16 matrix product of random numbers: the peak that the others are held against."""
     n = 8192 if device == "cuda" else 256
     a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
-    for _ in range(WARMUP):
-        a @ b
+    a @ b
     say(answers, {"ready": True})
     for _ in sys.stdin:
+        for _ in range(WARMUP):
+            a @ b
         start = now(device)
         for _ in range(20):
             a @ b
@@ -200,37 +208,36 @@ def take_turns(
             yield
 
     yield from train(WARMUP)
-    start = now(device)
-    yield from train(FEWEST)
-    train_steps = steps_of_a_turn((now(device) - start) / FEWEST, device)
     sample(WARMUP)
-    start = now(device)
-    sample(FEWEST)
-    sample_steps = steps_of_a_turn((now(device) - start) / FEWEST, device)
     parameters = sum(p.numel() for p in net.parameters())
     say(answers, {"ready": True, "parameters": parameters, "forward_gflop_per_image": flops / 1e9})
     rest(device)
 
     for line in sys.stdin:
+        answer: dict[str, Any] = {}
+        yield from train(WARMUP)
         if line.strip() == "profile":
-            yield from train(WARMUP)
             with profiler(device) as trace:
                 yield from train(PROFILED_STEPS)
                 now(device)
             answer = read_profile(trace, device)
         else:
-            answer = {}
-            yield from train(WARMUP)
+            start = now(device)
+            yield from train(FEWEST)
+            steps = steps_of_a_turn((now(device) - start) / FEWEST, device)
             reset_peak(device)
             start = now(device)
-            yield from train(train_steps)
-            answer["train_seconds"] = (now(device) - start) / train_steps
+            yield from train(steps)
+            answer["train_seconds"] = (now(device) - start) / steps
             answer["train_peak_gib"] = peak_gib(device)
             sample(WARMUP)
+            start = now(device)
+            sample(FEWEST)
+            steps = steps_of_a_turn((now(device) - start) / FEWEST, device)
             reset_peak(device)
             start = now(device)
-            sample(sample_steps)
-            answer["sample_seconds"] = (now(device) - start) / sample_steps
+            sample(steps)
+            answer["sample_seconds"] = (now(device) - start) / steps
             answer["sample_peak_gib"] = peak_gib(device)
         say(answers, answer)
         rest(device)
@@ -275,7 +282,7 @@ def read_profile(trace: Any, device: str) -> dict[str, Any]:
     longest = sorted(microseconds.items(), key=lambda item: -item[1])[:10]
     spans = [(event.time_range.start, event.time_range.end) for event in events]
     return {
-        "busy_ms": union_length(spans) / 1e3 / PROFILED_STEPS,
+        "busy_ms": union_length(spans) / 1e3 / PROFILED_STEPS if spans else None,
         "kernels": len(events) // PROFILED_STEPS,
         "longest": [
             {"name": name, "ms": spent / 1e3 / PROFILED_STEPS, "share": spent / total}

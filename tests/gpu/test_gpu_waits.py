@@ -74,7 +74,7 @@ def test_editing_does_not_wait(edit: str) -> None:
     given = images(1, size=8)
     mask = torch.ones(8, 8, dtype=torch.bool).tril()
     how = Inpaint(given, mask, repeats=2) if edit == "inpaint" else Variation(given, 0.5)
-    noise = normal(2, 1, 8, 8).to(DEVICE)
+    model, noise = denoiser("static"), normal(2, 1, 8, 8).to(DEVICE)
     with no_waiting():
-        *_, last = how.steps(SAMPLERS["ddim"](num_steps=6), denoiser("static"), noise, None, 0)
+        *_, last = how.steps(SAMPLERS["ddim"](num_steps=6), model, noise, None, 0)
     assert last.t == 0

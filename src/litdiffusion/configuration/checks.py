@@ -181,7 +181,7 @@ def _check_strategy(cfg: DictConfig) -> None:
     strategy = str(OmegaConf.select(cfg, "trainer.strategy"))
     if strategy.startswith("ddp_") and strategy.endswith(("spawn", "fork", "notebook")):
         raise UserError(f"trainer.strategy={strategy}: its processes are no commands of their own; use ddp")
-    if "fsdp" not in strategy:
+    if "fsdp" not in strategy.lower():
         return
     if OmegaConf.select(cfg, "trainer.accelerator") not in ("gpu", "cuda"):
         raise UserError("trainer.strategy=fsdp: needs GPUs; use trainer=ddp_cpu on a processor")
