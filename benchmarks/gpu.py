@@ -264,7 +264,7 @@ def run_tests(kit: Kit, seconds: float, part: dict[str, Any]) -> tuple[bool, str
     """The tests marked ``gpu``."""
     words = ["-m", "pytest", "-m", "gpu", "tests/gpu", "-v", "--color=no", "-p", "no:cacheprovider"]
     if find_spec("pytest_timeout"):
-        words.append("--timeout=90")  # one that hangs leaves time for the others
+        words.append("--timeout=110")  # one that hangs leaves time for the others
     if find_spec("xdist") and not kit.dry_run:
         words += ["--numprocesses=4", "--dist=worksteal"]
     code = kit.call(*words, log="gpu-tests.log", seconds=seconds, COLUMNS="300")

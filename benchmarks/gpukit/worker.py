@@ -8,6 +8,7 @@ its turns it holds little of the GPU's memory and none of its time.
 """
 
 import copy
+import fcntl
 import gc
 import json
 import os
@@ -28,6 +29,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
+from gpukit.speed import ABSENT
 from peers import libraries
 from peers.libraries import SIZES, Setting
 
@@ -36,11 +38,12 @@ TURN_SECONDS = 1.0
 FEWEST, MOST = 5, 100
 """Steps of a turn."""
 PROFILED_STEPS = 3
+LARGE_BATCH = 512
+"""From here on, contenders that do not compile warm up one after the other: together they would fill the card."""
+LOCKS: list[int] = []
 TRIES = 6
 """While the others warm up beside it, a contender may find the memory taken."""
 MEMORY_IS_TAKEN = ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED", "CUDNN_STATUS")
-ABSENT = "absent:"
-"""How the last word of a contender begins that has nothing to measure here."""
 IMAGES = 2048
 
 Turns = Iterator[None]
@@ -51,11 +54,15 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
+    os.nice(5)  # while it compiles, the tests run
     if task["contender"] == "matmul":
         matrix_product(task["device"], answers)
         return
     size = SIZES[task["network"]]
     setting = Setting(size, task["batch_size"], task["device"], bfloat16=True, compiled=task["compiled"])
+    if task["batch_size"] >= LARGE_BATCH and not task["compiled"]:
+        LOCKS.append(os.open(__file__, os.O_RDONLY))
+        fcntl.flock(LOCKS[0], fcntl.LOCK_EX)
     for left in reversed(range(TRIES)):
         torch.manual_seed(0)
         try:
@@ -212,6 +219,8 @@ def take_turns(
     parameters = sum(p.numel() for p in net.parameters())
     say(answers, {"ready": True, "parameters": parameters, "forward_gflop_per_image": flops / 1e9})
     rest(device)
+    while LOCKS:
+        os.close(LOCKS.pop())
 
     for line in sys.stdin:
         answer: dict[str, Any] = {}
