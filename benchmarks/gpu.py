@@ -351,9 +351,7 @@ def run_quality(kit: Kit, seconds: float, part: dict[str, Any]) -> tuple[bool, s
             short = ["trainer.max_steps=200", "callbacks.sample_images=null", "datamodule.num_val=0"]
             command("train", *common, *short, f"run_dir={folder}/short")
             speed_seen = read_json(Path(folder) / "short" / "summary.json")["images_per_second"]
-            training = min(
-                120.0, deadline - time.monotonic() - 50.0
-            )  # the rest: to start, to validate, to sample
+            training = min(TRAINING_SECONDS, deadline - time.monotonic() - AROUND_IT_SECONDS)
             if training < 20:
                 raise TimeoutError("too little time was left to train")
             steps = int(training * speed_seen / 64)

@@ -309,6 +309,32 @@ def test_wandb_whose_process_ends_before_the_run_is_open(tmp_path: Path, seconds
     assert_told(tmp_path, range(3), [])
 
 
+def test_a_row_of_the_very_step_at_which_the_run_was_closed_is_not_lost(tmp_path: Path) -> None:
+    """A run that is stopped in a validation is closed, and validates at the same step when it goes on."""
+    table = MetricsTable(tmp_path / "metrics.csv")
+
+    def log_row(logger: WandB | None, key: str) -> None:
+        table.append({"step": 7, key: 1.0, "images_seen": 7})
+        if logger:
+            logger.log_metrics({key: 1.0, "images_seen": 7}, step=7)
+
+    def begin() -> WandB:
+        logger = WandB(str(tmp_path), mode="offline")
+        logger.resume_at(7, 1)
+        logger.describe({"seed": 3})
+        return logger
+
+    first = begin()
+    log_row(first, "train/loss")
+    first.close()
+    assert not first.is_behind
+    log_row(None, "val/loss")  # killed before W&B was told
+    assert first.is_behind
+    begin().close()
+    told = [[key for key in row if "/loss" in key] for row in offline_history(tmp_path)]
+    assert sorted(told) == [["train/loss"], ["val/loss"]]
+
+
 def test_a_dashboard_that_was_given_up_is_whole_at_the_end(tmp_path: Path) -> None:
     """W&B's process ends, and another cannot be started at once."""
     script = """
@@ -353,7 +379,7 @@ def test_a_trainer_that_asks_for_the_dashboard_opens_nothing(
 
 
 def watermark(run_dir: Path) -> int:
-    return int((run_dir / "wandb" / WATERMARK).read_text())
+    return int((run_dir / "wandb" / WATERMARK).read_text().split()[0])
 
 
 def starts_of(run_dir: Path) -> int:
@@ -463,7 +489,7 @@ def test_odd_files_where_wandb_writes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"logger.wandb: {folder}/run_id \(.*\): mend it, or move it away"):
         train_tiny(tmp_path, "logger=wandb")
     (folder / "run_id").rmdir()
-    for text in ("", "{", "4.5", "9" * 5000, "\xff"):  # as if nothing had been told
+    for text in ("", "{", "4.5 1", "4", "1 2 3", "9" * 5000, "\xff"):  # as if nothing had been told
         (folder / WATERMARK).write_text(text, encoding="latin-1")
         train_tiny(tmp_path, "logger=wandb")
         assert watermark(tmp_path) == 4

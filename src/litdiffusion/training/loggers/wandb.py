@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,10 @@ STEP = "trainer/global_step"
 """The optimizer step of a row."""
 
 WATERMARK = "logged_until"
-"""The file, beside W&B's, that holds the step up to which W&B has everything: written when the run is closed."""
+"""The file, beside W&B's, that says up to where W&B has everything: written when the run is closed."""
+
+Place = tuple[int, int]
+"""A step, and which of that step's rows; 0 for a picture, which comes before them."""
 
 Values = Callable[[], Mapping[str, Any] | None]
 """Makes what W&B's run is given, anew for a run opened anew; None for a picture that is gone or damaged."""
@@ -146,7 +150,7 @@ class WandB(RunLogger):
         if self._mode == "disabled":
             return False
         with client.files_in_order():
-            return any(step > self._watermark() for step, _ in self._entries())
+            return any(place > self._watermark() for place, _ in self._entries())
 
     def _log(self, step: int, values: Values) -> None:
         self._step = max(self._step, step)
@@ -168,8 +172,8 @@ class WandB(RunLogger):
         experiment.define_metric("*", step_metric="images_seen")
         experiment.config.update(self._config, allow_val_change=True)
         watermark = self._watermark()
-        for step, values in self._entries():
-            if watermark < step <= self._step and (told := values()):
+        for (step, row), values in self._entries():
+            if step <= self._step and (step, row) > watermark and (told := values()):
                 experiment.log({**told, STEP: step})
         self._experiment = experiment
 
@@ -177,27 +181,32 @@ class WandB(RunLogger):
         if self._experiment is None and not self.is_behind:
             return
         self._open()
+        rows = sum(place[0] == self._step and place[1] > 0 for place, _ in self._entries())
         self._experiment.finish()
-        write_text(self._folder / WATERMARK, f"{self._step}\n")
+        write_text(self._folder / WATERMARK, f"{self._step} {rows}\n")
         self._experiment = None
         client.leave()
 
-    def _watermark(self) -> int:
-        """The step up to which W&B has everything; -1 where it may have nothing."""
+    def _watermark(self) -> Place:
+        """The last place up to which W&B has everything; one before the first where it may have nothing."""
         file = self._folder / WATERMARK
         try:
-            return int(file.read_text(encoding="utf-8")) if file.exists() else -1
+            step, row = map(int, file.read_text(encoding="utf-8").split()) if file.exists() else (-1, 0)
         except ValueError:
-            return -1
+            return -1, 0
+        return step, row
 
-    def _entries(self) -> Iterator[tuple[int, Values]]:
-        """What the run folder holds, rows and pictures, each with its step."""
+    def _entries(self) -> Iterator[tuple[Place, Values]]:
+        """What the run folder holds, rows and pictures, each with its place."""
+        seen: Counter[int] = Counter()
         for row in read_rows(self._run.metrics) if self._run.metrics.exists() else ():
             values = dict(row)
-            yield int(values.pop("step")), partial(dict, values)
+            step = int(values.pop("step"))
+            seen[step] += 1
+            yield (step, seen[step]), partial(dict, values)
         drawn = {path: (step, step * self._images_per_step) for step, path in self._run.pictures()}
         for path, (step, images_seen) in (drawn | self._shown).items():
-            yield step, partial(_picture, path, images_seen)
+            yield (step, 0), partial(_picture, path, images_seen)
 
     def _insist(
         self,
