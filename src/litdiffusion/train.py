@@ -128,8 +128,9 @@ def train(
         images_per_step = trainer.accumulate_grad_batches * datamodule.batch_size
         for logger in loggers:
             logger.resume_at(resumption.step if resumption else 0, images_per_step)
+        shown = described(config, overrides())
         for logger in loggers:
-            logger.describe(described(config, overrides()))
+            logger.describe(shown)
         checkpoint = resumption.checkpoint if resumption else None
         with children_end_with_this(), ending_at_once() if trainer.world_size > 1 else nullcontext():
             trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
