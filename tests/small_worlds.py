@@ -6,6 +6,7 @@ a network, ``Spy`` remembers what it was asked, and ``Affine`` is a network that
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,20 @@ from torch import Tensor, nn
 from litdiffusion.diffusion import (
     DDIM,
     DDPM,
+    EDM,
     X0,
+    Clipped,
     Denoiser,
     DPMSolverPP2M,
+    Draws,
     Epsilon,
     Estimate,
-    Here,
     Heun,
+    Parametrization,
+    Preconditioned,
     Sampler,
+    SamplerState,
     Schedule,
-    Target,
     V,
     Velocity,
     schedules,
@@ -37,9 +42,20 @@ SCHEDULES = {
 }
 """The variance-preserving ones."""
 
-ALL_SCHEDULES = {**SCHEDULES, "flow": schedules.flow}
+CONTINUOUS = {
+    "vp_linear": schedules.VPLinear,
+    "vp_cosine": schedules.VPCosine,
+    "flow": schedules.Flow,
+    "ve": schedules.VE,
+}
+"""Those whose networks are trained at every t."""
 
-TARGETS = {"epsilon": Epsilon(), "x0": X0(), "v": V(), "velocity": Velocity()}
+ALL_SCHEDULES = {
+    **SCHEDULES,
+    **{name: partial(kind, num_steps=1000) for name, kind in CONTINUOUS.items()},
+}
+
+TARGETS = {"epsilon": Epsilon(), "x0": X0(), "v": V(), "velocity": Velocity(), "edm": EDM()}
 
 SAMPLERS = {
     "ddpm": DDPM,
@@ -71,20 +87,29 @@ def randomized(net: nn.Module, seed: int = 0) -> nn.Module:
     return net
 
 
+def time_from(c_noise: Tensor, schedule: Schedule, target: Parametrization) -> Tensor:
+    """The time of which a network is told ``c_noise``."""
+    if isinstance(target, EDM):
+        return schedule.time_of(-8 * c_noise.double())
+    return (c_noise.double() + 1) / schedule.num_steps
+
+
 class Oracle(nn.Module):
     """A network that knows ``x0``, and so returns the target of the very noise that made x_t of it."""
 
-    def __init__(self, x0: Tensor, schedule: Schedule, target: Target) -> None:
+    def __init__(self, x0: Tensor, schedule: Schedule, target: Parametrization) -> None:
         super().__init__()
         self.x0, self.schedule, self.target = x0, schedule, target
 
-    def forward(self, x_t: Tensor, clock: Tensor) -> Tensor:
-        alpha, sigma = self.schedule.at(clock + 1)
-        return self.target.of(self.x0, (x_t - alpha * self.x0) / sigma, alpha, sigma)
+    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+        t = time_from(c_noise, self.schedule, self.target)
+        alpha, sigma = self.schedule.at(t)
+        x_t = x / self.target.coefficients(alpha, sigma).c_in
+        return self.target.target(self.x0, (x_t - alpha * self.x0) / sigma, alpha, sigma).to(x.dtype)
 
 
 class Affine(nn.Module):
-    """gain x_t + time_gain clock + feedback_gain self_cond: pixel by pixel, so that batches cannot matter."""
+    """gain x + time_gain c_noise + feedback_gain self_cond: pixel by pixel, so that batches cannot matter."""
 
     def __init__(self, self_condition: bool = False) -> None:
         super().__init__()
@@ -93,15 +118,15 @@ class Affine(nn.Module):
         self.time_gain = nn.Parameter(torch.tensor(0.03))
         self.feedback_gain = nn.Parameter(torch.tensor(0.25))
 
-    def forward(self, x: Tensor, clock: Tensor, self_cond: Tensor | None = None) -> Tensor:
-        out = self.gain * x + self.time_gain * clock[:, None, None, None]
+    def forward(self, x: Tensor, c_noise: Tensor, self_cond: Tensor | None = None) -> Tensor:
+        out = self.gain * x + self.time_gain * c_noise[:, None, None, None]
         return out if self_cond is None else out + self.feedback_gain * self_cond
 
 
 @dataclass
 class Call:
     x: Tensor
-    clock: Tensor
+    c_noise: Tensor
     self_cond: Tensor | None
     grad_enabled: bool
 
@@ -113,9 +138,9 @@ class Spy(Affine):
         super().__init__(self_condition)
         self.calls: list[Call] = []
 
-    def forward(self, x: Tensor, clock: Tensor, self_cond: Tensor | None = None) -> Tensor:
-        self.calls.append(Call(x, clock, self_cond, torch.is_grad_enabled()))
-        return super().forward(x, clock, self_cond)
+    def forward(self, x: Tensor, c_noise: Tensor, self_cond: Tensor | None = None) -> Tensor:
+        self.calls.append(Call(x, c_noise, self_cond, torch.is_grad_enabled()))
+        return super().forward(x, c_noise, self_cond)
 
 
 @dataclass
@@ -126,43 +151,39 @@ class GaussianData:
     mean: float = 0.3
     std: float = 0.5
 
-    def tables(self, t: int) -> tuple[float, float]:
-        return float(self.schedule.alpha[t]), float(self.schedule.sigma[t])
+    def mean_at(self, t: float) -> float:
+        return self.schedule.at(t)[0] * self.mean
 
-    def mean_at(self, t: int) -> float:
-        return self.tables(t)[0] * self.mean
-
-    def variance_at(self, t: int) -> float:
-        alpha, sigma = self.tables(t)
+    def variance_at(self, t: float) -> float:
+        alpha, sigma = self.schedule.at(t)
         return alpha**2 * self.std**2 + sigma**2
 
-    def posterior_variance(self, t: int) -> float:
+    def posterior_variance(self, t: float) -> float:
         """Var(x_0 | x_t)."""
-        return self.std**2 * self.tables(t)[1] ** 2 / self.variance_at(t)
+        return self.std**2 * self.schedule.at(t)[1] ** 2 / self.variance_at(t)
 
     def denoise(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """E[x_0 | x_t] for a time of each image, in the precision of x_t."""
-        alpha, sigma = self.schedule.at(t, x_t.dtype)
+        alpha, sigma = (number.to(x_t.dtype) for number in self.schedule.at(t))
         gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
         return self.mean + gain * (x_t - alpha * self.mean)
 
-    def estimate(self, x_t: Tensor, t: int) -> Estimate:
+    def estimate(self, x_t: Tensor, t: float) -> Estimate:
         """The exact denoiser at one time."""
-        alpha, sigma = self.tables(t)
-        x0 = self.denoise(x_t, torch.full((len(x_t),), t))
+        alpha, sigma = self.schedule.at(t)
+        x0 = self.denoise(x_t, torch.full((len(x_t),), t, dtype=torch.float64))
         return Estimate(x0, (x_t - alpha * x0) / sigma)
 
     def flow_to_image(self, x_T: Tensor) -> Tensor:
         """Where the probability flow leads: it keeps (x_t - mean_t) / std_t."""
-        T = self.schedule.num_steps
-        return self.mean + self.std * (x_T - self.mean_at(T)) / self.variance_at(T) ** 0.5
+        return self.mean + self.std * (x_T - self.mean_at(1.0)) / self.variance_at(1.0) ** 0.5
 
     def step(
         self,
         sampler: Sampler,
         x_t: Tensor,
-        t: int,
-        s: int,
+        t: float,
+        s: float,
         noise: Callable[[], Tensor],
         fraction: float | None = None,
     ) -> Tensor:
@@ -170,7 +191,7 @@ class GaussianData:
         estimate = self.estimate(x_t, t)
         if fraction is not None:
             estimate = replace(estimate, variance=torch.full_like(x_t, fraction))
-        return sampler.step(Here(self.schedule, t, s, x_t, estimate, noise, self.estimate))
+        return sampler.step(SamplerState(self.schedule, t, s, x_t, estimate, noise, self.estimate))
 
 
 @dataclass
@@ -187,7 +208,7 @@ class MixtureData:
 
         With a label, its class alone has weight; with the label after the last class, all of them have theirs.
         """
-        alpha, sigma = (table[..., None] for table in self.schedule.at(t, x_t.dtype))
+        alpha, sigma = (number[..., None].to(x_t.dtype) for number in self.schedule.at(t))
         mean, std, weight = (torch.tensor(x, dtype=x_t.dtype) for x in (self.means, self.stds, self.weights))
         variance = alpha**2 * std**2 + sigma**2
         if labels is not None:
@@ -198,7 +219,7 @@ class MixtureData:
 
     def denoise(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """E[x_0 | x_t], for data of the labelled classes where there are labels."""
-        alpha, sigma = (table[..., None] for table in self.schedule.at(t, x_t.dtype))
+        alpha, sigma = (number[..., None].to(x_t.dtype) for number in self.schedule.at(t))
         mean, std = (torch.tensor(x, dtype=x_t.dtype) for x in (self.means, self.stds))
         gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
         of_class = mean + gain * (x_t[..., None] - alpha * mean)
@@ -206,7 +227,7 @@ class MixtureData:
 
 
 class Mine(V):
-    """A target that somebody defines outside of the package."""
+    """A parametrization that somebody defines outside of the package."""
 
 
 class Exact(nn.Module):
@@ -218,7 +239,7 @@ class Exact(nn.Module):
     def __init__(
         self,
         data: GaussianData | MixtureData,
-        target: Target,
+        target: Parametrization,
         num_classes: int | None = None,
         fraction: float | None = None,
     ) -> None:
@@ -227,24 +248,41 @@ class Exact(nn.Module):
         self.learned_variance = fraction is not None
         self.calls: list[int] = []
 
-    def forward(self, x_t: Tensor, clock: Tensor, labels: Tensor | None = None) -> Tensor:
-        self.calls.append(len(x_t))
-        alpha, sigma = self.data.schedule.at(clock + 1, x_t.dtype)
-        x0 = self.data.denoise(x_t, clock + 1, labels)
-        output = self.target.of(x0, (x_t - alpha * x0) / sigma, alpha, sigma)
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        self.calls.append(len(x))
+        t = time_from(c_noise, self.data.schedule, self.target)
+        alpha, sigma = self.data.schedule.at(t)
+        x_t = (x / self.target.coefficients(alpha, sigma).c_in).to(x.dtype)
+        x0 = self.data.denoise(x_t, t, labels)
+        output = self.target.target(x0, ((x_t - alpha * x0) / sigma).to(x.dtype), alpha, sigma)
         if self.fraction is None:
             return output
         return torch.cat((output, torch.full_like(output, 2 * self.fraction - 1)), dim=1)
 
 
-def exact_denoiser(data: GaussianData | MixtureData, target: Target | None = None, **options) -> Denoiser:
+def exact_denoiser(
+    data: GaussianData | MixtureData, target: Parametrization | None = None, **options
+) -> Denoiser:
     """The exact denoiser of one-pixel images, unclipped."""
     target = target or V()
-    return Denoiser(Exact(data, target, **options), data.schedule, target, 1, 1, clip="none")
+    return Preconditioned(Exact(data, target, **options), data.schedule, target, 1, 1)
 
 
 def affine_denoiser(
-    schedule: Schedule, target: Target | None = None, clip: str = "static", net: nn.Module | None = None
+    schedule: Schedule,
+    target: Parametrization | None = None,
+    clip: str = "static",
+    net: nn.Module | None = None,
 ) -> Denoiser:
     """A denoiser of 4x4 images around ``net`` or a fresh ``Affine``."""
-    return Denoiser(net or Affine(), schedule, target or Epsilon(), 1, 4, clip)
+    return Clipped(Preconditioned(net or Affine(), schedule, target or Epsilon(), 1, 4), clip)
+
+
+def draws(count: int, seed: int = 0, device: str = "cpu") -> Draws:
+    """The random numbers of ``count`` images."""
+    return Draws.at(seed, "test", start=0, stop=count, device=device)
+
+
+def times(*t: float) -> Tensor:
+    """A time of each image."""
+    return torch.tensor(t, dtype=torch.float64)

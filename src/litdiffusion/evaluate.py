@@ -30,9 +30,9 @@ from litdiffusion.errors import UserError
 from litdiffusion.evaluation.bits_per_dim import measured_bits
 from litdiffusion.evaluation.held_out import measured_losses
 from litdiffusion.files import write_text
+from litdiffusion.inference import TrainedModel, load_model
 from litdiffusion.processes import num_started
 from litdiffusion.runs.folder import absolute, writable_folder
-from litdiffusion.runs.model import TrainedModel, load_model
 from litdiffusion.training.memory import keep_freed_memory
 
 

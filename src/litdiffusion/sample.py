@@ -4,6 +4,8 @@ import litdiffusion.preflight  # noqa: F401  # isort: skip
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +15,24 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from litdiffusion.configuration.annotations import accepts
 from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import entry_point, process_rank
 from litdiffusion.configuration.hardware import native_autocast, torch_device
 from litdiffusion.configuration.messages import needs_value
 from litdiffusion.configuration.nodes import build, takes
 from litdiffusion.data.pictures import read_given
-from litdiffusion.diffusion import Sampler, Step
+from litdiffusion.diffusion import Sampler, SamplerOutput
 from litdiffusion.diffusion.editing import Edit
+from litdiffusion.diffusion.guidance import Guidance
 from litdiffusion.errors import UserError
 from litdiffusion.files import whole_file, write_text
+from litdiffusion.inference import TrainedModel, load_model
 from litdiffusion.processes import share_of, together
 from litdiffusion.reporting.edits import edit_strip
 from litdiffusion.reporting.gif import Film, pick_frames, save_gif
 from litdiffusion.reporting.images import grid, save, to_uint8
 from litdiffusion.runs.folder import absolute, writable_folder
-from litdiffusion.runs.model import TrainedModel, load_model
-from litdiffusion.sampling import drawn_classes
+from litdiffusion.sampling import sample_images
 from litdiffusion.training.memory import keep_freed_memory
 
 GRID_IMAGES = 64
@@ -45,20 +47,32 @@ def main(cfg: DictConfig) -> None:
     """Draw images from a checkpoint into ``out``."""
     validate(cfg, {"edit": PICTURES})
     check_edit(cfg)
-    guidance = guidance_options(cfg)
     device = torch_device(cfg.device)
     keep_freed_memory()
     model = load_model(absolute(cfg.ckpt, "ckpt"), cfg.weights, device, cfg.trust)
     sampler: Sampler = build(cfg.sampler, "sampler") if cfg.get("sampler") else model.default_sampler
     given = read_pictures(cfg, model)
     edit: Edit | None = build(cfg.edit, "edit", **given) if cfg.edit else None
-    times = frame_times(model, sampler, edit)
-    model.check(sampler, **guidance)
+    guide = (
+        load_model(absolute(cfg.guide_ckpt, "guide_ckpt"), cfg.weights, device, cfg.trust)
+        if cfg.guide_ckpt
+        else None
+    )
+    with refused():
+        guidance = Guidance(
+            plain(cfg.labels),
+            plain(cfg.guidance_scale),
+            plain(cfg.guidance_interval),
+            guide.denoiser if guide else None,
+        )
+        guidance.require_support(model.denoiser)
+        sampler.require_support(model.denoiser)
+        times = visited_times(model, sampler, edit)
     out = writable_folder("out", absolute(cfg.out, "out"))
 
     started = time.perf_counter()
     with together(device), native_autocast(device) as precision:
-        images, frames = draw(model, sampler, cfg, times, edit=edit, **guidance)
+        images, frames = draw(model, sampler, cfg, times, guidance, edit)
     seconds = time.perf_counter() - started
     if not images.isfinite().all():
         raise UserError(
@@ -81,8 +95,10 @@ def main(cfg: DictConfig) -> None:
         "start": times[0],
         "num_images": cfg.num_images,
         "seed": cfg.seed,
-        **guidance,
-        "labels": drawn_classes(model.denoiser.num_classes, guidance["labels"]),
+        "labels": guidance.classes(model.denoiser),
+        "guidance_scale": guidance.scale,
+        "guidance_interval": list(guidance.interval),
+        "guide_ckpt": absolute(cfg.guide_ckpt, "guide_ckpt") if guide else None,
         "edit": type(edit).__name__.lower() if edit else None,
         **{key: plain(cfg[key]) for key in EDIT_KEYS if cfg[key] is not None},
         "device": str(device),
@@ -98,58 +114,43 @@ def main(cfg: DictConfig) -> None:
 
 
 def draw(
-    model: TrainedModel, sampler: Sampler, cfg: DictConfig, times: list[int], **options: Any
+    model: TrainedModel,
+    sampler: Sampler,
+    cfg: DictConfig,
+    times: list[float],
+    guidance: Guidance,
+    edit: Edit | None,
 ) -> tuple[Float[Tensor, "num_images channels h w"], list[Float[Tensor, "batch channels h w"]]]:
-    """Return the images, and some moments of the first of them on their way through ``times``."""
+    """Return the images, and the first of them at some of the ``times`` on their way."""
     film = Film(pick_frames(len(times) - 1, cfg.frames))
     batches = -(-len(share_of(cfg.num_images)) // cfg.batch_size)
     total = batches * (len(times) - 1)
     with tqdm(total=total, unit="step", desc="sampling", disable=process_rank() > 0) as bar:
 
-        def watch(start: int, moment: Step) -> None:
-            bar.update(moment.t < times[0])
-            film.watch(start, moment)
+        def watch(start: int, output: SamplerOutput) -> None:
+            bar.update(output.t < times[0])
+            film.watch(start, output)
 
-        images = model.sample(
-            cfg.num_images, sampler, seed=cfg.seed, batch_size=cfg.batch_size, watch=watch, **options
+        images = sample_images(
+            model.denoiser, sampler, cfg.num_images, cfg.seed, cfg.batch_size, watch, guidance, edit
         )
         return images, film.frames()
 
 
-def frame_times(model: TrainedModel, sampler: Sampler, edit: Edit | None = None) -> list[int]:
-    """Return the times of the sampler's grid that are walked, noisiest first.
-
-    Raises:
-        UserError: more steps than the checkpoint's schedule has, or too few for the edit.
-    """
+def visited_times(model: TrainedModel, sampler: Sampler, edit: Edit | None) -> list[float]:
+    """Return the times at which the sampler stops, the noisiest first: an edit may begin later."""
     schedule = model.denoiser.schedule
+    start = 1.0 if edit is None else edit.start(sampler, schedule)
+    return [t for t in sampler.times(schedule) if t <= start]
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """Turn what a constructor says of its arguments into the line that a user sees."""
     try:
-        times = sampler.times(schedule)
-    except ValueError as error:
-        raise UserError(f"sampler.{error}: choose fewer") from error
-    if edit is None:
-        return times
-    try:
-        start = edit.start(sampler, schedule)
+        yield
     except ValueError as error:
         raise UserError(str(error)) from error
-    return [t for t in times if t <= start]
-
-
-def guidance_options(cfg: DictConfig) -> dict[str, Any]:
-    """Return the keys that say what is drawn and how firmly, as plain values.
-
-    Raises:
-        UserError: a number is none.
-    """
-    options = {key: plain(cfg[key]) for key in ("labels", "guidance_scale", "guidance_interval")}
-    for key, hint, words in (
-        ("guidance_scale", float, "a number"),
-        ("guidance_interval", tuple[float, float], "[from, to], two numbers"),
-    ):
-        if not accepts(options[key], hint):
-            raise UserError(f"{key}={options[key]}: must be {words}")
-    return options
 
 
 def check_edit(cfg: DictConfig) -> None:

@@ -1,29 +1,22 @@
 """Images from a denoiser, in batches: what training previews, ``sample`` and ``load_model`` share.
 
 Image i of a seed is the same picture in any batch, on any device and on any number of processes, up to the
-rounding of the network: its noise comes from a generator of its own, its class and its edit from i.
+rounding of the network: its random numbers, its class and its edit are functions of i.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from numbers import Integral
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from litdiffusion.diffusion import Denoiser, Guidance, Sampler, Step
+from litdiffusion.diffusion import Denoiser, Draws, Sampler, SamplerOutput
 from litdiffusion.diffusion.editing import Edit
-from litdiffusion.diffusion.walk import normal_like
+from litdiffusion.diffusion.guidance import Guidance
 from litdiffusion.processes import gathered, share_of
-from litdiffusion.randomness import image_generators
 
-Watch = Callable[[int, Step], None]
-"""Called with the first image's index and each moment of each batch: for previews, GIFs, progress bars."""
-
-Labels = str | int | Sequence[int] | Int[Tensor, " classes"] | None
-"""Classes to draw: ``all`` for each in turn, one, several (image i gets class i modulo their number), or none."""
+Watch = Callable[[int, SamplerOutput], None]
+"""Called with the first image's number and each time of each batch: for previews, GIFs, progress bars."""
 
 
 def sample_images(
@@ -33,15 +26,13 @@ def sample_images(
     seed: int,
     batch_size: int = 64,
     watch: Watch | None = None,
-    labels: Labels = "all",
-    guidance_scale: float = 1.0,
-    guidance_interval: Sequence[float] = (0.0, 1.0),
+    guidance: Guidance | None = None,
     edit: Edit | None = None,
 ) -> Float[Tensor, "num_images channels h w"]:
     """Draw ``num_images`` images in [-1, 1] (clamped), float32 on the CPU.
 
-    The denoiser is put into evaluation mode for the while. Where several processes share a run, all of them must
-    call this; each draws its part, and each gets all.
+    The denoiser is in evaluation mode meanwhile. Where several processes share a run, all of them must call this;
+    each draws its part, and each gets all.
 
     Args:
         denoiser: estimates x_0.
@@ -49,19 +40,17 @@ def sample_images(
         num_images: how many.
         seed: of the noise.
         batch_size: images at a time.
-        watch: called with every moment of every batch.
-        labels: which classes to draw, of a network that knows some.
-        guidance_scale: how firmly (see ``Guidance``).
-        guidance_interval: where on the way from image (0) to noise (1).
+        watch: called at every time of every batch.
+        guidance: what to draw; by default every class in turn, as learned.
         edit: draw them from given images.
 
     Raises:
-        ValueError: what ``check_request`` refuses.
+        ValueError: the sampler or the guidance asks for what the denoiser cannot do.
     """
-    check_request(denoiser, sampler, labels, guidance_scale, guidance_interval)
-    classes = drawn_classes(denoiser.num_classes, labels)
-    low, high = guidance_interval
-    device = denoiser.schedule.alpha.device
+    guidance = guidance or Guidance()
+    sampler.require_support(denoiser)
+    guidance.require_support(denoiser)
+    device = denoiser.device
     was_training = denoiser.training
     denoiser.eval()
     mine = share_of(num_images)
@@ -69,79 +58,19 @@ def sample_images(
     try:
         for start in range(mine.start, mine.stop, batch_size):
             numbers = range(start, min(start + batch_size, mine.stop))
-            generators = (
-                [image_generators(seed, 0, 1)[0] for _ in numbers]
-                if edit is not None and edit.same_noise
-                else image_generators(seed, numbers.start, numbers.stop)
-            )
-            noise = normal_like(torch.empty((len(numbers), *denoiser.image_shape), device=device), generators)
-            guided = denoiser
-            if classes is not None:
-                rows = torch.tensor([classes[i % len(classes)] for i in numbers])
-                guided = denoiser.guided(Guidance(rows, guidance_scale, (low, high)))
+            draws = Draws.at(seed, "sample", start=numbers.start, stop=numbers.stop, device=device)
+            if edit is not None and edit.same_noise:
+                draws = Draws(draws.place, torch.zeros_like(draws.positions))
+            noise = draws.normal("x_T", denoiser.image_shape)
+            guided = guidance.around(denoiser, numbers)
             if edit is None:
-                moments = sampler.steps(guided, denoiser.schedule.terminal_std * noise, generators)
+                outputs = sampler.steps(guided, denoiser.schedule.init_noise_sigma * noise, draws)
             else:
-                moments = edit.steps(sampler, guided, noise, generators, start)
-            for moment in moments:
+                outputs = edit.steps(sampler, guided, noise, draws, start)
+            for output in outputs:
                 if watch is not None:
-                    watch(start, moment)
-            batches.append(moment.x.float().clamp(-1, 1).cpu())  # waits for the device, once a batch
+                    watch(start, output)
+            batches.append(output.x.float().clamp(-1, 1).cpu())  # waits for the device, once a batch
     finally:
         denoiser.train(was_training)
     return torch.cat(gathered(torch.cat(batches)))
-
-
-def drawn_classes(num_classes: int | None, labels: Labels) -> list[int] | None:
-    """Return the classes that images are drawn from in turn, or None for none.
-
-    Raises:
-        ValueError: they are not classes of the network.
-    """
-    everything = isinstance(labels, str) and labels == "all"
-    if labels is None or (everything and num_classes is None):
-        return None
-    if num_classes is None:
-        raise ValueError(f"labels={labels}: this network was trained without classes; leave labels out")
-    if everything:
-        return list(range(num_classes))
-    if isinstance(labels, Tensor):
-        labels = labels.tolist()
-    classes: list[Any] = list(labels) if isinstance(labels, Sequence) else [labels]
-    if not classes or not all(isinstance(each, Integral) and not isinstance(each, bool) for each in classes):
-        raise ValueError(
-            f"labels={labels}: give all (each class in turn), null (none), a class number or a list of them"
-        )
-    if not all(0 <= each < num_classes for each in classes):
-        raise ValueError(f"labels={labels}: each must be one of 0..{num_classes - 1}")
-    return [int(each) for each in classes]
-
-
-def check_request(
-    denoiser: Denoiser,
-    sampler: Sampler,
-    labels: Labels = "all",
-    guidance_scale: float = 1.0,
-    guidance_interval: Sequence[float] = (0.0, 1.0),
-) -> None:
-    """Check what can be asked of a denoiser, before anything is drawn.
-
-    Raises:
-        ValueError: more steps than the schedule has, a learned variance that was not learned, labels that are none
-            of the network's, guidance without labels, or guidance out of range.
-    """
-    sampler.check(denoiser)
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale={guidance_scale}: must be finite")
-    if drawn_classes(denoiser.num_classes, labels) is None and guidance_scale != 1:
-        way_out = (
-            "this network was trained without classes, leave it out"
-            if denoiser.num_classes is None
-            else "it exaggerates a class, so name one by labels"
-        )
-        raise ValueError(f"guidance_scale={guidance_scale}: {way_out}")
-    low_high = tuple(guidance_interval)
-    if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1] <= 1:
-        raise ValueError(
-            f"guidance_interval={list(low_high)}: must be [from, to], fractions of the way from image to noise"
-        )

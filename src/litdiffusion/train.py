@@ -20,13 +20,13 @@ from litdiffusion.configuration.nodes import build
 from litdiffusion.configuration.resolvers import chosen_experiment
 from litdiffusion.configuration.targets import check_targets, trusted_packages
 from litdiffusion.errors import UserError
+from litdiffusion.inference import MODEL_PARTS
 from litdiffusion.orphans import children_end_with_this
 from litdiffusion.redaction import SECRET_KEY, without_secrets
 from litdiffusion.reporting.curves import curves
 from litdiffusion.reporting.report import paragraph
 from litdiffusion.runs.folder import RunFolder, absolute
 from litdiffusion.runs.lock import RunLock
-from litdiffusion.runs.model import MODEL_PARTS
 from litdiffusion.runs.provenance import provenance
 from litdiffusion.runs.resume import Resumption, check_same_data, find_resumption, set_damaged_aside
 from litdiffusion.training.callbacks import Interrupted, Monitor, SampleImages, SaveCheckpoints
@@ -270,7 +270,7 @@ def complete(cfg: DictConfig, config: dict[str, Any], run: RunFolder) -> None:
 
 def num_parameters(module: LitDiffusion) -> int:
     """Count the network's parameters, once."""
-    return sum(p.numel() for p in module.denoiser.net.parameters())
+    return sum(p.numel() for p in module.denoiser.core.net.parameters())
 
 
 def overrides() -> list[str]:

@@ -13,9 +13,8 @@ from litdiffusion.data.fingerprint import Fingerprint, fingerprint
 from litdiffusion.data.sampling_order import SamplingOrder
 from litdiffusion.data.sources import Source
 from litdiffusion.data.stores import ArrowStore, Batch, ImageStore, MemoryStore, Request, to_float
-from litdiffusion.diffusion.devices import to_device
+from litdiffusion.diffusion.draws import Draws
 from litdiffusion.errors import UserError
-from litdiffusion.randomness import uniform_positions
 
 __all__ = ["Batch", "ImageDataModule", "TrainLoader", "ValidationLoader", "to_float"]
 
@@ -201,8 +200,10 @@ class ImageDataModule(LightningDataModule):
         images = batch.images
         if training and self.source.flip:
             stop = batch.start + len(images)
-            coins = uniform_positions(batch.start, stop, self.seed, "flip", batch.step) < 0.5
-            mirrored = to_device(coins, images.device)[:, None, None, None]
+            draws = Draws.at(
+                self.seed, "flip", batch.step, start=batch.start, stop=stop, device=images.device
+            )
+            mirrored = (draws.uniform("coin") < 0.5)[:, None, None, None]
             images = torch.where(mirrored, images.flip(-1), images)
         return batch._replace(images=to_float(images))
 

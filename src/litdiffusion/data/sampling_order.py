@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from litdiffusion.randomness import generator_at
+from litdiffusion.diffusion.draws import generator_at
 
 
 class SamplingOrder:

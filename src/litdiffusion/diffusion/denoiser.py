@@ -1,26 +1,28 @@
-"""The denoiser: network + schedule + target, as one estimate of the clean image.
+"""Denoisers: at any noisy image x_t and time t, an estimate of the clean image.
 
-Everything that stands between a raw network and the mathematics lives here and only here: the network's
-clock, the conversion of its output, clipping, self-conditioning, learned variance, class labels, guidance.
+``Preconditioned`` makes one of a network, a schedule and a parametrization. The others are denoisers around
+denoisers: ``Clipped`` keeps the estimate among the images, ``Labelled`` asks for a class, and ``Guided`` moves away
+from what a weaker denoiser sees. They compose: ``Clipped(Guided(Labelled(d, labels), guide=d, scale=2))``.
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from litdiffusion.diffusion.devices import to_device
 from litdiffusion.diffusion.network import Network
-from litdiffusion.diffusion.process import Time, at_least_float32
-from litdiffusion.diffusion.schedules import Schedule
-from litdiffusion.diffusion.targets import Target
+from litdiffusion.diffusion.parametrizations import Parametrization
+from litdiffusion.diffusion.process import at_least_float32, scaled
+from litdiffusion.diffusion.schedules import Schedule, Time
 
 Images = Float[Tensor, "batch channels h w"]
 Labels = Int[Tensor, " batch"]
+D = TypeVar("D", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -36,57 +38,77 @@ class Estimate:
     variance: Images | None = None
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """What a denoiser is asked to draw, and how firmly (Ho & Salimans, 2207.12598).
+class Denoiser(nn.Module, ABC):
+    """What samplers, edits and bounds work with: a schedule, and an estimate of x_0 at each time of it.
 
-    output = without labels + scale (with labels - without labels)
-
-    Args:
-        labels: a class for each image.
-        scale: 1 follows the labels as the network has learned them, more exaggerates them, 0 ignores them.
-        interval: guide only where t / T lies in it (Kynkäänniemi et al., 2404.07724); elsewhere as for 1.
+    Attributes:
+        schedule: alpha(t) and sigma(t).
+        image_shape: (channels, height, width).
+        num_classes: how many classes the network can be asked for; None where it knows of none.
+        self_condition: whether the network takes an earlier estimate of x_0.
+        learned_variance: whether the network says how uncertain a step is.
     """
 
-    labels: Labels
-    scale: float = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
+    schedule: Schedule
+    image_shape: tuple[int, int, int]
+    num_classes: int | None
+    self_condition: bool
+    learned_variance: bool
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.interval[0] <= self.interval[1] <= 1:
-            raise ValueError(
-                f"guidance_interval={list(self.interval)}: must be [from, to], fractions of T in 0..1"
-            )
+    @abstractmethod
+    def forward(
+        self, x_t: Images, t: Time, self_cond: Images | None = None, labels: Labels | None = None
+    ) -> Estimate:
+        """Estimate x_0 and eps at times in (0, 1]: one for the whole batch, or one for each image."""
+
+    @property
+    @abstractmethod
+    def core(self) -> "Preconditioned":
+        """The network's own denoiser, without anything around it."""
+
+    @abstractmethod
+    def with_core(self, change: Callable[["Denoiser"], "Denoiser"]) -> "Denoiser":
+        """Return the same composition around ``change(core)``; networks and tables are shared."""
+
+    def with_net(self, net: nn.Module) -> "Denoiser":
+        """Return the same composition around another network."""
+
+        def exchanged(core: Denoiser) -> Denoiser:
+            twin = _shallow_copy(core)
+            twin.net = net
+            return twin
+
+        return self.with_core(exchanged)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        core = self.core
+        return next((tensor.device for tensor in (*core.parameters(), *core.buffers())), torch.device("cpu"))
 
 
-class Denoiser(nn.Module):
-    """Estimate x_0 from x_t.
+class Preconditioned(Denoiser):
+    """A network, a schedule and a parametrization.
 
     Args:
-        net: returns the target. ``Network`` says how it is called, and what it may declare that it can do.
-        schedule: the tables alpha and sigma.
-        target: what the network returns.
+        net: ``Network`` says how it is called, and what it may declare that it can do.
+        schedule: alpha(t) and sigma(t).
+        target: the parametrization: what the network returns.
         channels: of the images.
         image_size: their height and width, or one number for both.
-        clip: ``static`` clamps the estimate to [-1, 1], as DDPM does; ``dynamic`` to the ``clip_quantile`` of its
-            absolute values, then scales it into [-1, 1] (Saharia et al., 2205.11487); ``none`` leaves it, as the
-            blog does.
-        clip_quantile: which quantile of each image ``dynamic`` takes.
 
     Raises:
-        ValueError: the target says nothing at the schedule's last step, the network cannot take images of this
-            size, or an argument is out of range.
+        ValueError: the network does not take images of that size, or its output says nothing about the image at the
+            end of the schedule.
     """
 
     def __init__(
         self,
         net: nn.Module,
         schedule: Schedule,
-        target: Target,
+        target: Parametrization,
         channels: int,
-        image_size: int | Sequence[int],
-        clip: Literal["none", "static", "dynamic"] = "static",
-        clip_quantile: float = 0.995,
+        image_size: int | tuple[int, int],
     ) -> None:
         super().__init__()
         if schedule.has_zero_terminal_snr and not target.defined_at_zero_snr:
@@ -94,10 +116,6 @@ class Denoiser(nn.Module):
             raise ValueError(
                 f"target={name} cannot be used with a schedule that ends in pure noise: choose target=v"
             )
-        if clip not in ("none", "static", "dynamic"):
-            raise ValueError(f"clip={clip!r}: choose none, static or dynamic")
-        if not 0 < clip_quantile <= 1:
-            raise ValueError(f"clip_quantile={clip_quantile}: must lie in (0, 1]")
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         multiple = int(getattr(net, "size_multiple", Network.size_multiple))
         if height % multiple or width % multiple:
@@ -108,148 +126,201 @@ class Denoiser(nn.Module):
         self.schedule = schedule
         self.target = target
         self.image_shape = (channels, height, width)
-        self.clip = clip
-        self.clip_quantile = clip_quantile
-        self.guidance: Guidance | None = None
-
-    def with_net(self, net: nn.Module) -> "Denoiser":
-        """Return the same denoiser around another network."""
-        twin = self._twin()
-        twin.net = net
-        return twin
-
-    def guided(self, guidance: Guidance | None) -> "Denoiser":
-        """Return a denoiser of the same network that draws what ``guidance`` asks for.
-
-        Labels on the CPU are checked there and then moved; checking labels on a GPU waits for it.
-
-        Raises:
-            ValueError: the network knows no classes, or a label is none of them.
-        """
-        if guidance is not None:
-            if self.num_classes is None:
-                raise ValueError("labels: this network was trained without class labels")
-            if not bool(((guidance.labels >= 0) & (guidance.labels < self.num_classes)).all()):
-                raise ValueError(f"labels: each must be one of 0..{self.num_classes - 1}")
-            device = self.schedule.alpha.device
-            if guidance.labels.device != device:
-                guidance = replace(guidance, labels=to_device(guidance.labels, device))
-        twin = self._twin()
-        twin.guidance = guidance
-        return twin
+        self.num_classes = getattr(net, "num_classes", Network.num_classes)
+        self.self_condition = bool(getattr(net, "self_condition", Network.self_condition))
+        self.learned_variance = bool(getattr(net, "learned_variance", Network.learned_variance))
 
     @property
-    def self_condition(self) -> bool:
-        """Whether the network takes an earlier estimate of x_0."""
-        return bool(getattr(self.net, "self_condition", Network.self_condition))
+    def core(self) -> "Preconditioned":
+        """Itself."""
+        return self
 
-    @property
-    def learned_variance(self) -> bool:
-        """Whether the network says how uncertain a step is."""
-        return bool(getattr(self.net, "learned_variance", Network.learned_variance))
-
-    @property
-    def num_classes(self) -> int | None:
-        """How many classes the network can be asked for; None where it knows of none."""
-        return getattr(self.net, "num_classes", Network.num_classes)
+    def with_core(self, change: Callable[[Denoiser], Denoiser]) -> Denoiser:
+        """Return ``change(self)``."""
+        return change(self)
 
     def output(
-        self,
-        x_t: Images,
-        t: Int[Tensor, " batch"],
-        self_cond: Images | None = None,
-        labels: Labels | None = None,
+        self, x_t: Images, t: Time, self_cond: Images | None = None, labels: Labels | None = None
     ) -> tuple[Images, Images | None]:
-        """Return the network's output for t in 1..T, in float32: the target, and the variance where it is learned.
+        """Return F(c_in x_t; c_noise) in at least float32, and the variance where it is learned.
 
-        The network's clock starts at 0, as in every published code: it sees t - 1. No labels means no class.
+        No labels means no class in particular.
         """
-        further = {}
+        further: dict[str, Tensor | None] = {}
         if self.self_condition:
             further["self_cond"] = self_cond
         if self.num_classes is not None:
-            further["labels"] = torch.full_like(t, self.num_classes) if labels is None else labels
-        raw = self.net(x_t, t - 1, **further)
-        raw = raw.to(at_least_float32(raw))
+            anything = torch.full((len(x_t),), self.num_classes, device=x_t.device)
+            further["labels"] = anything if labels is None else labels
+        c_in = self.target.coefficients(*self.schedule.at(t)).c_in
+        raw = at_least_float32(self.net(scaled(x_t, c_in), self._clock(x_t, t), **further))
         if not self.learned_variance:
             return raw, None
         target, variance = raw.chunk(2, dim=1)
         return target, (variance + 1) / 2
 
-    def forward(self, x_t: Images, t: Time, self_cond: Images | None = None) -> Estimate:
-        """Estimate x_0 and eps at times t in 1..T, one for the whole batch or one for each image.
+    def estimate(self, output: Images, x_t: Images, t: Time, variance: Images | None = None) -> Estimate:
+        """Return what an output at x_t says: x_0 = c_skip x_t + c_out F."""
+        c_skip, c_out, _ = self.target.coefficients(*self.schedule.at(t))
+        x_t = at_least_float32(x_t)
+        return consistent(self.schedule, scaled(x_t, c_skip) + scaled(output, c_out), x_t, t, variance)
 
-        With guidance in a part of [0, 1], times on a GPU have to be read, and waited for, to see which lie in it.
-        """
-        times = torch.full((len(x_t),), t, device=x_t.device) if isinstance(t, int) else t
-        output, variance = self._guided_output(x_t, t, times, self_cond)
-        return self.estimate(output, x_t, times, variance)
-
-    def estimate(
-        self,
-        output: Images,
-        x_t: Images,
-        t: Int[Tensor, " batch"],
-        variance: Images | None = None,
-        clipped: bool = True,
+    def forward(
+        self, x_t: Images, t: Time, self_cond: Images | None = None, labels: Labels | None = None
     ) -> Estimate:
-        """Return what an output at x_t stands for, clipped unless that is not wanted."""
-        alpha, sigma = self.schedule.at(t, at_least_float32(x_t))
-        x0 = self.target.x0(output, x_t, alpha, sigma)
-        clip = self.clip if clipped else "none"
-        if clip == "static":
-            x0 = x0.clamp(-1, 1)
-        elif clip == "dynamic":
-            size = x0.abs().flatten(1).quantile(self.clip_quantile, dim=1).clamp(min=1)[:, None, None, None]
-            x0 = x0.clamp(-size, size) / size
-        # From the clipped x_0, not from the output: a sampler that mixes the two would leave the line between them.
-        return Estimate(x0, (x_t - alpha * x0) / sigma, variance)
+        """Ask the network, and read its answer."""
+        output, variance = self.output(x_t, t, self_cond, labels)
+        return self.estimate(output, x_t, t, variance)
 
-    @torch.no_grad()
-    def self_conditioning(
-        self, x_t: Images, t: Int[Tensor, " batch"], labels: Labels | None = None
-    ) -> Images:
-        """Return the estimate that training feeds back, without gradient (Chen et al., 2208.04202, algorithm 1)."""
-        output, _ = self.output(x_t, t, labels=labels)
-        return self.estimate(output, x_t, t).x0
+    def _clock(self, x_t: Images, t: Time) -> Float[Tensor, " batch"]:
+        if isinstance(t, Tensor):
+            return self.target.c_noise(self.schedule, t).float()
+        c_noise = float(self.target.c_noise(self.schedule, torch.tensor([t], dtype=torch.float64)))
+        return torch.full((len(x_t),), c_noise, device=x_t.device)
 
-    def _guided_output(
-        self, x_t: Images, t: Time, times: Int[Tensor, " batch"], self_cond: Images | None
-    ) -> tuple[Images, Images | None]:
-        guidance = self.guidance
-        if guidance is None:
-            return self.output(x_t, times, self_cond)
-        inside, labels = self._inside(guidance.interval, t), to_device(guidance.labels, x_t.device)
-        if guidance.scale == 1 or not bool(inside.any()):
-            return self.output(x_t, times, self_cond, labels)
-        if guidance.scale == 0 and bool(inside.all()):
-            return self.output(x_t, times, self_cond)
-        # One call for both branches; where output is linear in x_0, guiding the one guides the other.
-        assert self.num_classes is not None
-        both = torch.cat((labels, torch.full_like(labels, self.num_classes)))
-        output, variance = self.output(
-            x_t.repeat(2, 1, 1, 1),
-            times.repeat(2),
-            None if self_cond is None else self_cond.repeat(2, 1, 1, 1),
-            both,
-        )
-        given, free = output.chunk(2)
-        scale = torch.where(inside, guidance.scale, 1.0).to(output.dtype)
-        return free + scale * (given - free), None if variance is None else variance.chunk(2)[0]
 
-    def _inside(
-        self, interval: tuple[float, float], t: Time
-    ) -> Bool[Tensor, "batch 1 1 1"] | Bool[Tensor, ""]:
-        """Whether t / T lies in the interval: one answer for each image, or a single one, on the CPU, for all."""
-        low, high = interval
-        if (low, high) == (0, 1):
-            return torch.tensor(True)
-        fraction = torch.as_tensor(t) / self.schedule.num_steps
-        inside = (fraction >= low) & (fraction <= high)
-        return inside if isinstance(t, int) else inside[:, None, None, None]
+class Wrapped(Denoiser):
+    """A denoiser around another, with the other's schedule and abilities."""
 
-    def _twin(self) -> "Denoiser":
-        # Shares every module and table with this one; only its own attributes may be set.
-        twin = copy.copy(self)
-        twin._modules = self._modules.copy()
+    def __init__(self, inner: Denoiser) -> None:
+        super().__init__()
+        self.inner = inner
+        self.schedule = inner.schedule
+        self.image_shape = inner.image_shape
+        self.num_classes = inner.num_classes
+        self.self_condition = inner.self_condition
+        self.learned_variance = inner.learned_variance
+
+    @property
+    def core(self) -> Preconditioned:
+        """The innermost denoiser."""
+        return self.inner.core
+
+    def with_core(self, change: Callable[[Denoiser], Denoiser]) -> Denoiser:
+        """Return the same wrapper around the changed inside."""
+        twin = _shallow_copy(self)
+        twin.inner = self.inner.with_core(change)
         return twin
+
+
+class Clipped(Wrapped):
+    """Keep the estimate among the images, which lie in [-1, 1].
+
+    eps follows from the clipped x_0, not from the output: a sampler that mixes the two would leave the line between
+    them.
+
+    Args:
+        inner: the denoiser whose estimates are clipped.
+        clip: ``static`` clamps the estimate to [-1, 1], as DDPM does; ``dynamic`` to the ``clip_quantile`` of its
+            absolute values, then scales it into [-1, 1] (Saharia et al., 2205.11487); ``none`` leaves it, as the
+            blog does.
+        clip_quantile: which quantile of each image ``dynamic`` takes, in (0, 1].
+    """
+
+    def __init__(
+        self,
+        inner: Denoiser,
+        clip: Literal["static", "dynamic", "none"] = "static",
+        clip_quantile: float = 0.995,
+    ) -> None:
+        super().__init__(inner)
+        if clip not in ("none", "static", "dynamic"):
+            raise ValueError(f"clip={clip!r}: choose none, static or dynamic")
+        if not 0 < clip_quantile <= 1:
+            raise ValueError(f"clip_quantile={clip_quantile}: must lie in (0, 1]")
+        self.clip = clip
+        self.clip_quantile = clip_quantile
+
+    def forward(
+        self, x_t: Images, t: Time, self_cond: Images | None = None, labels: Labels | None = None
+    ) -> Estimate:
+        """Clip the inner estimate."""
+        estimate: Estimate = self.inner(x_t, t, self_cond, labels)
+        if self.clip == "none":
+            return estimate
+        if self.clip == "static":
+            x0 = estimate.x0.clamp(-1, 1)
+        else:
+            size = estimate.x0.abs().flatten(1).quantile(self.clip_quantile, dim=1).clamp(min=1)
+            size = size[:, None, None, None]
+            x0 = estimate.x0.clamp(-size, size) / size
+        return consistent(self.schedule, x0, x_t, t, estimate.variance)
+
+
+class Labelled(Wrapped):
+    """Ask for a class of each image.
+
+    Args:
+        inner: a denoiser of a network that knows classes.
+        labels: one for each image of the batch; ``num_classes`` stands for no class in particular.
+    """
+
+    def __init__(self, inner: Denoiser, labels: Labels) -> None:
+        super().__init__(inner)
+        self.labels = labels
+
+    def forward(
+        self, x_t: Images, t: Time, self_cond: Images | None = None, labels: Labels | None = None
+    ) -> Estimate:
+        """Tell the network the labels, whichever others are given."""
+        estimate: Estimate = self.inner(x_t, t, self_cond, self.labels)
+        return estimate
+
+
+class Guided(Wrapped):
+    """Move away from what a weaker denoiser sees.
+
+        x_0 = x_0(guide) + scale (x_0 - x_0(guide))
+
+    With the same denoiser without labels as the guide it is classifier-free guidance (Ho & Salimans, 2207.12598);
+    with a worse model of the same data, autoguidance (Karras et al., 2406.02507).
+
+    Args:
+        inner: the denoiser that is followed.
+        guide: the weaker one, on the same schedule.
+        scale: 1 is the denoiser itself, 0 the guide; more than 1 exaggerates what tells them apart.
+        interval: guide only at times in it (Kynkäänniemi et al., 2404.07724); elsewhere as for scale 1.
+    """
+
+    def __init__(
+        self, inner: Denoiser, guide: Denoiser, scale: float, interval: Sequence[float] = (0.0, 1.0)
+    ) -> None:
+        super().__init__(inner)
+        self.guide = guide
+        self.scale = scale
+        self.low, self.high = interval
+
+    def forward(
+        self, x_t: Images, t: Time, self_cond: Images | None = None, labels: Labels | None = None
+    ) -> Estimate:
+        """Ask both, or one of them where the other does not count."""
+        scale: float | Tensor = self.scale
+        if isinstance(t, Tensor):
+            inside = (t >= self.low) & (t <= self.high)
+            scale = torch.where(inside, self.scale, 1.0).to(x_t.dtype)[:, None, None, None]
+        elif not self.low <= t <= self.high:
+            scale = 1.0
+        if isinstance(scale, float) and scale == 0:
+            guide: Estimate = self.guide(x_t, t, self_cond, labels)
+            return guide
+        estimate: Estimate = self.inner(x_t, t, self_cond, labels)
+        if isinstance(scale, float) and scale == 1:
+            return estimate
+        guide = self.guide(x_t, t, self_cond, labels)
+        x0 = guide.x0 + scale * (estimate.x0 - guide.x0)
+        return consistent(self.schedule, x0, x_t, t, estimate.variance)
+
+
+def consistent(
+    schedule: Schedule, x0: Images, x_t: Images, t: Time, variance: Images | None = None
+) -> Estimate:
+    """Return the estimate x_0 with the eps that belongs to it: (x_t - alpha_t x_0) / sigma_t."""
+    alpha, sigma = schedule.at(t)
+    return Estimate(x0, scaled(at_least_float32(x_t) - scaled(x0, alpha), 1 / sigma), variance)
+
+
+def _shallow_copy(module: D) -> D:
+    # Shares every submodule and table with the original; those that are set anew are its own.
+    twin = copy.copy(module)
+    twin._modules = module._modules.copy()
+    return twin

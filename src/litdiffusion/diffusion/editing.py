@@ -1,8 +1,8 @@
 """Editing: given images steer what is drawn. Each edit is a thin wrapper around the samplers' loop.
 
-An edit chooses where ``Sampler.steps`` begins and what it meets on the way, and nothing else; so each goes with
-every sampler, target, schedule and guidance. To add one, subclass ``Edit``, write ``steps``, and name the class in a
-YAML file.
+An edit chooses where ``Sampler.steps`` begins and what changes on the way, and nothing else; so each goes with every
+sampler, parametrization, schedule and guidance. To add one, subclass ``Edit``, write ``steps``, and name the class
+in a YAML file.
 """
 
 from abc import ABC, abstractmethod
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from litdiffusion.diffusion.denoiser import Denoiser
 from litdiffusion.diffusion.devices import to_device
-from litdiffusion.diffusion.process import diffuse
+from litdiffusion.diffusion.draws import Draws
+from litdiffusion.diffusion.process import renoise
+from litdiffusion.diffusion.sampler import Noise, Sampler, SamplerOutput
 from litdiffusion.diffusion.samplers import DDIM
 from litdiffusion.diffusion.schedules import Schedule
-from litdiffusion.diffusion.walk import Generators, Sampler, Step, normal_like
 
 Images = Float[Tensor, "batch channels h w"]
 Given = Float[Tensor, "_images _channels _h _w"] | Float[Tensor, "_channels _h _w"]
@@ -33,25 +34,25 @@ class Edit(ABC):
     same_noise: ClassVar[bool] = False
     """Whether all images of a run are drawn from one and the same noise, and differ by the edit alone."""
 
-    def start(self, sampler: Sampler, schedule: Schedule) -> int:
-        """Return the time of the sampler's grid at which the walk begins.
+    def start(self, sampler: Sampler, schedule: Schedule) -> float:
+        """Return the time, one of the sampler's, at which it begins.
 
         Raises:
-            ValueError: the grid has no time for what is asked.
+            ValueError: it has no time for what is asked.
         """
-        return schedule.num_steps
+        return 1.0
 
     @abstractmethod
     def steps(
-        self, sampler: Sampler, denoiser: Denoiser, eps: Images, generators: Generators = None, first: int = 0
-    ) -> Iterator[Step]:
-        """Walk to the edited images, yielding every moment as ``Sampler.steps`` does.
+        self, sampler: Sampler, denoiser: Denoiser, eps: Images, draws: Draws, first: int = 0
+    ) -> Iterator[SamplerOutput]:
+        """Draw the edited images, yielding every time on the way as ``Sampler.steps`` does.
 
         Args:
             sampler: any.
             denoiser: estimates x_0; guided or not.
             eps: standard normal noise.
-            generators: as in ``Sampler.steps``.
+            draws: as in ``Sampler.steps``.
             first: the number of ``eps[0]`` among all images of the run.
 
         Raises:
@@ -86,31 +87,31 @@ class Inpaint(Edit):
         self.repeats = repeats
 
     def steps(
-        self, sampler: Sampler, denoiser: Denoiser, eps: Images, generators: Generators = None, first: int = 0
-    ) -> Iterator[Step]:
-        """Walk from pure noise, putting the known pixels back after every step."""
+        self, sampler: Sampler, denoiser: Denoiser, eps: Images, draws: Draws, first: int = 0
+    ) -> Iterator[SamplerOutput]:
+        """Begin with pure noise, putting the known pixels back after every step."""
         image = _rows(self.image, eps, first)
         unknown = _mask_rows(self.mask, eps, first)
 
-        def keep_known(x_s: Images, s: int) -> Images:
-            known = image if s == 0 else _noised(denoiser.schedule, image, s, normal_like(x_s, generators))
+        def keep_known(x_s: Images, s: float, noise: Noise) -> Images:
+            known = image if s == 0 else _noised(denoiser.schedule, image, s, noise())
             return torch.where(unknown, x_s, known)
 
-        x_T = denoiser.schedule.terminal_std * eps
-        return sampler.steps(denoiser, x_T, generators, edit=keep_known, repeats=self.repeats)
+        x_T = denoiser.schedule.init_noise_sigma * eps
+        return sampler.steps(denoiser, x_T, draws, edit=keep_known, repeats=self.repeats)
 
 
 class Variation(Edit):
     """Draw an image again from part of the way (SDEdit: Meng et al., 2108.01073).
 
-        x_t ~ q(x_t | x_0 = image)        at t = strength T, from where the sampler walks on as ever
+        x_t ~ q(x_t | x_0 = image)        at t = strength, from where the sampler goes on as usual
 
-    What the noise has drowned at t is invented, the rest stays.
+    What the noise hides at t is invented, the rest stays.
 
     Args:
         image: one or more; drawn image i belongs to image i modulo their number.
-        strength: t / T, in (0, 1]; the nearest of the grid's times between 0 and T is taken. 1 stands for T, where
-            samplers begin with pure noise: it keeps nothing of the image.
+        strength: t, in (0, 1]; the nearest of the sampler's times between 0 and 1 is taken. At 1 itself samplers
+            begin with pure noise: it keeps nothing of the image.
 
     Raises:
         ValueError: strength is out of range.
@@ -120,35 +121,35 @@ class Variation(Edit):
         self.image = image
         self.strength = _checked_strength(strength)
 
-    def start(self, sampler: Sampler, schedule: Schedule) -> int:
-        """Return the grid's time nearest to strength T; only strength 1 stands for T itself.
+    def start(self, sampler: Sampler, schedule: Schedule) -> float:
+        """Return the sampler's time nearest to ``strength``; it is 1 for strength 1 alone.
 
         Raises:
-            ValueError: the grid has no time between 0 and T.
+            ValueError: the sampler has no time between 0 and 1.
         """
         return _nearest_time(sampler, schedule, self.strength)
 
     def steps(
-        self, sampler: Sampler, denoiser: Denoiser, eps: Images, generators: Generators = None, first: int = 0
-    ) -> Iterator[Step]:
-        """Noise the image, and walk from there."""
+        self, sampler: Sampler, denoiser: Denoiser, eps: Images, draws: Draws, first: int = 0
+    ) -> Iterator[SamplerOutput]:
+        """Noise the image, and go on from there."""
         start = self.start(sampler, denoiser.schedule)
         x_t = _noised(denoiser.schedule, _rows(self.image, eps, first), start, eps)
-        return sampler.steps(denoiser, x_t, generators, start=start)
+        return sampler.steps(denoiser, x_t, draws, start=start)
 
 
 class Interpolate(Edit):
     """Draw what lies between two images (Ho et al., 2006.11239, section 4.3 and figure 8).
 
-        x_t = (1 - lambda) q(x_t | image) + lambda q(x_t | image2)        at t = strength T
+        x_t = (1 - lambda) q(x_t | image) + lambda q(x_t | image2)        at t = strength
 
-    and the sampler walks on from there. Drawn image i of n has lambda = i / (n - 1). Both ends meet the same eps:
+    and the sampler goes on from there. Drawn image i of n has lambda = i / (n - 1). Both ends meet the same eps:
     a mean of two independent ones would hold less noise than belongs to t.
 
     Args:
         image, image2: the ends of the path.
         num_images: images on the path, its ends among them.
-        strength: t / T, in (0, 1], as for ``Variation``; the larger, the freer the path and the less like the two
+        strength: t, in (0, 1], as for ``Variation``; the larger, the freer the path and the less like the two
             images its ends.
 
     Raises:
@@ -162,30 +163,30 @@ class Interpolate(Edit):
         self.num_images = num_images
         self.strength = _checked_strength(strength)
 
-    def start(self, sampler: Sampler, schedule: Schedule) -> int:
-        """Return the grid's time nearest to strength T; only strength 1 stands for T itself.
+    def start(self, sampler: Sampler, schedule: Schedule) -> float:
+        """Return the sampler's time nearest to ``strength``; it is 1 for strength 1 alone.
 
         Raises:
-            ValueError: the grid has no time between 0 and T.
+            ValueError: the sampler has no time between 0 and 1.
         """
         return _nearest_time(sampler, schedule, self.strength)
 
     def steps(
-        self, sampler: Sampler, denoiser: Denoiser, eps: Images, generators: Generators = None, first: int = 0
-    ) -> Iterator[Step]:
-        """Mix the images, noise them, and walk from there."""
+        self, sampler: Sampler, denoiser: Denoiser, eps: Images, draws: Draws, first: int = 0
+    ) -> Iterator[SamplerOutput]:
+        """Mix the images, noise them, and go on from there."""
         start = self.start(sampler, denoiser.schedule)
         image, image2 = (_rows(end, eps, first) for end in self.ends)
         mixed = torch.lerp(image, image2, _fractions(eps, first, self.num_images))
-        return sampler.steps(denoiser, _noised(denoiser.schedule, mixed, start, eps), generators, start=start)
+        return sampler.steps(denoiser, _noised(denoiser.schedule, mixed, start, eps), draws, start=start)
 
 
 class Slerp(Edit):
     """Draw what lies between two images by way of their noise (Song et al., 2010.02502, section 5.3).
 
-    DDIM's inversion takes both to their x_T; what lies between is drawn from the great circle between those:
+    DDIM's inversion takes both to their x_1; what lies between is drawn from the great circle between those:
 
-        x_T = sin((1 - lambda) theta) / sin(theta) x_T(image) + sin(lambda theta) / sin(theta) x_T(image2)
+        x_1 = sin((1 - lambda) theta) / sin(theta) x_1(image) + sin(lambda theta) / sin(theta) x_1(image2)
 
     with theta the angle between the two. Drawn image i of n has lambda = i / (n - 1). A deterministic sampler comes
     back to the two images at the ends of the path, as nearly as its steps are fine.
@@ -207,9 +208,9 @@ class Slerp(Edit):
         self.iterations = iterations
 
     def steps(
-        self, sampler: Sampler, denoiser: Denoiser, eps: Images, generators: Generators = None, first: int = 0
-    ) -> Iterator[Step]:
-        """Invert both ends over the sampler's own grid, row by row: each row's label guides both ways."""
+        self, sampler: Sampler, denoiser: Denoiser, eps: Images, draws: Draws, first: int = 0
+    ) -> Iterator[SamplerOutput]:
+        """Invert both ends at the sampler's own times, row by row: each row's label guides both ways."""
         times = sampler.times(denoiser.schedule)
         one, two = (
             DDIM().invert(denoiser, _rows(end, eps, first), self.iterations, times) for end in self.ends
@@ -219,7 +220,7 @@ class Slerp(Edit):
         theta = cosine.acos()[:, None, None, None] / torch.pi
         # sinc(a) = sin(pi a) / (pi a) is 1 at 0: two equal images are no special case.
         mixed = (1 - share) * torch.sinc((1 - share) * theta) * one + share * torch.sinc(share * theta) * two
-        return sampler.steps(denoiser, mixed / torch.sinc(theta), generators)
+        return sampler.steps(denoiser, mixed / torch.sinc(theta), draws)
 
 
 def how_many(given: Given) -> int:
@@ -227,18 +228,18 @@ def how_many(given: Given) -> int:
     return len(given) if given.ndim == 4 else 1
 
 
-def _noised(schedule: Schedule, image: Images, t: int, eps: Images) -> Images:
-    """The x_t of q(x_t | image), for t > 0; at T what samplers begin with, which is noise alone."""
-    return schedule.terminal_std * eps if t == schedule.num_steps else diffuse(schedule, image, 0, t, eps)
+def _noised(schedule: Schedule, image: Images, t: float, eps: Images) -> Images:
+    """The x_t of q(x_t | image), for t > 0; at 1 what samplers begin with, which is noise alone."""
+    return schedule.init_noise_sigma * eps if t == 1 else renoise(schedule, image, 0.0, t, eps)
 
 
-def _nearest_time(sampler: Sampler, schedule: Schedule, strength: float) -> int:
-    T, *between, _ = sampler.times(schedule)
+def _nearest_time(sampler: Sampler, schedule: Schedule, strength: float) -> float:
+    last, *between, _ = sampler.times(schedule)
     if strength == 1:
-        return T
+        return last
     if not between:
         raise ValueError(f"strength={strength}: a sampler of 1 step begins with pure noise; take more steps")
-    return min(between, key=lambda t: abs(t - strength * schedule.num_steps))
+    return min(between, key=lambda t: abs(t - strength))
 
 
 def _rows(given: Given, eps: Images, first: int) -> Images:

@@ -1,13 +1,13 @@
 """The variational bound on the likelihood, in bits per dimension.
 
-    -log2 p(x_0) / D  <=  L_T + sum_{t=2..T} L_{t-1} + L_0                            (DDPM, equation 5)
+    -log2 p(x_0) / D  <=  L_T + sum_{i=2..T} L_{i-1} + L_0                            (DDPM, equation 5)
 
-    L_T     = KL( q(x_T | x_0) || N(0, I) )        (I times terminal_std^2, where that is not 1)
-    L_{t-1} = KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
-    L_0     = -log p(x_0 | x_1),   a normal distribution integrated over the 256 gray levels    (equation 13)
+    L_T     = KL( q(x_1 | x_0) || N(0, I) )        (I times init_noise_sigma^2, where that is not 1)
+    L_{i-1} = KL( q(x_s | x_t, x_0) || p(x_s | x_t) ),        t = i / T,  s = (i - 1) / T
+    L_0     = -log p(x_0 | x_t),   t = 1 / T: a normal distribution integrated over the 256 gray levels    (eq. 13)
 
 p(x_s | x_t) is normal around the posterior mean at the denoiser's estimate, with variance beta, beta-tilde, or
-what the network has learned. At t = 1, where beta-tilde is 0, beta-tilde_2 takes the place of beta-tilde and of
+what the network has learned. At t = 1 / T, where beta-tilde is 0, beta-tilde_2 takes the place of beta-tilde and of
 beta (as in DDPM's and IDDPM's code), and of the lower end of what can be learned.
 """
 
@@ -16,10 +16,11 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from litdiffusion.diffusion.denoiser import Denoiser, Estimate
+from litdiffusion.diffusion.devices import precise_dtype
 from litdiffusion.diffusion.process import (
     clipped_posterior_variance,
     learned_log_variance,
@@ -31,7 +32,7 @@ from litdiffusion.diffusion.schedules import Schedule
 
 Images = Float[Tensor, "batch channels h w"]
 PerImage = Float[Tensor, " batch"]
-Times = Int[Tensor, " batch"]
+Times = Float[Tensor, " batch"]
 Variance = Literal["beta", "beta_tilde", "learned"]
 
 LEVELS = 256
@@ -43,7 +44,7 @@ class Bound(NamedTuple):
 
     Attributes:
         prior: L_T.
-        terms: L_0..L_{T-1}, in this order: L_{t-1} is ``terms[:, t - 1]``.
+        terms: L_0..L_{T-1}, in this order.
     """
 
     prior: PerImage
@@ -60,23 +61,24 @@ def variational_bound(
 ) -> Bound:
     """Return the whole bound of each image, each term's expectation over x_t taken at one draw of noise.
 
-    The network is called once (twice where it is self-conditioned) for each of 1..T, on all images.
+    The network is called once (twice where it is self-conditioned) at each of the T times, on all images.
 
     Args:
         denoiser: of the model; with its guidance, where it has any.
         x0: images in [-1, 1], on the gray levels.
         noise: from the times, the same for every image, to standard normal images.
-        variance: of p(x_{t-1} | x_t).
+        variance: of p(x_s | x_t).
     """
     terms = []
-    for time in range(1, denoiser.schedule.num_steps + 1):
-        t = torch.full((len(x0),), time, device=x0.device)
+    T = denoiser.schedule.num_steps
+    for step in range(1, T + 1):
+        t = torch.full((len(x0),), step / T, dtype=precise_dtype(x0.device), device=x0.device)
         terms.append(bound_term(denoiser, x0, t, noise(t), variance))
     return Bound(prior_bits(denoiser.schedule, x0), torch.stack(terms, dim=1))
 
 
 def bound_term(denoiser: Denoiser, x0: Images, t: Times, eps: Images, variance: Variance) -> PerImage:
-    """Return L_{t-1} of each image at its own t in 1..T and noise, in bits per dimension.
+    """Return L_{i-1} of each image at its own t = i / T and noise, in bits per dimension.
 
     A self-conditioned network is given its own estimate first.
     """
@@ -96,18 +98,18 @@ def reverse_bits(
     t: Times,
     variance: Variance = "learned",
 ) -> PerImage:
-    """Return the bound's term L_{t-1} of each image, in bits per dimension, for t in 1..T.
+    """Return the bound's term of each image for a step from t in (0, 1] to t - 1 / T, in bits per dimension.
 
     Raises:
         ValueError: an unknown variance, or the learned one where there is none.
     """
-    s = t - 1
+    s = schedule.previous(t)
     true_mean, _ = posterior(schedule, x_t, x0, t, s)
     mean, _ = posterior(schedule, x_t, estimate.x0, t, s)
     true_log_variance = torch.as_tensor(clipped_posterior_variance(schedule, t, s)).log().to(mean)
     log_variance = reverse_log_variance(schedule, estimate, t, variance).to(mean).expand_as(mean)
     nats = normal_kl(true_mean, true_log_variance, mean, log_variance)
-    end = (t == 1)[:, None, None, None]
+    end = (s == 0)[:, None, None, None]
     if end.device.type == "cpu" and not bool(end.any()):  # on a GPU, looking would wait for it
         return bits(nats)
     # For every row, so that none has to be picked out. Those not at the end are given harmless numbers: the gradient
@@ -119,12 +121,12 @@ def reverse_bits(
 def reverse_log_variance(
     schedule: Schedule, estimate: Estimate, t: Times, variance: Variance
 ) -> Float[Tensor, "batch _ _ _"]:
-    """Return the logarithm of the variance of p(x_{t-1} | x_t).
+    """Return the logarithm of the variance of p(x_s | x_t), for s = t - 1 / T.
 
     Raises:
         ValueError: an unknown variance, or the learned one where there is none.
     """
-    s = t - 1
+    s = schedule.previous(t)
     if variance == "learned":
         if estimate.variance is None:
             raise ValueError("variance=learned: this network was not trained to give its variance")
@@ -134,16 +136,17 @@ def reverse_log_variance(
         return smallest.log()
     if variance != "beta":
         raise ValueError(f"variance={variance!r}: choose beta, beta_tilde or learned")
-    v = torch.as_tensor(transition(schedule, t, s).v)
+    v = transition(schedule, t, s).v
     return torch.where(s[:, None, None, None] == 0, smallest, v).log()
 
 
 def prior_bits(schedule: Schedule, x0: Images) -> PerImage:
-    """Return L_T of each image, in bits per dimension: how far x_T is from pure noise."""
-    alpha_T, _ = schedule.at_time(schedule.num_steps)
-    mean = alpha_T * x0
-    log_variance = 2 * schedule.sigma[-1].log().to(mean)
-    prior_log_variance = torch.full_like(log_variance, 2 * math.log(schedule.terminal_std))
+    """Return L_T of each image, in bits per dimension: how far x_1 is from pure noise."""
+    alpha, sigma = schedule.at(1.0)
+    mean = alpha * x0
+    log_variance, prior_log_variance = (
+        torch.full_like(mean, 2 * math.log(std)) for std in (sigma, schedule.init_noise_sigma)
+    )
     return bits(normal_kl(mean, log_variance, torch.zeros_like(mean), prior_log_variance))
 
 
@@ -160,7 +163,7 @@ def decoder_log_prob(x0: Images, mean: Images, log_scale: Images) -> Images:
     The bins are 2 / 255 wide; the first and the last reach to infinity, so that all 256 add up to 1. Computed
     in float64, from whichever tail is the thinner: no bin is ever empty by rounding.
     """
-    precise = torch.float32 if x0.device.type == "mps" else torch.float64
+    precise = precise_dtype(x0.device)
     x, mean, scale = x0.to(precise), mean.to(precise), log_scale.to(precise).exp()
     half = 1 / (LEVELS - 1)
     # A gray level is meant exactly: rounded to float32, neighbouring bins would overlap or leave gaps.

@@ -2,7 +2,7 @@
 
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -10,7 +10,7 @@ from torch import Tensor
 class Network(Protocol):
     """An ``nn.Module`` that a ``Denoiser`` can be built around.
 
-    The simplest network declares nothing, is called as ``net(x_t, clock)`` and returns a tensor of x_t's shape.
+    The simplest network declares nothing, is called as ``net(x, c_noise)`` and returns a tensor of x's shape.
     What it can do beyond that it declares by the attributes below; one that it lacks has the default given here. It
     is passed ``self_cond`` and ``labels`` only if it declares that it takes them.
 
@@ -31,23 +31,24 @@ class Network(Protocol):
 
     def __call__(
         self,
-        x_t: Float[Tensor, "batch channels h w"],
-        clock: Num[Tensor, " batch"],
+        x: Float[Tensor, "batch channels h w"],
+        c_noise: Float[Tensor, " batch"],
         /,
         self_cond: Float[Tensor, "batch channels h w"] | None = None,
         labels: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch out_channels h w"]:
-        """Return what the denoiser's target says the network predicts.
+        """Return F(x; c_noise), to which the denoiser's parametrization gives a meaning.
 
         Args:
-            x_t: noised images.
-            clock: how noisy each of them is; now t - 1, from 0 for the least noisy step to T - 1.
+            x: noisy images, scaled by the parametrization's c_in.
+            c_noise: how noisy each of them is, on the parametrization's scale: T t - 1 from 0 to T - 1, or
+                log(sigma / alpha) / 4 for EDM.
             self_cond: an earlier estimate of x_0; None, the same as zeros, where there is none yet.
             labels: the class of each image, 0..num_classes - 1, or num_classes for "no class in particular"; None
                 means that for the whole batch.
 
         Returns:
-            As many channels as x_t, in any floating-point type; twice as many where the variance is learned. The
+            As many channels as x, in any floating-point type; twice as many where the variance is learned. The
             second half is then v: it places the logarithm of each step's variance at the fraction (v + 1) / 2 of
             the way from beta-tilde's to beta's.
         """

@@ -1,143 +1,213 @@
-"""Noise schedules: how fast the image drowns.
+"""Noise schedules: how fast the signal-to-noise ratio falls.
 
-A schedule is two tables over t = 0..T, with t = 0 the clean image (alpha_0 = 1, sigma_0 = 0):
+Time runs over [0, 1]: t = 0 is the clean image, t = 1 the end of the schedule. A schedule is two functions,
 
-    x_t = alpha_t x_0 + sigma_t eps,        eps ~ N(0, I)
+    x_t = alpha(t) x_0 + sigma(t) eps,        eps ~ N(0, I)
 
-DDPM (Ho et al., 2006.11239) speaks of beta_1..beta_T and alpha_bar_t = prod_{s <= t} (1 - beta_s); then
-alpha_t = sqrt(alpha_bar_t) and sigma_t = sqrt(1 - alpha_bar_t). DDPM's own "alpha_t" (1 - beta_t) is called
-``1 - betas`` here.
+whose signal-to-noise ratio alpha^2 / sigma^2 falls. To add one, subclass ``Schedule``, write ``alpha`` and ``sigma``,
+and name the class in a YAML file. Nothing asks that alpha^2 + sigma^2 = 1.
 
-To add a schedule, write a function that returns a ``Schedule`` and a YAML file that names it. Nothing else asks
-that alpha^2 + sigma^2 = 1; but the network is given x_t as it is, so one for a schedule whose sigma grows large
-(variance-exploding) has to scale its input itself.
+DDPM (Ho et al., 2006.11239) has T steps with variances beta_1..beta_T, and alpha_bar_i = prod_{j <= i} (1 - beta_j).
+Step i is time i / T; there, alpha = sqrt(alpha_bar_i) and sigma = sqrt(1 - alpha_bar_i). ``Discrete`` is that table.
+DDPM's own "alpha_i" (1 - beta_i) is called ``1 - betas`` here.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import overload
 
 import torch
-from jaxtyping import Float64, Int
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
+
+from litdiffusion.diffusion.devices import precise_dtype
+
+Times = Float[Tensor, "*times"]
+Time = float | Float[Tensor, " batch"]
+"""One time for a whole batch, or one for each image."""
+Number = float | Float[Tensor, "batch 1 1 1"]
+"""What belongs to a ``Time``; tensors in float64."""
 
 DDPM_STEPS = 1000
 """The number of steps that DDPM's beta_1 = 1e-4 and beta_T = 0.02 were chosen for."""
+FIRST = 1e-9
+"""The first time that counts as later than 0."""
+BISECTIONS = 64
+"""Halvings of [0, 1] that leave nothing between neighbouring numbers of float64."""
 
 
-class Schedule(nn.Module):
-    """The tables alpha and sigma, in float64, on whatever device the model is.
-
-    ``host_alpha`` and ``host_sigma`` are the same tables, always on the CPU: what is decided by the numbers at a time
-    is decided there, without waiting for the device.
+class Schedule(nn.Module, ABC):
+    """alpha(t) and sigma(t), in the precision of t: float64 but on Apple's GPUs.
 
     Args:
-        alpha: alpha_0..alpha_T, falling from 1.
-        sigma: sigma_0..sigma_T, rising from 0.
-
-    Raises:
-        ValueError: the tables do not start at a clean image, or the signal-to-noise ratio does not fall.
+        num_steps: T, the number of steps of the reverse process where nobody asks for another. The bound on the
+            likelihood is that of these T steps, and the blog's clock counts in them.
     """
 
-    alpha: Tensor
-    sigma: Tensor
-    host_alpha: Tensor
-    host_sigma: Tensor
+    discrete = False
+    """Whether the network is trained at the times i / T alone."""
 
-    def __init__(self, alpha: Float64[Tensor, " times"], sigma: Float64[Tensor, " times"]) -> None:
+    def __init__(self, num_steps: int = 1000) -> None:
         super().__init__()
-        if len(alpha) < 2:
-            raise ValueError("num_steps must be at least 1")
-        if alpha[0] != 1 or sigma[0] != 0:
-            raise ValueError("a schedule starts at the clean image: alpha_0 = 1 and sigma_0 = 0")
-        if bool((alpha < 0).any()) or bool((sigma < 0).any()):
-            raise ValueError("alpha and sigma may not be negative")
-        snr = (alpha[1:] / sigma[1:]).square()
-        if not bool((snr.diff() < 0).all()) or not bool(torch.isfinite(snr).all()):
-            raise ValueError("the signal-to-noise ratio of a schedule must fall at every step")
-        self.register_buffer("alpha", alpha, persistent=False)
-        self.register_buffer("sigma", sigma, persistent=False)
-        # Plain attributes, so they stay where they are when the module moves.
-        self.host_alpha, self.host_sigma = alpha.cpu(), sigma.cpu()
+        if num_steps < 1:
+            raise ValueError(f"num_steps={num_steps}: a schedule needs at least 1 step")
+        self.num_steps = num_steps
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Schedule":
-        """Follow the module's device, never its precision: bfloat16 has no room for alpha_bar near 1."""
-        device = fn(torch.empty(0, device=self.alpha.device)).device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.alpha, self.sigma = self.alpha.to(device, dtype), self.sigma.to(device, dtype)
-        return self
+    @abstractmethod
+    def alpha(self, t: Times) -> Times:
+        """Return alpha at times in (0, 1], each at least 0."""
+
+    @abstractmethod
+    def sigma(self, t: Times) -> Times:
+        """Return sigma at times in (0, 1], each above 0."""
+
+    def time_of(self, log_snr: Times) -> Times:
+        """Return the time at which log(alpha^2 / sigma^2) is ``log_snr``, the nearest in (0, 1] if there is none.
+
+        By bisection; a schedule that knows the inverse of its log-SNR overrides this.
+        """
+        low, high = torch.zeros_like(log_snr), torch.ones_like(log_snr)
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            is_later = self.log_snr(middle) > log_snr
+            low, high = torch.where(is_later, middle, low), torch.where(is_later, high, middle)
+        return high
+
+    def log_snr(self, t: Times) -> Times:
+        """Return log(alpha^2 / sigma^2) at times in (0, 1]; minus infinity where alpha = 0."""
+        return 2 * (self.alpha(t).log() - self.sigma(t).log())
+
+    @overload
+    def at(self, t: float) -> tuple[float, float]: ...
+
+    @overload
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def at(self, t: Time) -> tuple[Number, Number]:
+        """Return alpha and sigma at t in [0, 1]: numbers for a number, [batch, 1, 1, 1] for one time of each image.
+
+        At t = 0 they are 1 and 0, whatever the limits of the functions are.
+        """
+        if isinstance(t, float):
+            if t == 0:
+                return 1.0, 0.0
+            on_host = torch.tensor(t, dtype=torch.float64)
+            return float(self.alpha(on_host)), float(self.sigma(on_host))
+        is_clean = t == 0
+        later = torch.where(is_clean, 1.0, t)
+        alpha, sigma = self.alpha(later), self.sigma(later)
+        alpha, sigma = torch.where(is_clean, 1.0, alpha), torch.where(is_clean, 0.0, sigma)
+        return alpha[:, None, None, None], sigma[:, None, None, None]
+
+    def step_of(self, t: Times) -> Times:
+        """Return T t: a whole number where t is i / T up to rounding."""
+        step = t * self.num_steps
+        whole = step.round()
+        tolerance = 4 * torch.finfo(t.dtype).eps * self.num_steps
+        return torch.where((step - whole).abs() <= tolerance, whole, step)
+
+    def previous(self, t: Times) -> Times:
+        """Return the times one of T steps earlier; 0 where there is none."""
+        return (self.step_of(t) - 1).clamp(min=0) / self.num_steps
+
+    def trained_time(self, t: Times) -> Times:
+        """Return the time a network is trained at for a number in [0, 1): uniform times from uniform numbers."""
+        if not self.discrete:
+            return t.clamp(min=FIRST)  # at 0 there is nothing to learn
+        return ((t * self.num_steps).floor() + 1).clamp(max=self.num_steps) / self.num_steps
 
     @property
-    def num_steps(self) -> int:
-        """T."""
-        return len(self.alpha) - 1
+    def betas(self) -> Float64[Tensor, " T"]:
+        """beta_1..beta_T: the variances of q(x_t | x_s) between neighbouring times of i / T."""
+        alpha, sigma = self._tables()
+        return sigma[1:].square() - (alpha[1:] / alpha[:-1] * sigma[:-1]).square()
 
     @property
     def alphas_cumprod(self) -> Float64[Tensor, " T"]:
         """alpha_bar_1..alpha_bar_T, of the variance-preserving schedule with these signal-to-noise ratios."""
-        signal, noise = self.alpha[1:].square(), self.sigma[1:].square()
+        signal, noise = (table[1:].square() for table in self._tables())
         return signal / (signal + noise)
 
     @property
-    def betas(self) -> Float64[Tensor, " T"]:
-        """beta_1..beta_T: the variances of q(x_t | x_{t-1})."""
-        a = self.alpha[1:] / self.alpha[:-1]
-        return self.sigma[1:].square() - a.square() * self.sigma[:-1].square()
-
-    @property
-    def log_snr(self) -> Float64[Tensor, " T"]:
-        """log(alpha_t^2 / sigma_t^2) for t = 1..T; minus infinity where alpha_T = 0."""
-        return _log_snr(self.alpha, self.sigma)
-
-    @property
-    def host_log_snr(self) -> Float64[Tensor, " T"]:
-        """``log_snr`` on the CPU."""
-        return _log_snr(self.host_alpha, self.host_sigma)
-
-    @property
-    def terminal_std(self) -> float:
-        """The standard deviation of the noise that sampling begins with: of x_T, for images of unit variance.
+    def init_noise_sigma(self) -> float:
+        """The standard deviation of the noise that sampling begins with: of x_1, for images of unit variance.
 
         It is 1 for every variance-preserving schedule and for the straight path of flow matching.
         """
-        return float((self.host_alpha[-1].square() + self.host_sigma[-1].square()).sqrt())
+        return math.hypot(*self.at(1.0))
 
     @property
     def has_zero_terminal_snr(self) -> bool:
-        """Whether x_T is pure noise: then the network cannot be asked for eps there."""
-        return bool(self.host_alpha[-1] == 0)
+        """Whether x_1 is pure noise: then the network cannot be asked for eps there."""
+        return self.at(1.0)[0] == 0
 
-    def at(self, t: Int[Tensor, " batch"], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return alpha_t and sigma_t as [batch, 1, 1, 1]."""
-        alpha, sigma = self.alpha[t].to(dtype), self.sigma[t].to(dtype)
-        return alpha[:, None, None, None], sigma[:, None, None, None]
-
-    def at_time(self, t: int) -> tuple[float, float]:
-        """Return alpha_t and sigma_t as numbers, read from the tables on the host."""
-        return float(self.host_alpha[t]), float(self.host_sigma[t])
+    def _tables(self) -> tuple[Float64[Tensor, " times"], Float64[Tensor, " times"]]:
+        alpha, sigma = self.at(_fractions(self.num_steps))
+        return alpha.flatten(), sigma.flatten()
 
 
-def from_alphas_cumprod(alphas_cumprod: Float64[Tensor, " T"], zero_terminal_snr: bool = False) -> Schedule:
-    """Return the variance-preserving schedule with alpha_bar_1..alpha_bar_T.
+class Discrete(Schedule):
+    """DDPM's variance-preserving table, exact at t = i / T, with the log-SNR interpolated linearly between.
 
-    ``zero_terminal_snr`` shifts and scales sqrt(alpha_bar) so that alpha_bar_T is exactly 0 while
-    alpha_bar_1 stays (Lin et al., 2305.08891, algorithm 1).
+    Where that is infinite there is no line to follow. Before 1 / T, sigma^2 grows in proportion to t; after the last
+    time before pure noise, alpha falls in proportion to 1 - t.
+
+    Args:
+        alphas_cumprod: alpha_bar_1..alpha_bar_T, falling, each in [0, 1).
+        zero_terminal_snr: shift and scale sqrt(alpha_bar) so that alpha_bar_T is exactly 0 while alpha_bar_1 stays
+            (Lin et al., 2305.08891, algorithm 1).
+
+    Raises:
+        ValueError: the signal-to-noise ratio does not fall.
     """
-    alpha = alphas_cumprod.sqrt()
-    if zero_terminal_snr:
-        if len(alpha) < 2:
-            raise ValueError(
-                "zero_terminal_snr=true keeps alpha_1 and sets alpha_T to 0: num_steps must be at least 2"
-            )
-        alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
-    alpha = torch.cat((torch.ones(1, dtype=torch.float64), alpha))
-    return Schedule(alpha, (1 - alpha.square()).sqrt())
+
+    discrete = True
+    table: Tensor
+
+    def __init__(self, alphas_cumprod: Float64[Tensor, " T"], zero_terminal_snr: bool = False) -> None:
+        super().__init__(len(alphas_cumprod))
+        alpha = alphas_cumprod.sqrt()
+        if zero_terminal_snr:
+            if len(alpha) < 2:
+                raise ValueError(
+                    "zero_terminal_snr=true keeps alpha_1 and sets alpha_T to 0: num_steps must be at least 2"
+                )
+            alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+        table = torch.cat((torch.ones(1, dtype=torch.float64), alpha))
+        if not bool((table.diff() < 0).all()) or not bool((table >= 0).all()):
+            raise ValueError("the signal-to-noise ratio of a schedule must fall at every step")
+        self.register_buffer("table", table, persistent=False)
+        self.host_table = table  # a plain attribute, so it stays on the CPU when the module moves
+
+    def alpha(self, t: Times) -> Times:
+        """Return sqrt(alpha_bar)."""
+        table = self.host_table if t.device.type == "cpu" else self.table
+        step = self.step_of(t)
+        below = step.floor().clamp(max=self.num_steps - 1)
+        part = step - below
+        a, b = table[below.long()].to(t), table[below.long() + 1].to(t)
+        sloped = _alpha_of(torch.lerp(_log_snr_of(a), _log_snr_of(b), part))
+        at_start = (1 - (1 - b.square()) * part).sqrt()
+        between = torch.where(below == 0, at_start, torch.where(b == 0, a * (1 - part), sloped))
+        return torch.where(part == 0, a, torch.where(part == 1, b, between))
+
+    def sigma(self, t: Times) -> Times:
+        """Return sqrt(1 - alpha_bar)."""
+        return (1 - self.alpha(t).square()).sqrt()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Discrete":
+        """Follow the module's device, never its precision: bfloat16 has no room for alpha_bar near 1."""
+        device = fn(torch.empty(0, device=self.table.device)).device
+        self.table = self.table.to(device, precise_dtype(device))
+        return self
 
 
-def from_betas(betas: Float64[Tensor, " T"], zero_terminal_snr: bool = False) -> Schedule:
+def from_betas(betas: Float64[Tensor, " T"], zero_terminal_snr: bool = False) -> Discrete:
     """Return the variance-preserving schedule with beta_1..beta_T, each in (0, 1)."""
     if not bool(((betas > 0) & (betas < 1)).all()):
         raise ValueError(f"every beta must lie in (0, 1); they run from {betas.min():g} to {betas.max():g}")
-    return from_alphas_cumprod((1 - betas).cumprod(0), zero_terminal_snr)
+    return Discrete((1 - betas).cumprod(0), zero_terminal_snr)
 
 
 def linear(
@@ -146,7 +216,7 @@ def linear(
     beta_end: float = 0.02,
     rescale: bool = True,
     zero_terminal_snr: bool = False,
-) -> Schedule:
+) -> Discrete:
     """Betas on a straight line (DDPM, section 4).
 
     ``rescale`` multiplies them by 1000 / T, so that x_T is as good as pure noise at any T. The blog does not:
@@ -162,7 +232,7 @@ def quadratic(
     beta_end: float = 0.02,
     rescale: bool = True,
     zero_terminal_snr: bool = False,
-) -> Schedule:
+) -> Discrete:
     """Square roots of the betas on a straight line; ``rescale`` as in ``linear``."""
     if beta_start < 0 or beta_end < 0:
         raise ValueError(f"beta_start={beta_start} and beta_end={beta_end}: neither may be negative")
@@ -176,7 +246,7 @@ def sigmoid_beta(
     beta_end: float = 0.02,
     rescale: bool = True,
     zero_terminal_snr: bool = False,
-) -> Schedule:
+) -> Discrete:
     """Betas on a sigmoid from -6 to 6 (GeoDiff, 2203.02923): the blog's "sigmoid"."""
     betas = _linspace(-6, 6, num_steps).sigmoid() * (beta_end - beta_start) + beta_start
     return from_betas(_rescaled(betas, rescale), zero_terminal_snr)
@@ -188,8 +258,8 @@ def cosine(
     beta_min: float = 0.0,
     beta_max: float = 0.999,
     zero_terminal_snr: bool = False,
-) -> Schedule:
-    """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2) (Nichol & Dhariwal, 2102.09672, eq. 17).
+) -> Discrete:
+    """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t + s) / (1 + s) pi/2) (Nichol & Dhariwal, 2102.09672, eq. 17).
 
     IDDPM clips beta from above at 0.999 and not from below; the blog clips to [1e-4, 0.9999].
     """
@@ -205,8 +275,8 @@ def sigmoid(
     end: float = 3.0,
     tau: float = 1.0,
     zero_terminal_snr: bool = False,
-) -> Schedule:
-    """alpha_bar on a sigmoid of t/T from ``start`` to ``end`` (Jabri et al., 2212.11972, algorithm 2).
+) -> Discrete:
+    """alpha_bar on a sigmoid of t from ``start`` to ``end`` (Jabri et al., 2212.11972, algorithm 2).
 
     The paper floors alpha_bar at 1e-9, which keeps the last step short of pure noise.
     """
@@ -215,17 +285,131 @@ def sigmoid(
     time = _fractions(num_steps)[1:]
     first, last = (torch.tensor(edge / tau, dtype=torch.float64).sigmoid() for edge in (start, end))
     alphas_cumprod = (last - ((time * (end - start) + start) / tau).sigmoid()) / (last - first)
-    return from_alphas_cumprod(alphas_cumprod.clamp(min=1e-9), zero_terminal_snr)
+    return Discrete(alphas_cumprod.clamp(min=1e-9), zero_terminal_snr)
 
 
-def flow(num_steps: int = 1000) -> Schedule:
-    """alpha_t = 1 - t/T, sigma_t = t/T: the straight path of flow matching (2210.02747, 2209.03003)."""
-    time = _fractions(num_steps)
-    return Schedule(1 - time, time)
+class VariancePreserving(Schedule):
+    """A schedule of alpha^2 + sigma^2 = 1 that is given by its log-SNR, and by the inverse of that."""
+
+    @abstractmethod
+    def log_snr(self, t: Times) -> Times:
+        """Return log(alpha^2 / sigma^2), falling in t."""
+
+    def alpha(self, t: Times) -> Times:
+        """Return alpha, whose square is sigmoid(log-SNR)."""
+        return self.log_snr(t).sigmoid().sqrt()
+
+    def sigma(self, t: Times) -> Times:
+        """Return sigma, whose square is sigmoid(-log-SNR)."""
+        return (-self.log_snr(t)).sigmoid().sqrt()
 
 
-def _log_snr(alpha: Float64[Tensor, " times"], sigma: Float64[Tensor, " times"]) -> Float64[Tensor, " T"]:
-    return 2 * (alpha[1:].log() - sigma[1:].log())
+class VPLinear(VariancePreserving):
+    """The limit of ``linear`` for infinitely many steps (Song et al., 2011.13456, equation 33).
+
+        alpha(t)^2 = exp(-B(t)),        B(t) = beta_min t + (beta_max - beta_min) t^2 / 2
+
+    Args:
+        beta_min, beta_max: DDPM's beta_1 and beta_T, times 1000.
+        num_steps: T.
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, num_steps: int = 1000) -> None:
+        super().__init__(num_steps)
+        if not 0 <= beta_min < beta_max:
+            raise ValueError(f"beta_min={beta_min}, beta_max={beta_max}: needs 0 <= beta_min < beta_max")
+        self.beta_min, self.beta_max = beta_min, beta_max
+
+    def log_snr(self, t: Times) -> Times:
+        """-log(e^B - 1)."""
+        return -torch.expm1(self.beta_min * t + (self.beta_max - self.beta_min) * t.square() / 2).log()
+
+    def time_of(self, log_snr: Times) -> Times:
+        """Solve B(t) = log(1 + 1 / SNR)."""
+        B, slope = nn.functional.softplus(-log_snr), self.beta_max - self.beta_min
+        return (2 * B / (self.beta_min + (self.beta_min**2 + 2 * slope * B).sqrt())).clamp(FIRST, 1)
+
+
+class VPCosine(VariancePreserving):
+    """The cosine schedule in continuous time, its log-SNR kept within bounds (Hoogeboom et al., 2301.11093).
+
+        log-SNR(t) = -2 log tan(pi u / 2),        u from t_min to t_max in proportion to t
+
+    Args:
+        log_snr_min, log_snr_max: the log-SNR at t = 1 and its limit at t = 0.
+        num_steps: T.
+    """
+
+    def __init__(self, log_snr_min: float = -15.0, log_snr_max: float = 15.0, num_steps: int = 1000) -> None:
+        super().__init__(num_steps)
+        if log_snr_min >= log_snr_max:
+            raise ValueError(f"log_snr_min={log_snr_min}, log_snr_max={log_snr_max}: min must be below max")
+        self.start, self.end = (math.atan(math.exp(-edge / 2)) for edge in (log_snr_max, log_snr_min))
+
+    def log_snr(self, t: Times) -> Times:
+        """-2 log tan of the angle."""
+        return -2 * torch.tan(self.start + t * (self.end - self.start)).log()
+
+    def time_of(self, log_snr: Times) -> Times:
+        """Return the angle's place between its ends."""
+        angle = torch.exp(-log_snr / 2).atan()
+        return ((angle - self.start) / (self.end - self.start)).clamp(FIRST, 1)
+
+
+class Flow(Schedule):
+    """alpha = 1 - t, sigma = t: the straight path of flow matching (2210.02747, 2209.03003)."""
+
+    def alpha(self, t: Times) -> Times:
+        """1 - t."""
+        return 1 - t
+
+    def sigma(self, t: Times) -> Times:
+        """The time itself."""
+        return t
+
+    def time_of(self, log_snr: Times) -> Times:
+        """1 / (1 + alpha / sigma)."""
+        return (-log_snr / 2).sigmoid().clamp(min=FIRST)
+
+
+class VE(Schedule):
+    """EDM's variance-exploding schedule: alpha = 1, and sigma^(1 / rho) on a straight line (2206.00364, eq. 5).
+
+    sigma rises to ``sigma_max`` at t = 1 from ``sigma_min``, below which nobody sees noise. Use it with a
+    parametrization that scales its input, such as target=edm.
+    """
+
+    def __init__(
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, num_steps: int = 1000
+    ) -> None:
+        super().__init__(num_steps)
+        if not 0 < sigma_min < sigma_max or rho <= 0:
+            raise ValueError(
+                f"sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}: needs 0 < sigma_min < sigma_max and a"
+                " positive rho"
+            )
+        self.low, self.high, self.rho = sigma_min ** (1 / rho), sigma_max ** (1 / rho), rho
+
+    def alpha(self, t: Times) -> Times:
+        """1."""
+        return torch.ones_like(t)
+
+    def sigma(self, t: Times) -> Times:
+        """(sigma_min^(1/rho) + t (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho."""
+        return (self.low + t * (self.high - self.low)) ** self.rho
+
+    def time_of(self, log_snr: Times) -> Times:
+        """Return where sigma^(1 / rho) lies between its ends."""
+        root = torch.exp(-log_snr / (2 * self.rho))
+        return ((root - self.low) / (self.high - self.low)).clamp(FIRST, 1)
+
+
+def _log_snr_of(alpha: Times) -> Times:
+    return 2 * alpha.log() - (1 - alpha.square()).log()
+
+
+def _alpha_of(log_snr: Times) -> Times:
+    return log_snr.sigmoid().sqrt()
 
 
 def _linspace(start: float, end: float, num_steps: int) -> Float64[Tensor, " T"]:
@@ -234,7 +418,7 @@ def _linspace(start: float, end: float, num_steps: int) -> Float64[Tensor, " T"]
 
 
 def _fractions(num_steps: int) -> Float64[Tensor, " times"]:
-    """Return t / T for t = 0..T."""
+    """Return i / T for i = 0..T."""
     _require_steps(num_steps)
     return torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
 

@@ -3,11 +3,11 @@
 Image i of the held-out split meets the same noise at the same t in every run, as in ``held_out``. The bound is a sum
 over all T times; from N of them it is estimated without bias by
 
-    L_T + L_0 + (T - 1) / n  sum_{j=0..n-1} L_{t_j - 1},        t_j = 2 + floor( (j (T - 1) + k) / n ),   n = N - 1
+    L_T + L_0 + (T - 1) / n  sum_{j=0..n-1} L_{i_j - 1},        i_j = 2 + floor( (j (T - 1) + k) / n ),   n = N - 1
 
-prior and decoder exactly, and one t from each of n equal strata of 2..T. An image's offset k in 0..T-2 goes by its
-position: the mean over all offsets is the bound itself, as each t comes up n times, and neighbouring images spread
-theirs evenly. With N = T nothing is left out.
+prior and decoder exactly, and one step i (t = i / T) from each of n equal strata of 2..T. An image's offset k in
+0..T-2 goes by its position: the mean over all offsets is the bound itself, as each step comes up n times, and
+neighbouring images spread theirs evenly. With N = T nothing is left out.
 """
 
 from collections.abc import Iterable
@@ -18,11 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from litdiffusion.data.stores import Batch
-from litdiffusion.diffusion import Denoiser, Guidance
-from litdiffusion.diffusion.devices import to_device
+from litdiffusion.diffusion import Denoiser, Draws, Labelled
+from litdiffusion.diffusion.devices import precise_dtype
 from litdiffusion.diffusion.likelihood import Variance, bound_term, prior_bits
-from litdiffusion.diffusion.timesteps import spread_times
-from litdiffusion.randomness import generator_at
 
 Images = Float[Tensor, "batch channels h w"]
 PerImage = Float[Tensor, " batch"]
@@ -70,34 +68,34 @@ def bound_parts(
         images: in [-1, 1], on the gray levels.
         first: position of ``images[0]`` in the held-out split.
         num_times: N; None, or T and more, for all of 1..T.
-        variance: of p(x_{t-1} | x_t).
+        variance: of p(x_s | x_t).
         labels: what a class-conditional network is told; any other never sees them.
 
     Raises:
         ValueError: ``num_times`` leaves no time to estimate from, or the network does not know the labels.
     """
-    num_steps = denoiser.schedule.num_steps
+    T, draws = (
+        denoiser.schedule.num_steps,
+        Draws.at("bits per dim", start=first, stop=first + len(images), device=images.device),
+    )
     if denoiser.num_classes is not None and labels is not None:
-        denoiser = denoiser.guided(Guidance(labels))
-    position = torch.arange(first, first + len(images))
+        denoiser = Labelled(denoiser, labels)
 
-    def term(t: Int[Tensor, " batch"]) -> PerImage:
-        eps = noise(position, t, tuple(images.shape[1:]))
-        t, eps = to_device(t, images.device), to_device(eps, images.device)
-        return bound_term(denoiser, images, t, eps, variance)
+    def term(name: str, steps: Int[Tensor, " batch"]) -> PerImage:
+        eps = draws.normal(name, tuple(images.shape[1:]))
+        return bound_term(denoiser, images, steps.to(precise_dtype(images.device)) / T, eps, variance)
 
-    prior, decoder = prior_bits(denoiser.schedule, images), term(torch.ones_like(position))
+    prior = prior_bits(denoiser.schedule, images)
+    decoder = term("decoder", torch.ones_like(draws.positions))
     total = prior + decoder
-    times = strata(position, num_steps, num_times)
-    for t in times:
-        total = total + (num_steps - 1) / len(times) * term(t)
+    chosen = strata(draws, T, num_times)
+    for j, steps in enumerate(chosen):
+        total = total + (T - 1) / len(chosen) * term(f"stratum {j}", steps)
     return BoundParts(total, prior, decoder)
 
 
-def strata(
-    position: Int[Tensor, " batch"], num_steps: int, num_times: int | None
-) -> list[Int[Tensor, " batch"]]:
-    """Return t_0..t_{n-1} of each image; none where T is 1.
+def strata(draws: Draws, num_steps: int, num_times: int | None) -> list[Int[Tensor, " batch"]]:
+    """Return the steps i_0..i_{n-1} of each image; none where T is 1.
 
     Raises:
         ValueError: no time but the decoder's, where there are more.
@@ -110,16 +108,8 @@ def strata(
         )
     if n == 0:
         return []
-    offset = spread_times(position, others) - 1
+    offset = (draws.stratified("offset") * others).long().clamp(max=others - 1)
     return [2 + (j * others + offset) // n for j in range(n)]
-
-
-def noise(position: Int[Tensor, " batch"], t: Int[Tensor, " batch"], shape: tuple[int, ...]) -> Images:
-    """Return the standard normal noise that belongs to each image at its t; all of it on the CPU."""
-    places = zip(position.tolist(), t.tolist(), strict=True)
-    return torch.stack(
-        [torch.randn(shape, generator=generator_at("bits per dim", i, time)) for i, time in places]
-    )
 
 
 def measured_bits(

@@ -11,10 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from litdiffusion.data.stores import Batch
-from litdiffusion.diffusion import Denoiser, Objective
-from litdiffusion.diffusion.devices import to_device
-from litdiffusion.diffusion.timesteps import spread_times
-from litdiffusion.randomness import normal_positions
+from litdiffusion.diffusion import Denoiser, Draws, Objective, ObjectiveOutput
 
 BINS = 10
 
@@ -26,16 +23,15 @@ def held_out_losses(
     images: Float[Tensor, "batch channels h w"],
     first: int,
     labels: Int[Tensor, " batch"] | None = None,
-) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """Return the loss and the time of each image; ``images[0]`` is image ``first`` of the split.
 
     A self-conditioned network is given its own estimate, as in sampling, and a class-conditional one its labels.
     """
-    position = torch.arange(first, first + len(images), device=images.device)
-    t = spread_times(position, denoiser.schedule.num_steps)
-    eps = normal_positions(tuple(images.shape[1:]), first, first + len(images), "held out")
-    eps = to_device(eps, images.device)
-    return objective(denoiser, images, t, eps, feed_back=True, labels=labels), t
+    draws = Draws.at("held out", start=first, stop=first + len(images), device=images.device)
+    output: ObjectiveOutput = objective.eval()(denoiser, Batch(images, labels, first, 0), draws)
+    assert output.t is not None
+    return output.losses, output.t
 
 
 def measured_losses(denoiser: Denoiser, objective: Objective, batches: Iterable[Batch]) -> dict[str, float]:
@@ -49,16 +45,21 @@ def measured_losses(denoiser: Denoiser, objective: Objective, batches: Iterable[
     losses, times = (torch.cat(each).cpu() for each in zip(*measured, strict=True))
     return {
         "val/loss": float(losses.mean()),
-        **loss_by_time(losses, times, denoiser.schedule.num_steps, "val/loss"),
+        **loss_by_time(losses, times, "val/loss"),
         "num_images": len(losses),
     }
 
 
 def loss_by_time(
-    losses: Float[Tensor, " images"], t: Int[Tensor, " images"], num_steps: int, name: str
+    losses: Float[Tensor, " images"], t: Float[Tensor, " images"], name: str
 ) -> dict[str, float]:
-    """Return the mean loss in each tenth of 1..T as ``name_t00`` .. ``name_t09``; empty tenths are left out."""
-    bins = (t - 1) * BINS // num_steps
+    """Return the mean loss in each tenth of (0, 1] as ``name_t00`` .. ``name_t09``; empty tenths are left out."""
+    bins = tenth_of(t)
     return {
         f"{name}_t{i:02d}": float(losses[bins == i].mean()) for i in range(BINS) if bool((bins == i).any())
     }
+
+
+def tenth_of(t: Float[Tensor, " images"]) -> Int[Tensor, " images"]:
+    """Return which tenth of (0, 1] each time lies in, its end included up to rounding: 0..9."""
+    return (t * BINS - 1e-6).long().clamp(0, BINS - 1)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from litdiffusion.diffusion import Step
+from litdiffusion.diffusion import SamplerOutput
 from litdiffusion.files import whole_file
 from litdiffusion.processes import gathered
 from litdiffusion.reporting.images import PAPER, grid
@@ -35,13 +35,13 @@ class Film:
         self._seen: Counter[int] = Counter()
         self._kept: list[tuple[int, Float[Tensor, "batch channels h w"]]] = []
 
-    def watch(self, start: int, moment: Step) -> None:
+    def watch(self, start: int, output: SamplerOutput) -> None:
         """Keep this moment of this batch, if it is to be shown."""
         index = self._seen[start]
         self._seen[start] += 1
         if index in self._moments and start < MAX_IMAGES:
             # On the CPU only when all is drawn: sampling would wait for each. A view would keep the whole batch.
-            self._kept.append((index, moment.x[: MAX_IMAGES - start].to(torch.float32, copy=True)))
+            self._kept.append((index, output.x[: MAX_IMAGES - start].to(torch.float32, copy=True)))
 
     def frames(self) -> list[Float[Tensor, "batch channels h w"]]:
         """Return the moments in order, each of the first images; every process must call this, each gets all."""

@@ -14,10 +14,10 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from litdiffusion.diffusion.draws import Draws
 from litdiffusion.diffusion.process import q_sample
 from litdiffusion.diffusion.schedules import Schedule
 from litdiffusion.files import whole_file
-from litdiffusion.randomness import normal_positions
 
 GUTTER = 2
 PAPER, INK = 255, 60
@@ -103,28 +103,27 @@ def strip(
 def noised_strip(
     schedule: Schedule,
     images: Float[Tensor, "picture channel height width"],
-    timesteps: Sequence[int] | None = None,
+    times: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
     seed: int = 0,
     min_pixels: int = 84,
 ) -> Image.Image:
-    """Show x_t of each image at each t in ``timesteps`` (0..T; default six evenly spaced, 0 and T included).
+    """Show x_t of each image at each of ``times`` in [0, 1].
 
     A picture keeps one eps along its row, so the row shows a single path x_t = alpha_t x_0 + sigma_t eps.
 
     Raises:
-        ValueError: a time lies outside 0..T, or the images are ones that ``grid`` refuses.
+        ValueError: a time lies outside [0, 1], or the images are ones that ``grid`` refuses.
     """
     _check(images)
-    T = schedule.num_steps
-    times = sorted({round(T * i / 5) for i in range(6)}) if timesteps is None else list(timesteps)
     for t in times:
-        if not 0 <= t <= T:
-            raise ValueError(f"t = {t} lies outside the schedule's 0..{T}")
-    device = schedule.alpha.device
-    x0 = images.detach().to(device, torch.float32)
-    eps = normal_positions(tuple(x0.shape[1:]), 0, len(x0), seed, "noised_strip").to(device)
-    noised = [q_sample(schedule, x0, torch.full((len(x0),), t, device=device), eps) for t in times]
-    return strip(noised, [f"t = {t}" for t in times], min_pixels)
+        if not 0 <= t <= 1:
+            raise ValueError(f"t = {t} lies outside [0, 1]")
+    x0 = images.detach().float()
+    eps = Draws.at(seed, "noised strip", start=0, stop=len(x0), device=x0.device).normal(
+        "eps", tuple(x0.shape[1:])
+    )
+    noised = [q_sample(schedule, x0, float(t), eps) for t in times]
+    return strip(noised, [f"t = {t:g}" for t in times], min_pixels)
 
 
 def save(image: Image.Image, path: Path) -> None:

@@ -14,7 +14,7 @@ class EMA:
     """Averaging with a warm-up, so that an early average is not mostly the random start.
 
         d_n = min(decay, (1 + n) / (10 + n))                   n: optimizer steps taken
-        averaged <- d_n averaged + (1 - d_n) weights
+        ema_net <- d_n ema_net + (1 - d_n) net
 
     Holds no weights itself: the copy is a submodule of the LightningModule, so checkpoints, devices and resuming
     need no code of their own.
@@ -35,6 +35,6 @@ class EMA:
         return copy.deepcopy(net).requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, averaged: nn.Module, net: nn.Module, step: int) -> None:
-        """Move ``averaged`` towards ``net`` after optimizer step ``step`` (counted from 1)."""
-        torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), 1 - self.decay_at(step))
+    def update(self, ema_net: nn.Module, net: nn.Module, step: int) -> None:
+        """Move ``ema_net`` towards ``net`` after optimizer step ``step`` (counted from 1)."""
+        torch._foreach_lerp_(list(ema_net.parameters()), list(net.parameters()), 1 - self.decay_at(step))

@@ -1,4 +1,4 @@
-"""The LightningModule: draws t and noise, asks the objective for the loss, keeps the average.
+"""The LightningModule: asks the objective for the loss, steps the optimizer, keeps the average.
 
 The mathematics is in ``diffusion``; what is logged, saved and shown is in ``callbacks``.
 """
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypedDict
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,73 +15,58 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from litdiffusion.data.datamodule import Batch
-from litdiffusion.diffusion import Denoiser, Objective
-from litdiffusion.diffusion.devices import to_device
+from litdiffusion.diffusion import Denoiser, Draws, Objective, ObjectiveOutput
 from litdiffusion.diffusion.likelihood import Variance
-from litdiffusion.diffusion.timesteps import TimestepRule
 from litdiffusion.errors import UserError
 from litdiffusion.evaluation.bits_per_dim import bits_per_dim
 from litdiffusion.evaluation.held_out import held_out_losses
-from litdiffusion.randomness import normal_positions, seed_of, uniform_positions
 from litdiffusion.training.ema import EMA
 
 
 class StepOutput(TypedDict):
-    """What a training step hands to the callbacks: the mean loss; each image's loss, time and weight, detached."""
+    """What a training step hands to Lightning and to the callbacks: the loss, and all that the objective returned."""
 
-    loss: Tensor
-    losses: Float[Tensor, " batch"]
-    t: Int[Tensor, " batch"]
-    weights: Float[Tensor, " batch"]
+    loss: Float[Tensor, ""]
+    output: ObjectiveOutput
 
 
 class LitDiffusion(LightningModule):
     """Train a denoiser.
 
     Args:
-        denoiser: network, schedule and target.
-        objective: distance and weighting.
-        timesteps: how each batch's times are drawn.
+        denoiser: network, schedule and parametrization.
+        objective: from a denoiser, a batch and its random numbers to the loss of each image.
         optimizer: from parameters to an optimizer.
         lr_scheduler: from an optimizer to its schedule, stepped every optimizer step.
         ema: how weights are averaged; None for no average.
-        label_dropout: share of the images whose label a class-conditional network is not told, so that it learns
-            to draw without one too, as guidance needs (2207.12598).
         bits_per_dim_images: how many of the held-out images ``val/bits_per_dim`` is measured on; 0 for none.
         bits_per_dim_times: at how many times each; None for all T.
-        seed: every random number of the training is a function of it (see ``randomness``).
+        seed: every random number of the training is a function of it (see ``diffusion.draws``).
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
         objective: Objective,
-        timesteps: TimestepRule,
         optimizer: Callable[..., Optimizer],
         lr_scheduler: Callable[[Optimizer], LRScheduler],
         ema: EMA | None = None,
-        label_dropout: float = 0.1,
         bits_per_dim_images: int = 0,
         bits_per_dim_times: int | None = 10,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= label_dropout <= 1:
-            raise ValueError(f"label_dropout={label_dropout}: must lie in [0, 1]")
         if bits_per_dim_images < 0 or (bits_per_dim_times or 2) < 2:
             raise ValueError(
                 f"bits_per_dim_images={bits_per_dim_images}, bits_per_dim_times={bits_per_dim_times}: must be at"
                 " least 0 and at least 2, or null for all times"
             )
-        timesteps.check(denoiser.schedule.num_steps)
         self.denoiser = denoiser
-        self.averaged: nn.Module | None = ema.copy_of(denoiser.net) if ema else None
+        self.ema_net: nn.Module | None = ema.copy_of(denoiser.core.net) if ema else None
         self.objective = objective
-        self.timesteps = timesteps
         self.optimizer_factory = optimizer
         self.lr_scheduler_factory = lr_scheduler
         self.ema = ema
-        self.label_dropout = label_dropout
         self.bits_per_dim_images = bits_per_dim_images
         self.bits_per_dim_times = bits_per_dim_times
         self.seed = seed
@@ -90,9 +75,9 @@ class LitDiffusion(LightningModule):
         self.val_bits = MeanMetric()
 
     @property
-    def best_denoiser(self) -> Denoiser:
+    def ema_denoiser(self) -> Denoiser:
         """The denoiser to sample from: with averaged weights where there are any."""
-        return self.denoiser if self.averaged is None else self.denoiser.with_net(self.averaged)
+        return self.denoiser if self.ema_net is None else self.denoiser.with_net(self.ema_net)
 
     def setup(self, stage: str) -> None:
         """Check that a class-conditional network and the data speak of the same classes.
@@ -112,26 +97,26 @@ class LitDiffusion(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
         """Return the loss of one share of a global batch."""
-        images, first, step = batch.images, batch.start, batch.step
-        # What the network draws by itself (dropout) is the one thing drawn globally.
-        torch.manual_seed(seed_of(self.seed, "network", step, self.global_rank))
-        t, eps = self.draw(images, first, step)
-        feed_back = bool(uniform_positions(0, 1, self.seed, "feed back", step) < 0.5)
-        labels = self.told_labels(batch)
-        losses = self.objective(self.denoiser, images, t, eps, feed_back, labels)
-        weights = self.timesteps.weights(t)
-        loss = (weights * losses).mean()
-        losses = losses.detach()
-        if self.timesteps.learns:
-            self.timesteps.observe(self._of_all_processes(t), self._of_all_processes(losses))
-        return StepOutput(loss=loss, losses=losses, t=t, weights=weights)
+        draws = self.draws(batch)
+        torch.manual_seed(draws.seed("network", self.global_rank))  # dropout, the one thing drawn globally
+        output: ObjectiveOutput = self.objective(self.denoiser, batch, draws)
+        if self.objective.learns:
+            self.objective.observe(self.denoiser, *self._of_all_processes(output))
+        return StepOutput(loss=output.loss, output=output)
+
+    def draws(self, batch: Batch) -> Draws:
+        """Return the random numbers of a batch: functions of the seed, the step and each image's position."""
+        start, stop = batch.start, batch.start + len(batch.images)
+        batch_size = len(batch.images) * self.trainer.world_size
+        place = (self.seed, "train", batch.step)
+        return Draws.at(*place, start=start, stop=stop, device=batch.images.device, batch_size=batch_size)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add to the validation loss and to the bound."""
         images, first, labels = batch.images, batch.start, batch.labels
-        best = self.best_denoiser
+        best = self.ema_denoiser
         self.val_loss.update(held_out_losses(best, self.objective, images, first, labels)[0])
-        if self.averaged is not None:
+        if self.ema_net is not None:
             self.val_loss_raw.update(held_out_losses(self.denoiser, self.objective, images, first, labels)[0])
         measured = images[: max(0, self.bits_per_dim_images - first)]
         if len(measured):
@@ -143,39 +128,14 @@ class LitDiffusion(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Publish the validation loss to callbacks; they hand it to the loggers."""
         self.log("val/loss", self.val_loss, logger=False)
-        if self.averaged is not None:
+        if self.ema_net is not None:
             self.log("val/loss_raw", self.val_loss_raw, logger=False)
         if self.bits_per_dim_images:
             self.log("val/bits_per_dim", self.val_bits, logger=False)
 
-    def draw(
-        self, images: Float[Tensor, "batch channels h w"], first: int, step: int
-    ) -> tuple[Int[Tensor, " batch"], Float[Tensor, "batch channels h w"]]:
-        """Return times and noise for positions ``first``.. of the global batch of a step."""
-        place, last = (self.seed, "train", step), first + len(images)
-        t = self.timesteps(
-            uniform_positions(first, last, *place, "t"),
-            torch.arange(first, last),
-            len(images) * self.trainer.world_size,
-            self.denoiser.schedule.num_steps,
-        )
-        eps = normal_positions(tuple(images.shape[1:]), first, last, *place, "eps")
-        return to_device(t, images.device), to_device(eps, images.device)
-
-    def told_labels(self, batch: Batch) -> Int[Tensor, " batch"] | None:
-        """Return the labels that the network is told: some are withheld, as ``num_classes``."""
-        num_classes = self.denoiser.num_classes
-        if num_classes is None or batch.labels is None:
-            return None
-        last = batch.start + len(batch.labels)
-        coins = uniform_positions(batch.start, last, self.seed, "train", batch.step, "label")
-        withheld = to_device(coins < self.label_dropout, batch.labels.device)
-        return batch.labels.masked_fill(withheld, num_classes)
-
-    def _of_all_processes(self, values: Tensor) -> Tensor:
-        gathered = self.all_gather(values)
-        assert isinstance(gathered, Tensor)  # as it was given
-        return gathered.flatten()
+    def _of_all_processes(self, output: ObjectiveOutput) -> tuple[Tensor | None, Tensor]:
+        t, losses = self.all_gather((output.t, output.losses.detach()))
+        return None if t is None else t.flatten(), losses.flatten()
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and learning-rate schedule.
@@ -184,7 +144,7 @@ class LitDiffusion(LightningModule):
             UserError: one of them refuses its arguments.
         """
         try:
-            optimizer = self.optimizer_factory(self.denoiser.net.parameters())
+            optimizer = self.optimizer_factory(self.denoiser.core.net.parameters())
         except ValueError as error:
             raise UserError(f"optimizer: {error}") from error
         try:
@@ -213,5 +173,5 @@ class LitDiffusion(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then average: before any callback of this step, so that a checkpoint holds both."""
         super().optimizer_step(*args, **kwargs)
-        if self.ema is not None and self.averaged is not None:
-            self.ema.update(self.averaged, self.denoiser.net, self.trainer.global_step + 1)
+        if self.ema is not None and self.ema_net is not None:
+            self.ema.update(self.ema_net, self.denoiser.core.net, self.trainer.global_step + 1)

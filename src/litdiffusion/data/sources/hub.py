@@ -25,8 +25,8 @@ from litdiffusion.data.sources.columns import (
     renamed,
     with_class_labels,
 )
+from litdiffusion.diffusion.draws import generator_at
 from litdiffusion.errors import UserError
-from litdiffusion.randomness import generator_at
 
 log = logging.getLogger(__name__)
 

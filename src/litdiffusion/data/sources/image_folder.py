@@ -10,8 +10,8 @@ import datasets
 import pyarrow as pa
 
 from litdiffusion.data.sources.base import Source, Split, check_holdout
+from litdiffusion.diffusion.draws import seed_of
 from litdiffusion.errors import UserError
-from litdiffusion.randomness import seed_of
 
 EXTENSIONS = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif"),

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from litdiffusion.diffusion.devices import to_device
-from litdiffusion.evaluation.held_out import BINS
+from litdiffusion.evaluation.held_out import BINS, tenth_of
 from litdiffusion.processes import gathered, rank_and_number
 from litdiffusion.training.callbacks.attached import find, images_seen
 from litdiffusion.training.callbacks.guard import check_weights, diverged
@@ -132,8 +132,11 @@ class Monitor(Callback):
             raise diverged(trainer, "the loss", step)
 
     def _add(self, outputs: StepOutput, module: LitDiffusion, world_size: int, step: int) -> None:
-        losses, weights = outputs["losses"].double(), outputs["weights"].double()
-        bins = ((outputs["t"] - 1) * BINS) // module.denoiser.schedule.num_steps
+        output = outputs["output"]
+        losses = output.losses.detach().double()
+        weights = torch.ones_like(losses) if output.weights is None else output.weights.double()
+        t = torch.ones_like(losses) if output.t is None else output.t
+        bins = tenth_of(t)
         self.loss_sums = to_device(self.loss_sums, losses.device).index_add(0, bins, weights * losses)
         self.loss_counts = to_device(self.loss_counts, losses.device).index_add(0, bins, weights)
         self._images += len(losses) * world_size

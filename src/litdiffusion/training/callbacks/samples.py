@@ -72,7 +72,7 @@ class SampleImages(Callback):
         film = Film(pick_frames(num_steps) if record else ())
         with trainer.precision_plugin.forward_context():  # the autocast of training
             samples = sample_images(
-                module.best_denoiser, self.sampler, self.num_images, self.seed, watch=film.watch
+                module.ema_denoiser, self.sampler, self.num_images, self.seed, watch=film.watch
             )
         frames = film.frames()
         if not trainer.is_global_zero:

@@ -25,10 +25,11 @@ from litdiffusion.diffusion.editing import (
     Variation,
     how_many,
 )
+from litdiffusion.diffusion.guidance import Guidance, Labels
 from litdiffusion.errors import UserError
 from litdiffusion.nn.blocks import fold_weight_standardization
 from litdiffusion.runs.checkpoint import read_checkpoint
-from litdiffusion.sampling import Labels, Watch, check_request, sample_images
+from litdiffusion.sampling import Watch, sample_images
 
 MODEL_PARTS: dict[str, type] = {"denoiser": Denoiser, "sampler": Sampler, "objective": Objective}
 """The configuration nodes that a checkpoint carries as ``model_config``, and what they build."""
@@ -38,7 +39,7 @@ class TrainedModel:
     """A denoiser ready to sample, and what its checkpoint says of its training.
 
     Attributes:
-        denoiser: network, schedule and target, in evaluation mode.
+        denoiser: network, schedule and parametrization, in evaluation mode.
         default_sampler: the one that its run used.
         objective: the loss that it was trained on.
         data_config: the configuration of its data source, as plain values, not yet checked.
@@ -76,6 +77,7 @@ class TrainedModel:
         labels: Labels = "all",
         guidance_scale: float = 1.0,
         guidance_interval: Sequence[float] = (0.0, 1.0),
+        guide: "TrainedModel | None" = None,
         edit: Edit | None = None,
         **options: Any,
     ) -> Float[Tensor, "num_images channels h w"]:
@@ -87,17 +89,19 @@ class TrainedModel:
             num_steps: steps of a sampler given by name; None for its default.
             seed: of the noise.
             batch_size: images at a time.
-            watch: called with every moment of every batch.
+            watch: called at every time of every batch.
             labels: the classes drawn by a network that knows some: ``all``, each in turn; one, or several, of which
                 image i gets number i modulo how many there are; None for no class in particular.
             guidance_scale: how firmly: 1 as learned, more exaggerates what tells the class from others.
-            guidance_interval: guide only where t / T lies in it.
+            guidance_interval: guide only at times in it, from image (0) to noise (1).
+            guide: a weaker model of the same kind (an earlier checkpoint, a smaller network): autoguidance, which
+                exaggerates what tells this model from that one.
             edit: draw from given images; see also ``inpaint``, ``vary`` and ``interpolate``.
             **options: further arguments of a sampler given by name, such as ``eta``.
 
         Raises:
             ValueError: ``num_images`` or ``batch_size`` is less than 1.
-            UserError: an unknown sampler, or what ``check`` refuses.
+            UserError: an unknown sampler, or a request that this model cannot fulfil.
         """
         for name, value in (("num_images", num_images), ("batch_size", batch_size)):
             if value < 1:
@@ -110,35 +114,18 @@ class TrainedModel:
             raise UserError(
                 f"{', '.join(options)}: give a sampler by name, as in sampler='ddim', num_steps=50"
             )
-        sampler = sampler or self.default_sampler
-        self.check(sampler, labels, guidance_scale, guidance_interval)
-        return sample_images(
-            self.denoiser,
-            sampler,
-            num_images,
-            seed,
-            batch_size,
-            watch,
-            labels=labels,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            edit=edit,
-        )
-
-    def check(
-        self,
-        sampler: Sampler,
-        labels: Labels = "all",
-        guidance_scale: float = 1.0,
-        guidance_interval: Sequence[float] = (0.0, 1.0),
-    ) -> None:
-        """Check what can be asked of this model, before anything is drawn.
-
-        Raises:
-            UserError: more steps than its schedule has, classes it does not know, or guidance out of range.
-        """
         try:
-            check_request(self.denoiser, sampler, labels, guidance_scale, guidance_interval)
+            guidance = Guidance(labels, guidance_scale, guidance_interval, guide.denoiser if guide else None)
+            return sample_images(
+                self.denoiser,
+                sampler or self.default_sampler,
+                num_images,
+                seed,
+                batch_size,
+                watch,
+                guidance,
+                edit,
+            )
         except ValueError as error:
             raise UserError(str(error)) from error
 
@@ -234,18 +221,21 @@ def load_model(
     parts = _build(checkpoint["model_config"], path, trust)
     denoiser: Denoiser = parts["denoiser"]
 
-    state = {str(name): value for name, value in checkpoint["state_dict"].items()}
-    averaged = any(name.startswith("averaged.") for name in state)
-    prefix = "averaged." if weights == "ema" and averaged else "denoiser.net."
-    net_state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    state = checkpoint["state_dict"]
+    averaged = _part(state, "ema_net.")
+    used = "ema" if weights == "ema" and averaged else "raw"
     try:
-        denoiser.net.load_state_dict(net_state)
+        if used == "ema":
+            denoiser.core.net.load_state_dict(averaged)
+        else:
+            denoiser.load_state_dict(_part(state, "denoiser."))
     except RuntimeError as error:
         raise UserError(f"the weights in {path} do not fit the network its configuration names") from error
-    # The weights stand still from here on.
-    fold_weight_standardization(denoiser.net)
-    denoiser.requires_grad_(False).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    used = "ema" if prefix == "averaged." else "raw"
+    # The weights are final from here on.
+    fold_weight_standardization(denoiser.core.net)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for part in (denoiser, parts["objective"]):
+        part.requires_grad_(False).eval().to(device)
     return TrainedModel(
         denoiser,
         parts["sampler"],
@@ -255,6 +245,10 @@ def load_model(
         used,
         checkpoint.get("held_out"),
     )
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _build(config: dict[str, Any], path: str | Path, trust: Iterable[str]) -> dict[str, Any]:

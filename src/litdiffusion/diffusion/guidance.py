@@ -1,0 +1,124 @@
+"""Guidance: what is to be drawn, and how firmly, as one value that is checked once."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from litdiffusion.diffusion.denoiser import Denoiser, Guided, Labelled
+from litdiffusion.diffusion.devices import to_device
+
+Labels = str | int | Sequence[int] | Int[Tensor, " classes"] | None
+"""Classes to draw: ``all`` for each in turn, one, several (image i gets class i modulo their number), or none."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """A request to a denoiser.
+
+    Args:
+        labels: the classes to draw, where the network knows some; None for no class in particular.
+        scale: 1 as learned; more exaggerates what tells the classes from all images, or, with a ``guide``, the
+            denoiser from its guide; 0 is the other of the two alone.
+        interval: guide only at times in it, from image (0) to noise (1); elsewhere as for scale 1.
+        guide: a weaker denoiser of the same data and schedule, for autoguidance; None for classifier-free guidance.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    labels: Labels = "all"
+    scale: float = 1.0
+    interval: Sequence[float] = (0.0, 1.0)
+    guide: Denoiser | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.scale):
+            raise ValueError(f"guidance_scale={self.scale}: must be a finite number")
+        ends: Any = self.interval
+        is_pair = isinstance(ends, Sequence) and len(ends) == 2 and all(map(_is_number, ends))
+        if not is_pair or not 0 <= ends[0] <= ends[1] <= 1:
+            shown = list(ends) if isinstance(ends, tuple) else ends
+            raise ValueError(
+                f"guidance_interval={shown}: must be [from, to], fractions of the way from image to noise"
+            )
+        if self.guide is not None and self.scale == 1:
+            raise ValueError("guidance_scale=1: a guide changes nothing then; give another, such as 2")
+
+    def classes(self, denoiser: Denoiser) -> list[int] | None:
+        """Return the classes that images are drawn from in turn, or None for none.
+
+        Raises:
+            ValueError: they are not classes of the network.
+        """
+        labels, number = self.labels, denoiser.num_classes
+        if labels is None or (isinstance(labels, str) and labels == "all" and number is None):
+            return None
+        if number is None:
+            raise ValueError(f"labels={labels}: this network was trained without classes; leave labels out")
+        if isinstance(labels, str) and labels == "all":
+            return list(range(number))
+        if isinstance(labels, Tensor):
+            labels = labels.tolist()
+        classes: list[Any] = list(labels) if isinstance(labels, Sequence) else [labels]
+        if not classes or not all(isinstance(c, Integral) and not isinstance(c, bool) for c in classes):
+            raise ValueError(
+                f"labels={labels}: give all (each class in turn), null (none), a class number or a list of them"
+            )
+        if not all(0 <= each < number for each in classes):
+            raise ValueError(f"labels={labels}: each must be one of 0..{number - 1}")
+        return [int(each) for each in classes]
+
+    def require_support(self, denoiser: Denoiser) -> None:
+        """Make sure that a denoiser can draw what is asked for.
+
+        Raises:
+            ValueError: labels that are none of its network's, guidance without labels or a guide, or a guide of
+                another kind.
+        """
+        is_guided = self.classes(denoiser) is not None or self.guide is not None
+        if not is_guided and self.scale != 1:
+            way_out = (
+                "this network was trained without classes, leave it out"
+                if denoiser.num_classes is None
+                else "it exaggerates a class, so name one by labels"
+            )
+            raise ValueError(f"guidance_scale={self.scale}: {way_out}")
+        if self.guide is not None and _kind(self.guide) != _kind(denoiser):
+            raise ValueError(
+                "guide_ckpt: the guide must have the same image size, classes and schedule as the model it guides"
+            )
+
+    def around(self, denoiser: Denoiser, numbers: Iterable[int]) -> Denoiser:
+        """Return the denoiser that draws the images of these numbers as asked."""
+        classes = self.classes(denoiser)
+        labels: Tensor | None = None
+        if classes is not None:
+            rows = torch.tensor([classes[i % len(classes)] for i in numbers])
+            labels = to_device(rows, denoiser.device)
+
+        def labelled(core: Denoiser) -> Denoiser:
+            return core if labels is None else Labelled(core, labels)
+
+        def guided(core: Denoiser) -> Denoiser:
+            if self.scale == 1:
+                return labelled(core)
+            weaker = core if self.guide is None else labelled(self.guide.core)
+            return Guided(labelled(core), weaker, self.scale, self.interval)
+
+        return denoiser.with_core(guided)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is not bool and isinstance(value, Real) and math.isfinite(value)
+
+
+def _kind(denoiser: Denoiser) -> tuple[Any, ...]:
+    schedule = denoiser.schedule
+    noise = [round(x, 9) for i in range(1, 11) for x in schedule.at(i / 10) if isinstance(x, float)]
+    return denoiser.image_shape, denoiser.num_classes, noise
