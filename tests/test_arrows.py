@@ -14,7 +14,7 @@ import litdiffusion
 PACKAGE = Path(litdiffusion.__file__).parent
 ENTRY_POINTS = {"train", "sample", "evaluate"}
 CORE = {"diffusion": {"torch", "jaxtyping"}, "nn": {"torch", "jaxtyping", "einops"}}
-LEAVES = {"errors", "files", "orphans", "randomness", "redaction"}
+LEAVES = {"errors", "files", "orphans", "redaction"}
 MAY_SUBCLASS_LIGHTNING = ("training.", "data.datamodule")
 
 
@@ -117,7 +117,7 @@ def test_leaves_import_nothing_of_ours(leaf):
 
 
 def test_sampling_joins_the_mathematics_to_its_randomness_and_nothing_more():
-    assert {room(module) for module in IMPORTS["sampling"]} <= {"diffusion", "processes", "randomness"}
+    assert {room(module) for module in IMPORTS["sampling"]} <= {"diffusion", "processes"}
     assert others(SOURCES["sampling"]) <= {"torch", "jaxtyping"}
 
 
@@ -127,7 +127,7 @@ def test_nothing_imports_an_entry_point():
 
 
 def test_only_load_model_is_offered_at_the_top():
-    assert IMPORTS[""] == {"runs.model"}
+    assert IMPORTS[""] == {"inference"}
 
 
 def test_rooms_form_no_cycle():

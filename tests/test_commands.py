@@ -28,7 +28,7 @@ CHOICES = [
     ["schedule=sigmoid", "loss=l1"],
     ["schedule=sigmoid_beta", "target=epsilon", "loss=huber", "denoiser.clip=none"],
     ["schedule=cosine", "schedule.zero_terminal_snr=true", "weighting=min_snr"],
-    ["sampler=ddpm", "sampler.num_steps=3", "sampler.variance=beta", "timesteps=uniform"],
+    ["sampler=ddpm", "sampler.num_steps=3", "sampler.variance=beta", "stratified=false"],
     ["sampler.eta=1", "ema=none", "optimizer=adam", "lr_scheduler=constant"],
     ["net.self_condition=true", "net.dropout=0.1", "net.init_dim=12"],
     ["trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=null", "datamodule.num_val=0"],
@@ -232,8 +232,8 @@ REFUSED = {
         ["error: lr_scheduler: ", "final_factor=2"],
     ),
     "importance of another T": (
-        ["timesteps=importance", "timesteps.num_steps=50"],
-        ["timesteps.num_steps=50", "1000 steps"],
+        ["noise_levels=importance", "noise_levels.bins=1001"],
+        ["noise_levels.bins=1001", "1000 steps"],
     ),
     "a part from elsewhere": (
         ["target._target_=small_worlds.Mine"],

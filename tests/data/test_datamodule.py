@@ -16,8 +16,8 @@ from litdiffusion.data.datamodule import Batch, ImageDataModule, TrainLoader, Va
 from litdiffusion.data.sampling_order import SamplingOrder
 from litdiffusion.data.sources import Digits, FashionMNIST, ImageFolder
 from litdiffusion.data.stores import ArrowStore, MemoryStore
+from litdiffusion.diffusion import Draws
 from litdiffusion.errors import UserError
-from litdiffusion.randomness import uniform_positions
 
 DIGITS = Digits(image_size=8)
 STORE = MemoryStore(DIGITS.load("test"), (8, 8), 1)
@@ -136,7 +136,7 @@ def test_finishing_flips_by_position_and_scales(tmp_path: Path) -> None:
     data.setup("fit")
     batch = take(data.train_dataloader(), 2)[1]
     finished = data.finish(batch, training=True)
-    coins = uniform_positions(0, 24, 5, "flip", 1) < 0.5
+    coins = Draws.at(5, "flip", 1, start=0, stop=24).uniform("coin") < 0.5
     assert 0 < int(coins.sum()) < 24
     for image, raw, flipped in zip(finished.images, batch.images, coins, strict=True):
         assert torch.equal(image, to_float(raw.flip(-1) if flipped else raw))

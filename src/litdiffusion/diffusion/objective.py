@@ -7,7 +7,7 @@ subclass ``Objective`` in a file of its own, and name the class in a YAML file.
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,7 @@ Images = Float[Tensor, "batch channels h w"]
 Times = Float[Tensor, " batch"]
 
 
+@runtime_checkable
 class Batch(Protocol):
     """A share of a global batch: images [batch, C, H, W] in [-1, 1], and a class of each, or None."""
 
@@ -73,6 +74,9 @@ class Objective(nn.Module, ABC):
             batch: images and labels.
             draws: the random numbers of these images.
         """
+
+    def require_support(self, denoiser: Denoiser) -> None:
+        """Raise ValueError if this denoiser cannot be trained so."""
 
     def observe(self, denoiser: Denoiser, t: Times | None, losses: Float[Tensor, " batch"]) -> None:
         """Learn from the times and losses of a global batch; called where ``learns`` is true."""
@@ -159,6 +163,10 @@ class Denoising(Objective):
             return losses
         fixed = core.estimate(output.detach(), x_t, t, variance)
         return losses + self.vlb_weight * schedule.num_steps * reverse_bits(schedule, fixed, x0, x_t, t)
+
+    def require_support(self, denoiser: Denoiser) -> None:
+        """Raise ValueError if the noise levels cannot be drawn."""
+        self.noise_levels.require_support(denoiser.schedule)
 
     @property
     def learns(self) -> bool:

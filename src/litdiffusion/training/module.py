@@ -61,6 +61,7 @@ class LitDiffusion(LightningModule):
                 f"bits_per_dim_images={bits_per_dim_images}, bits_per_dim_times={bits_per_dim_times}: must be at"
                 " least 0 and at least 2, or null for all times"
             )
+        objective.require_support(denoiser)
         self.denoiser = denoiser
         self.ema_net: nn.Module | None = ema.copy_of(denoiser.core.net) if ema else None
         self.objective = objective
