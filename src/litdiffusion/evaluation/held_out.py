@@ -4,8 +4,6 @@ Image i of the held-out split always meets the same t and the same noise, whatev
 size and its number of processes. So the loss of two checkpoints, or of two runs, differs by what was learned.
 """
 
-from collections.abc import Iterable
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,9 +12,25 @@ from litdiffusion.data.stores import Batch
 from litdiffusion.diffusion import Denoiser, Objective
 from litdiffusion.diffusion.devices import to_device
 from litdiffusion.diffusion.timesteps import spread_times
+from litdiffusion.evaluation.metric import Mean, Model, tenth_of
 from litdiffusion.randomness import normal_positions
 
-BINS = 10
+
+class HeldOutLoss(Mean):
+    """The mean loss, as a whole and by noise level; ``_raw``: of the weights that are not averaged."""
+
+    higher_is_better = False
+
+    def __init__(self) -> None:
+        super().__init__("_raw")
+
+    def update(self, model: Model, batch: Batch) -> None:
+        """See ``Metric``."""
+        share = batch.images, batch.start, batch.labels
+        losses, t = held_out_losses(model.denoiser, model.objective, *share)
+        self.add_by_noise_level(losses, tenth_of(t, model.denoiser.schedule.num_steps))
+        if model.raw is not None:
+            self.add(held_out_losses(model.raw, model.objective, *share)[0], "_raw")
 
 
 @torch.no_grad()
@@ -36,29 +50,3 @@ def held_out_losses(
     eps = normal_positions(tuple(images.shape[1:]), first, first + len(images), "held out")
     eps = to_device(eps, images.device)
     return objective(denoiser, images, t, eps, feed_back=True, labels=labels), t
-
-
-def measured_losses(denoiser: Denoiser, objective: Objective, batches: Iterable[Batch]) -> dict[str, float]:
-    """Return the mean loss of the held-out split, as a whole and by time, and the number of its images.
-
-    ``batches`` are finished and on the denoiser's device.
-    """
-    measured = [
-        held_out_losses(denoiser, objective, batch.images, batch.start, batch.labels) for batch in batches
-    ]
-    losses, times = (torch.cat(each).cpu() for each in zip(*measured, strict=True))
-    return {
-        "val/loss": float(losses.mean()),
-        **loss_by_time(losses, times, denoiser.schedule.num_steps, "val/loss"),
-        "num_images": len(losses),
-    }
-
-
-def loss_by_time(
-    losses: Float[Tensor, " images"], t: Int[Tensor, " images"], num_steps: int, name: str
-) -> dict[str, float]:
-    """Return the mean loss in each tenth of 1..T as ``name_t00`` .. ``name_t09``; empty tenths are left out."""
-    bins = (t - 1) * BINS // num_steps
-    return {
-        f"{name}_t{i:02d}": float(losses[bins == i].mean()) for i in range(BINS) if bool((bins == i).any())
-    }

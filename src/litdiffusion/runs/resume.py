@@ -28,6 +28,8 @@ FREE_TO_CHANGE = (
     "paths",
     "logger",
     "callbacks",
+    "metrics",
+    "module.metrics",
     "sampler",
     "data.path",
     "datamodule.num_workers",

@@ -3,7 +3,7 @@
 The mathematics is in ``diffusion``; what is logged, saved and shown is in ``callbacks``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 import torch
@@ -12,16 +12,13 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
 
 from litdiffusion.data.datamodule import Batch
 from litdiffusion.diffusion import Denoiser, Objective
 from litdiffusion.diffusion.devices import to_device
-from litdiffusion.diffusion.likelihood import Variance
 from litdiffusion.diffusion.timesteps import TimestepRule
 from litdiffusion.errors import UserError
-from litdiffusion.evaluation.bits_per_dim import bits_per_dim
-from litdiffusion.evaluation.held_out import held_out_losses
+from litdiffusion.evaluation import Metric, Model, numbers
 from litdiffusion.randomness import normal_positions, seed_of, uniform_positions
 from litdiffusion.training.ema import EMA
 
@@ -47,8 +44,7 @@ class LitDiffusion(LightningModule):
         ema: how weights are averaged; None for no average.
         label_dropout: share of the images whose label a class-conditional network is not told, so that it learns
             to draw without one too, as guidance needs (2207.12598).
-        bits_per_dim_images: how many of the held-out images ``val/bits_per_dim`` is measured on; 0 for none.
-        bits_per_dim_times: at how many times each; None for all T.
+        metrics: what validation measures, by name; None leaves one out.
         seed: every random number of the training is a function of it (see ``randomness``).
     """
 
@@ -61,18 +57,12 @@ class LitDiffusion(LightningModule):
         lr_scheduler: Callable[[Optimizer], LRScheduler],
         ema: EMA | None = None,
         label_dropout: float = 0.1,
-        bits_per_dim_images: int = 0,
-        bits_per_dim_times: int | None = 10,
+        metrics: Mapping[str, Metric | None] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout={label_dropout}: must lie in [0, 1]")
-        if bits_per_dim_images < 0 or (bits_per_dim_times or 2) < 2:
-            raise ValueError(
-                f"bits_per_dim_images={bits_per_dim_images}, bits_per_dim_times={bits_per_dim_times}: must be at"
-                " least 0 and at least 2, or null for all times"
-            )
         timesteps.check(denoiser.schedule.num_steps)
         self.denoiser = denoiser
         self.averaged: nn.Module | None = ema.copy_of(denoiser.net) if ema else None
@@ -82,12 +72,12 @@ class LitDiffusion(LightningModule):
         self.lr_scheduler_factory = lr_scheduler
         self.ema = ema
         self.label_dropout = label_dropout
-        self.bits_per_dim_images = bits_per_dim_images
-        self.bits_per_dim_times = bits_per_dim_times
+        # In a plain dictionary, since they are no part of the model, nor of its checkpoints.
+        self.metrics = {name: metric for name, metric in (metrics or {}).items() if metric is not None}
+        for metric in self.metrics.values():
+            metric.check(denoiser)
         self.seed = seed
-        self.val_loss = MeanMetric()
-        self.val_loss_raw = MeanMetric()
-        self.val_bits = MeanMetric()
+        self.to_log: dict[bool, set[str]] = {True: set(), False: set()}
 
     @property
     def best_denoiser(self) -> Denoiser:
@@ -126,27 +116,45 @@ class LitDiffusion(LightningModule):
             self.timesteps.observe(self._of_all_processes(t), self._of_all_processes(losses))
         return StepOutput(loss=loss, losses=losses, t=t, weights=weights)
 
+    def on_validation_epoch_start(self) -> None:
+        """Measure from the beginning."""
+        for metric in self.metrics.values():
+            metric.to(self.device).reset()
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add to the validation loss and to the bound."""
-        images, first, labels = batch.images, batch.start, batch.labels
-        best = self.best_denoiser
-        self.val_loss.update(held_out_losses(best, self.objective, images, first, labels)[0])
-        if self.averaged is not None:
-            self.val_loss_raw.update(held_out_losses(self.denoiser, self.objective, images, first, labels)[0])
-        measured = images[: max(0, self.bits_per_dim_images - first)]
-        if len(measured):
-            few = None if labels is None else labels[: len(measured)]
-            variance: Variance = "learned" if best.learned_variance else "beta"
-            bits = bits_per_dim(best, measured, first, self.bits_per_dim_times, variance, few)
-            self.val_bits.update(bits)
+        """Measure a batch of held-out images."""
+        raw = None if self.averaged is None else self.denoiser
+        model = Model(self.best_denoiser, self.objective, raw)
+        for metric in self.metrics.values():
+            metric.update(model, batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Publish the validation loss to callbacks; they hand it to the loggers."""
-        self.log("val/loss", self.val_loss, logger=False)
-        if self.averaged is not None:
-            self.log("val/loss_raw", self.val_loss_raw, logger=False)
-        if self.bits_per_dim_images:
-            self.log("val/bits_per_dim", self.val_bits, logger=False)
+        """Publish what was measured, the same on every process."""
+        self.log_dict(numbers(self.metrics), sync_dist=True, batch_size=1)
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Log a number as Lightning does; the monitor adds it to its next row, of training or of validation.
+
+        Lightning itself would hand it to the loggers in a row of its own, without ``images_seen``.
+        """
+        super().log(name, value, prog_bar, False, *args, **kwargs)
+        if logger is not False:
+            self.to_log[self.training].add(name)
+
+    def take_logged(self) -> dict[str, float]:
+        """Return the latest values of what was logged since the last call, in training or in validation."""
+        names = self.to_log[self.training]
+        found = {name: float(v) for name, v in self.trainer.callback_metrics.items() if name in names}
+        names -= found.keys()
+        return found
 
     def draw(
         self, images: Float[Tensor, "batch channels h w"], first: int, step: int

@@ -12,20 +12,21 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from litdiffusion.diffusion.devices import to_device
-from litdiffusion.evaluation.held_out import BINS
+from litdiffusion.evaluation.metric import BINS, TENTHS, tenth_of
 from litdiffusion.processes import gathered, rank_and_number
 from litdiffusion.training.callbacks.attached import find, images_seen
 from litdiffusion.training.callbacks.guard import check_weights, diverged
 from litdiffusion.training.module import LitDiffusion, StepOutput
 
-STATE = ("loss", "val_loss", "val_bits_per_dim", "validated_step", "images_per_second")
+STATE = ("loss", "validated", "validated_step", "images_per_second")
 """What of a ``Monitor`` a checkpoint keeps beside its unfinished line."""
 
 
 class Monitor(Callback):
     """Log loss, loss by tenth of 1..T, gradient norm, learning rate and throughput; stop at the first NaN.
 
-    Every value is logged at an optimizer step, with ``images_seen`` beside it as the axis to compare runs on.
+    Every value is logged at an optimizer step, with ``images_seen`` beside it as the axis to compare runs on. What
+    the module logs by ``self.log`` joins the row: the latest value since the last one.
     The losses are means over all images since the last line, weighted where some times are drawn more often than
     others. They travel in checkpoints, so a resumed run logs
     what an uninterrupted one would, and sums up what one resumed at its end has left. They are summed on the device:
@@ -44,8 +45,7 @@ class Monitor(Callback):
         self.grad_norm: Tensor | None = None
         self.images_per_second = 0.0
         self.loss: float | None = None
-        self.val_loss: float | None = None
-        self.val_bits_per_dim: float | None = None
+        self.validated: dict[str, float] = {}
         self.validated_step = -1
         self.clock = Clock()
         self._images = 0
@@ -111,12 +111,12 @@ class Monitor(Callback):
         check_sound(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hand the validation loss to the loggers."""
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        """Hand what validation has measured to the loggers."""
+        assert isinstance(pl_module, LitDiffusion)
+        measured = pl_module.take_logged()
         if not trainer.sanity_checking:
-            self.val_loss, self.validated_step = metrics.get("val/loss"), trainer.global_step
-            self.val_bits_per_dim = metrics.get("val/bits_per_dim")
-            log_metrics(trainer, metrics)
+            self.validated, self.validated_step = measured, trainer.global_step
+            log_metrics(trainer, measured)
         self.clock.start(trainer)
 
     def check_loss(self, trainer: Trainer) -> None:
@@ -133,7 +133,7 @@ class Monitor(Callback):
 
     def _add(self, outputs: StepOutput, module: LitDiffusion, world_size: int, step: int) -> None:
         losses, weights = outputs["losses"].double(), outputs["weights"].double()
-        bins = ((outputs["t"] - 1) * BINS) // module.denoiser.schedule.num_steps
+        bins = tenth_of(outputs["t"], module.denoiser.schedule.num_steps)
         self.loss_sums = to_device(self.loss_sums, losses.device).index_add(0, bins, weights * losses)
         self.loss_counts = to_device(self.loss_counts, losses.device).index_add(0, bins, weights)
         self._images += len(losses) * world_size
@@ -154,9 +154,11 @@ class Monitor(Callback):
         }
         if self.grad_norm is not None:
             metrics["train/grad_norm"] = float(self.grad_norm)
-        metrics |= {f"train/loss_t{i:02d}": float(sums[i] / counts[i]) for i in range(BINS) if counts[i] > 0}
+        metrics |= {
+            f"train/loss{TENTHS[i]}": float(sums[i] / counts[i]) for i in range(BINS) if counts[i] > 0
+        }
         module.log("train/loss", self.loss, logger=False, rank_zero_only=True)
-        log_metrics(trainer, metrics)
+        log_metrics(trainer, module.take_logged() | metrics)
         self.loss_sums, self.loss_counts = torch.zeros_like(sums), torch.zeros_like(counts)
         self._images = 0
         self.clock.restart(trainer)
