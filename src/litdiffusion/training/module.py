@@ -149,10 +149,11 @@ class LitDiffusion(LightningModule):
         if logger is not False:
             self.to_log[self.training].add(name)
 
-    def take_logged(self) -> dict[str, float]:
+    def take_logged(self) -> dict[str, Tensor]:
         """Return the latest values of what was logged since the last call, in training or in validation."""
-        names = self.to_log[self.training]
-        found = {name: float(v) for name, v in self.trainer.callback_metrics.items() if name in names}
+        if not (names := self.to_log[self.training]):
+            return {}
+        found = {name: value for name, value in self.trainer.callback_metrics.items() if name in names}
         names -= found.keys()
         return found
 

@@ -1,7 +1,7 @@
 """Numbers over the course of a run, and the guard that stops a run whose loss is no number."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,7 @@ class Monitor(Callback):
         self.images_per_second = 0.0
         self.loss: float | None = None
         self.validated: dict[str, float] = {}
+        self.logged: dict[str, Tensor | float] = {}
         self.validated_step = -1
         self.clock = Clock()
         self._images = 0
@@ -54,11 +55,12 @@ class Monitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The unfinished line, as each process has it, and what the last ones said; all processes call this."""
         line = torch.stack((self.loss_sums, self.loss_counts)).cpu()
-        return {"line": torch.stack(gathered(line)), **{name: getattr(self, name) for name in STATE}}
+        kept = {name: getattr(self, name) for name in STATE}
+        return {"line": torch.stack(gathered(line)), **kept, "logged": floats(self.logged)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the unfinished line: each process its own, or the first one all, if their number has changed."""
-        for name in STATE:
+        for name in (*STATE, "logged"):
             setattr(self, name, state_dict[name])
         line: Tensor = state_dict["line"]
         rank, number = rank_and_number()
@@ -89,6 +91,7 @@ class Monitor(Callback):
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         step = trainer.global_step + (not stepped)
         self._add(outputs, pl_module, trainer.world_size, step)
+        self.logged |= pl_module.take_logged()
         due = step % self.every_n_steps == 0
         if due or pl_module.device.type == "cpu":  # on a GPU, looking at the loss waits for it
             self.check_loss(trainer)
@@ -113,7 +116,7 @@ class Monitor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand what validation has measured to the loggers."""
         assert isinstance(pl_module, LitDiffusion)
-        measured = pl_module.take_logged()
+        measured = floats(pl_module.take_logged())
         if not trainer.sanity_checking:
             self.validated, self.validated_step = measured, trainer.global_step
             log_metrics(trainer, measured)
@@ -158,7 +161,8 @@ class Monitor(Callback):
             f"train/loss{TENTHS[i]}": float(sums[i] / counts[i]) for i in range(BINS) if counts[i] > 0
         }
         module.log("train/loss", self.loss, logger=False, rank_zero_only=True)
-        log_metrics(trainer, module.take_logged() | metrics)
+        log_metrics(trainer, metrics | floats(self.logged))
+        self.logged = {}
         self.loss_sums, self.loss_counts = torch.zeros_like(sums), torch.zeros_like(counts)
         self._images = 0
         self.clock.restart(trainer)
@@ -223,6 +227,11 @@ def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
     """Send metrics to every logger at the current optimizer step, past the reach of ``kill -9``."""
     for logger in trainer.loggers:
         logger.log_metrics({"images_seen": images_seen(trainer), **metrics}, step=trainer.global_step)
+
+
+def floats(values: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Read values off the device."""
+    return {name: float(value) for name, value in values.items()}
 
 
 def _now(trainer: Trainer) -> float:
