@@ -4,10 +4,10 @@ import litdiffusion.preflight  # noqa: F401  # isort: skip
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from hydra.utils import instantiate
+from lightning.fabric.utilities import move_data_to_device
 from omegaconf import DictConfig
 
 from litdiffusion.configuration.checks import validate
@@ -17,12 +17,11 @@ from litdiffusion.configuration.messages import one_line
 from litdiffusion.configuration.nodes import build
 from litdiffusion.configuration.slurm import num_tasks
 from litdiffusion.configuration.targets import check_targets
-from litdiffusion.data.datamodule import Batch, ImageDataModule, ValidationLoader
+from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.data.fingerprint import changes
 from litdiffusion.data.sources import Source
-from litdiffusion.diffusion import Denoiser
 from litdiffusion.errors import UserError
-from litdiffusion.evaluation import Metric, Model, numbers
+from litdiffusion.evaluation import Model, listed, numbers
 from litdiffusion.files import write_text
 from litdiffusion.processes import num_started
 from litdiffusion.runs.folder import absolute, writable_folder
@@ -36,9 +35,7 @@ def main(cfg: DictConfig) -> None:
     validate(cfg)
     if num_started() > 1 or num_tasks() > 1:
         raise UserError("evaluate measures in one process: start it without torchrun or srun")
-    metrics: dict[str, Metric] = {
-        name: metric for name, metric in build(cfg.metrics, "metrics").items() if metric
-    }
+    metrics = listed(build(cfg.metrics, "metrics"))
     device = torch_device(cfg.device)
     keep_freed_memory()
     model = load_model(absolute(cfg.ckpt, "ckpt"), cfg.weights, device, cfg.trust)
@@ -48,11 +45,12 @@ def main(cfg: DictConfig) -> None:
     out = writable_folder("out", absolute(cfg.out, "out"))
 
     started = time.perf_counter()
-    held_out = HeldOut(source, model.denoiser, cfg.num_images, cfg.batch_size)
+    held_out = held_out_images(source, model, cfg.num_images, cfg.batch_size)
     if not cfg.get("data"):
-        check_known_again(held_out.datamodule, model)
+        check_known_again(held_out, model)
     with native_autocast(device) as precision:
-        for batch in held_out:
+        for batch in held_out.val_dataloader():
+            batch = held_out.finish(move_data_to_device(batch, device), training=False)
             for metric in metrics.values():
                 metric.update(Model(model.denoiser, model.objective), batch)
     report: dict[str, Any] = numbers(metrics)
@@ -63,7 +61,7 @@ def main(cfg: DictConfig) -> None:
         "step": model.step,
         "weights": model.weights,
         "data": source.name,
-        "num_images": held_out.datamodule.num_held_out,
+        "num_images": held_out.num_held_out,
         "device": str(device),
         "precision": precision,
         "wall_seconds": round(time.perf_counter() - started, 2),
@@ -102,6 +100,21 @@ def data_source(cfg: DictConfig, model: TrainedModel) -> Source:
     return source
 
 
+def held_out_images(source: Source, model: TrainedModel, num_images: int, batch_size: int) -> ImageDataModule:
+    """Return the first ``num_images`` held-out images of a data source.
+
+    Raises:
+        UserError: the data cannot be had, or its classes are not those of a class-conditional model.
+    """
+    datamodule = ImageDataModule(source, batch_size, seed=0, num_val=num_images)
+    datamodule.prepare_data()
+    datamodule.setup("validate")
+    known, found = model.denoiser.num_classes, datamodule.num_classes
+    if known is not None and found is not None and known != found:
+        raise UserError(f"data has {found} classes, and the model was trained on {known}: choose other data")
+    return datamodule
+
+
 def check_known_again(datamodule: ImageDataModule, model: TrainedModel) -> None:
     """Check that images found where a checkpoint says are those beside which it was trained.
 
@@ -116,33 +129,6 @@ def check_known_again(datamodule: ImageDataModule, model: TrainedModel) -> None:
             f"{datamodule.source.name} does not hold the images that the checkpoint was trained beside: to measure"
             " on what is there all the same, give data=..."
         )
-
-
-class HeldOut:
-    """The first ``num_images`` held-out images, as finished batches on the model's device.
-
-    Raises:
-        UserError: the data cannot be had, or its classes are not those of a class-conditional model.
-    """
-
-    def __init__(self, source: Source, denoiser: Denoiser, num_images: int, batch_size: int) -> None:
-        self.datamodule = ImageDataModule(source, batch_size, seed=0, num_val=num_images)
-        self.datamodule.prepare_data()
-        self.datamodule.setup("validate")
-        self.device = next(denoiser.parameters()).device
-        known, found = denoiser.num_classes, self.datamodule.num_classes
-        if known is not None and found is not None and known != found:
-            raise UserError(
-                f"data has {found} classes, and the model was trained on {known}: choose other data"
-            )
-
-    def __iter__(self) -> Iterator[Batch]:
-        loader = self.datamodule.val_dataloader()
-        assert isinstance(loader, ValidationLoader)  # and no empty list, since num_images is positive
-        for batch in loader:
-            labels = None if batch.labels is None else batch.labels.to(self.device)
-            batch = batch._replace(images=batch.images.to(self.device), labels=labels)
-            yield self.datamodule.finish(batch, training=False)
 
 
 if __name__ == "__main__":

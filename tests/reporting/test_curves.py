@@ -100,7 +100,7 @@ assert "matplotlib.pyplot" not in sys.modules
 def test_empty_torn_and_infinite_cells_are_left_out(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("images_seen,train/loss,val/loss\n10,0.5,\n20,nan,\n30,0.3,0.4\n40,inf,\n50")
-    metrics = Curves.of(read_rows(path))
+    metrics = Curves(read_rows(path))
     assert metrics.get("train/loss") == Series([10.0, 30.0], [0.5, 0.3])
     assert metrics.get("val/loss") == Series([30.0], [0.4])
     assert metrics.get("train/lr") is None
@@ -109,7 +109,7 @@ def test_empty_torn_and_infinite_cells_are_left_out(tmp_path):
 def test_what_a_resumed_run_repeats_is_drawn_once(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("images_seen,train/loss\n10,0.5\n20,0.4\n30,0.3\n20,0.45\n30,0.35\n")
-    series = Curves.of(read_rows(path)).get("train/loss")
+    series = Curves(read_rows(path)).get("train/loss")
     assert series is not None
     assert series.x == sorted(series.x)
     assert 0.3 not in series.y

@@ -100,6 +100,11 @@ def tenth_of(t: Int[Tensor, " batch"], num_steps: int) -> Int[Tensor, " batch"]:
     return (t - 1) * BINS // num_steps
 
 
+def listed(metrics: Mapping[str, Metric | None] | None) -> dict[str, Metric]:
+    """Return the metrics of a configuration that have not been left out with null."""
+    return {name: metric for name, metric in (metrics or {}).items() if metric is not None}
+
+
 def numbers(metrics: Mapping[str, Metric]) -> dict[str, float]:
     """Return all numbers of the metrics under their full names, over all processes; every process must call this."""
     return {

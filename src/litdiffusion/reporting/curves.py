@@ -50,39 +50,28 @@ class Series:
         return sum(last) / len(last)
 
 
-@dataclass(frozen=True)
-class Curves:
-    """All that was logged, by name; ``axis`` says what the series' x counts."""
+class Curves(dict[str, Series]):
+    """The finite values of rows, by name, over ``images_seen``, or ``step`` where that is not there (``axis``).
 
-    axis: str
-    series: dict[str, Series]
+    A run that resumed from an earlier checkpoint repeats some of its way; what it had logged beyond the point it went
+    back to is dropped.
+    """
 
-    @classmethod
-    def of(cls, rows: Sequence[Row]) -> "Curves":
-        """Gather the finite values of rows that have ``images_seen``, or else ``step``.
-
-        A run that resumed from an earlier checkpoint repeats some of its way; what it had logged beyond the point
-        it went back to is dropped.
-        """
-        axis = "images_seen" if any("images_seen" in row for row in rows) else "step"
+    def __init__(self, rows: Sequence[Row]) -> None:
+        super().__init__()
+        self.axis = "images_seen" if any("images_seen" in row for row in rows) else "step"
         kept: list[Row] = []
         for row in rows:
-            if axis in row:
-                while kept and kept[-1][axis] > row[axis]:
+            if self.axis in row:
+                while kept and kept[-1][self.axis] > row[self.axis]:
                     kept.pop()
                 kept.append(row)
-        names = dict.fromkeys(name for row in kept for name in row)
-        points = {
-            name: [(row[axis], row[name]) for row in kept if math.isfinite(row.get(name, math.nan))]
-            for name in names
-        }
-        return cls(
-            axis, {name: Series(*map(list, zip(*xy, strict=True))) for name, xy in points.items() if xy}
-        )
-
-    def get(self, name: str) -> Series | None:
-        """The series, or None when nothing finite was ever logged under that name."""
-        return self.series.get(name)
+        for row in kept:
+            for name, value in row.items():
+                if math.isfinite(value):
+                    series = self.setdefault(name, Series([], []))
+                    series.x.append(row[self.axis])
+                    series.y.append(value)
 
 
 def curves(metrics_csv: Path, png: Path, metrics: Iterable[str] = ()) -> None:
@@ -99,7 +88,7 @@ def curves(metrics_csv: Path, png: Path, metrics: Iterable[str] = ()) -> None:
     Raises:
         UserError: the file is missing or is no table of metrics.
     """
-    logged = Curves.of(read_rows(metrics_csv))
+    logged = Curves(read_rows(metrics_csv))
     further = [name for name in metrics if name != "loss" and logged.get(f"val/{name}")]
     rows = 2 + -(-len(further) // 2)
     figure = _figure(9.6, 3.0 * rows)

@@ -18,7 +18,7 @@ from litdiffusion.diffusion import Denoiser, Objective
 from litdiffusion.diffusion.devices import to_device
 from litdiffusion.diffusion.timesteps import TimestepRule
 from litdiffusion.errors import UserError
-from litdiffusion.evaluation import Metric, Model, numbers
+from litdiffusion.evaluation import Metric, Model, listed, numbers
 from litdiffusion.randomness import normal_positions, seed_of, uniform_positions
 from litdiffusion.training.ema import EMA
 
@@ -73,7 +73,7 @@ class LitDiffusion(LightningModule):
         self.ema = ema
         self.label_dropout = label_dropout
         # In a plain dictionary, since they are no part of the model, nor of its checkpoints.
-        self.metrics = {name: metric for name, metric in (metrics or {}).items() if metric is not None}
+        self.metrics = listed(metrics)
         for metric in self.metrics.values():
             metric.check(denoiser)
         self.seed = seed

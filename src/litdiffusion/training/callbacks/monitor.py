@@ -26,11 +26,10 @@ class Monitor(Callback):
     """Log loss, loss by tenth of 1..T, gradient norm, learning rate and throughput; stop at the first NaN.
 
     Every value is logged at an optimizer step, with ``images_seen`` beside it as the axis to compare runs on. What
-    the module logs by ``self.log`` joins the row: the latest value since the last one.
-    The losses are means over all images since the last line, weighted where some times are drawn more often than
-    others. They travel in checkpoints, so a resumed run logs
-    what an uninterrupted one would, and sums up what one resumed at its end has left. They are summed on the device:
-    on a GPU, only the steps that log a line wait for it.
+    the module logs by ``self.log`` joins the row: the latest value since the last one. The losses are means over all
+    images since the last line, weighted where some times are drawn more often than others. All of these travel in
+    checkpoints, so a resumed run logs what an uninterrupted one would, and sums up what one resumed at its end has
+    left. The losses are summed on the device: on a GPU, only the steps that log a line wait for it.
 
     Args:
         every_n_steps: optimizer steps between lines.
@@ -40,8 +39,7 @@ class Monitor(Callback):
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps}: must be at least 1")
         self.every_n_steps = every_n_steps
-        self.loss_sums = torch.zeros(BINS, dtype=torch.float64)
-        self.loss_counts = torch.zeros(BINS, dtype=torch.float64)
+        self.line = torch.zeros(2, BINS, dtype=torch.float64)  # sums of losses and of weights
         self.grad_norm: Tensor | None = None
         self.images_per_second = 0.0
         self.loss: float | None = None
@@ -54,9 +52,8 @@ class Monitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The unfinished line, as each process has it, and what the last ones said; all processes call this."""
-        line = torch.stack((self.loss_sums, self.loss_counts)).cpu()
         kept = {name: getattr(self, name) for name in STATE}
-        return {"line": torch.stack(gathered(line)), **kept, "logged": floats(self.logged)}
+        return {**kept, "logged": floats(self.logged), "line": torch.stack(gathered(self.line.cpu()))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the unfinished line: each process its own, or the first one all, if their number has changed."""
@@ -65,9 +62,9 @@ class Monitor(Callback):
         line: Tensor = state_dict["line"]
         rank, number = rank_and_number()
         if number == len(line):
-            self.loss_sums, self.loss_counts = line[rank]
+            self.line = line[rank]
         elif rank == 0:
-            self.loss_sums, self.loss_counts = line.sum(0)
+            self.line = line.sum(0)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -102,9 +99,9 @@ class Monitor(Callback):
         """A run shorter than a line has a loss and a speed too."""
         self.clock.stop(trainer)
         self.check_loss(trainer)
-        sums, counts = self._line_of_all(trainer)
-        if self.loss is None and bool(counts.sum() > 0):
-            self.loss = float(sums.sum() / counts.sum())
+        sums, weights = self._line_of_all(trainer)
+        if self.loss is None and bool(weights.sum() > 0):
+            self.loss = float(sums.sum() / weights.sum())
         if not self.images_per_second:
             self.images_per_second = self._speed()
 
@@ -137,8 +134,8 @@ class Monitor(Callback):
     def _add(self, outputs: StepOutput, module: LitDiffusion, world_size: int, step: int) -> None:
         losses, weights = outputs["losses"].double(), outputs["weights"].double()
         bins = tenth_of(outputs["t"], module.denoiser.schedule.num_steps)
-        self.loss_sums = to_device(self.loss_sums, losses.device).index_add(0, bins, weights * losses)
-        self.loss_counts = to_device(self.loss_counts, losses.device).index_add(0, bins, weights)
+        added = torch.stack((weights * losses, weights))
+        self.line = to_device(self.line, losses.device).index_add(1, bins, added)
         self._images += len(losses) * world_size
         # Which step was the first is kept on the device: reading it is what waits.
         since = torch.zeros_like(bins[0]) if self._astray_since is None else self._astray_since
@@ -146,8 +143,8 @@ class Monitor(Callback):
         self._astray_since = torch.where(sound, since, step)
 
     def _log(self, trainer: Trainer, module: LitDiffusion) -> None:
-        sums, counts = self._line_of_all(trainer)
-        self.loss = float(sums.sum() / counts.sum())
+        sums, weights = self._line_of_all(trainer)
+        self.loss = float(sums.sum() / weights.sum())
         self.clock.stop(trainer)
         self.images_per_second = self._speed()
         metrics = {
@@ -157,20 +154,20 @@ class Monitor(Callback):
         }
         if self.grad_norm is not None:
             metrics["train/grad_norm"] = float(self.grad_norm)
-        metrics |= {
-            f"train/loss{TENTHS[i]}": float(sums[i] / counts[i]) for i in range(BINS) if counts[i] > 0
-        }
+        for tenth, total, weight in zip(TENTHS, sums.tolist(), weights.tolist(), strict=True):
+            if weight:
+                metrics[f"train/loss{tenth}"] = total / weight
         module.log("train/loss", self.loss, logger=False, rank_zero_only=True)
         log_metrics(trainer, metrics | floats(self.logged))
         self.logged = {}
-        self.loss_sums, self.loss_counts = torch.zeros_like(sums), torch.zeros_like(counts)
+        self.line = torch.zeros_like(self.line)
         self._images = 0
         self.clock.restart(trainer)
 
-    def _line_of_all(self, trainer: Trainer) -> tuple[Tensor, Tensor]:
-        line = torch.stack((self.loss_sums, self.loss_counts))
-        sums, counts = trainer.strategy.reduce(line, reduce_op="sum")
-        return sums, counts
+    def _line_of_all(self, trainer: Trainer) -> Tensor:
+        return trainer.strategy.reduce(
+            self.line.clone(), reduce_op="sum"
+        ).cpu()  # a clone: it may sum in place
 
     def _speed(self) -> float:
         return self._images / self.clock.seconds if self.clock.seconds else 0.0
