@@ -157,6 +157,8 @@ def build_trainer(cfg: DictConfig, loggers: list[RunLogger]) -> Trainer:
     # DDP compares strides of 1x1 convolutions, where channels last and first are the same order in memory.
     strides = r"(?s)Grad strides do not match.*grad\.sizes\(\) = \[\d+, \d+, 1, 1\]"
     warnings.filterwarnings("ignore", message=strides)
+    # Of a batch's fields it takes the first, the images, whose number is the right one.
+    warnings.filterwarnings("ignore", message="Trying to infer the `batch_size`")
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
     plugins = [plugin for plugin in (WholeCheckpointIO(), cluster_environment()) if plugin]
     supplied: dict[str, Any] = {"logger": loggers, "callbacks": callbacks, "plugins": plugins}
@@ -216,7 +218,7 @@ def finish(
     if not trainer.is_global_zero:
         return
     if run.metrics.exists():
-        curves(run.metrics, run.curves)
+        curves(run.metrics, run.curves, module.metrics)
     files = {
         "checkpoint": saving.last if saving else None,
         # Without sampling, the pictures that lie there are of an earlier end of this run.
@@ -225,6 +227,7 @@ def finish(
         "noised_strip": run.samples / "noised_strip.png",
         "curves": run.curves,
     }
+    validated = monitor.validated if monitor else {}
     summary = {
         "experiment": chosen_experiment(),
         "seed": config["seed"],
@@ -233,8 +236,7 @@ def finish(
         "wall_seconds": round(time.perf_counter() - started, 1),
         "images_per_second": round(monitor.images_per_second, 1) if monitor else None,
         "train_loss": monitor.loss if monitor else None,
-        "val_loss": monitor.val_loss if monitor else None,
-        "val_bits_per_dim": monitor.val_bits_per_dim if monitor else None,
+        **{f"val_{name}": validated.get(f"val/{name}") for name in module.metrics},
         "parameters": num_parameters(module),
         "device": str(trainer.strategy.root_device),
         "precision": trainer.precision,

@@ -34,10 +34,10 @@ def check_words(cfg: DictConfig) -> None:
 
 
 def check_choices(cfg: DictConfig) -> None:
-    """Check that each group builds what it is for: one object, or of loggers and callbacks any number.
+    """Check that each group builds what it is for: one object, or of loggers, callbacks and metrics any number.
 
     Raises:
-        UserError: several choices would be mixed into one object, or a logger or callback names no class.
+        UserError: several choices would be mixed into one object, or one of these names no class.
     """
     if HydraConfig.initialized():
         for override in OverridesParser.create().parse_overrides(HydraConfig.get().overrides.task):
@@ -45,13 +45,12 @@ def check_choices(cfg: DictConfig) -> None:
             if isinstance(choice, list) and _is_node(cfg.get(group)):
                 names = ",".join(map(str, choice))
                 raise UserError(f"{group}=[{names}]: choose one; to try each in turn: -m {group}={names}")
-    for group in ("logger", "callbacks"):
+    for group in ("logger", "callbacks", "metrics"):
         for name, node in (cfg.get(group) or {}).items():
             if node is not None and not _is_node(node):
-                way_out = {
-                    "logger": f"logger={name} chooses one that comes with it",
-                    "callbacks": "null leaves one out",
-                }[group]
+                way_out = "null leaves one out"
+                if group == "logger":
+                    way_out = f"logger={name} chooses one that comes with it"
                 raise UserError(f"{group}.{name}: needs a _target_, the class to build; {way_out}")
 
 

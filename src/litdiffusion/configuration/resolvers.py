@@ -1,4 +1,4 @@
-"""Where runs and sweeps live when nobody says so. Registered on import.
+"""Where runs and sweeps live when nobody says so, and what a search looks for. Registered on import.
 
 ``${new_run_dir:}`` and ``${new_run_name:}`` are new each time, ``${sweep_name:}`` and ``${digest:...}`` never. The
 new ones are cached by OmegaConf per configuration, like Hydra's ``${now:}``: all interpolations of one run agree, and
@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from litdiffusion.configuration.nodes import locate
 from litdiffusion.errors import UserError
 
 _INHERITED = "LITDIFFUSION_RUN_DIR"
@@ -90,6 +91,21 @@ def experiment_tags() -> ListConfig:
     return ListConfig(chosen.split("+") if chosen else [])
 
 
+def direction(number: Any, *, _root_: DictConfig) -> Any:
+    """Return ``maximize`` for a number of ``summary.json`` whose metric is better the higher, else ``minimize``.
+
+    For a list of numbers, a list.
+    """
+    if isinstance(number, ListConfig):
+        return ListConfig([direction(each, _root_=_root_) for each in number])
+    name = str(number).removeprefix("val_")
+    node = (_root_.get("metrics") or {}).get(name) or {}
+    if "_target_" not in node:
+        return "minimize"
+    higher = getattr(locate(f"metrics.{name}", node["_target_"]), "higher_is_better", False)
+    return "maximize" if higher else "minimize"
+
+
 def is_sweep() -> bool:
     """Whether this is a job of a Hydra multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
@@ -100,3 +116,4 @@ OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, repl
 OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
 OmegaConf.register_new_resolver("digest", digest, replace=True)
 OmegaConf.register_new_resolver("experiment_tags", experiment_tags, replace=True)
+OmegaConf.register_new_resolver("direction", direction, replace=True)

@@ -28,6 +28,8 @@ FREE_TO_CHANGE = (
     "paths",
     "logger",
     "callbacks",
+    "metrics",
+    "module.metrics",
     "sampler",
     "data.path",
     "datamodule.num_workers",
@@ -278,7 +280,11 @@ def _told(changed: dict[str, tuple[Any, Any]]) -> str:
     """Name the first few; what other nodes repeat by interpolation is told once, under its shortest name."""
     told: dict[str, tuple[Any, Any]] = {}
     for key in sorted(changed, key=lambda key: key.count(".")):
-        name = key.removeprefix("denoiser.").removeprefix("inner.").removeprefix("objective.") if key.count(".") > 1 else key
+        name = (
+            key.removeprefix("denoiser.").removeprefix("inner.").removeprefix("objective.")
+            if key.count(".") > 1
+            else key
+        )
         if not any(f".{name}".endswith(f".{other}") for other in told):
             told[name] = changed[key]
     shown = ", ".join(f"{key} was {before!r} and is {now!r}" for key, (before, now) in list(told.items())[:3])

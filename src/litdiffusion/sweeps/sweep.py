@@ -11,6 +11,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from omegaconf import DictConfig, OmegaConf
 
+from litdiffusion.configuration.resolvers import direction
 from litdiffusion.configuration.slurm import num_tasks
 from litdiffusion.configuration.sweeps import SweepCommand, current_sweep
 from litdiffusion.errors import UserError
@@ -172,8 +173,7 @@ class Sweep:
         """Print the table; let the next sweep in."""
         self._lock.release()
         self._command.failed |= self.results.failed()
-        print(f"\n{self.results.table(self._metric())}\n{self.results.path} holds this table.", flush=True)
-
-    def _metric(self) -> str:
         metric = self._config.get("optimized_metric")
-        return metric if isinstance(metric, str) else "val_loss"
+        metric = metric if isinstance(metric, str) else "val_loss"
+        table = self.results.table(metric, direction(metric, _root_=self._config) == "maximize")
+        print(f"\n{table}\n{self.results.path} holds this table.", flush=True)
