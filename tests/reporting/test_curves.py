@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from litdiffusion.diffusion import schedules
@@ -141,8 +142,9 @@ def test_schedules_stand_side_by_side():
     tables = {"linear": schedules.linear(300), "cosine": schedules.cosine(100)}
     figure = schedules_figure({name: schedule.alphas_cumprod for name, schedule in tables.items()})
     alpha_bar, log_snr = figure.axes
-    for axes, view in ((alpha_bar, "alphas_cumprod"), (log_snr, "log_snr")):
-        for line, (name, schedule) in zip(axes.lines, tables.items(), strict=True):
+    for name, schedule, *lines in zip(tables, tables.values(), alpha_bar.lines, log_snr.lines, strict=True):
+        t = torch.arange(1, schedule.num_steps + 1, dtype=torch.float64) / schedule.num_steps
+        for line, view in zip(lines, (schedule.alphas_cumprod, schedule.log_snr(t)), strict=True):
             assert line.get_label() == name
-            assert line.get_ydata() == pytest.approx(getattr(schedule, view).numpy(), abs=1e-9)
+            assert line.get_ydata() == pytest.approx(view.numpy(), abs=1e-9)
             assert line.get_xdata()[-1] == 1

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from commands import train_tiny, type_command
 from litdiffusion.data.datamodule import TrainLoader
-from litdiffusion.diffusion import L2, Objective, Uniform, UniformTimesteps, schedules
+from litdiffusion.diffusion import L2, Denoising, ObjectiveOutput, Uniform, UniformLevels, schedules
 from litdiffusion.errors import UserError
 from litdiffusion.runs.metrics import read_rows
 from litdiffusion.training import checkpoint_io
@@ -91,7 +91,7 @@ def test_the_device_is_waited_for_once_a_line_and_not_every_step(tmp_path: Path,
 
 def outputs(loss: float) -> Any:
     losses = torch.tensor([loss, loss])
-    return {"loss": losses.mean(), "losses": losses, "t": torch.tensor([1, 50]), "weights": torch.ones(2)}
+    return {"loss": losses.mean(), "output": ObjectiveOutput(losses, torch.tensor([0.02, 1.0]))}
 
 
 def test_the_first_bad_step_is_named_even_if_nobody_looked_then(tmp_path: Path) -> None:
@@ -105,8 +105,7 @@ def test_the_first_bad_step_is_named_even_if_nobody_looked_then(tmp_path: Path) 
     )
     module = LitDiffusion(
         affine_denoiser(schedules.cosine(50)),
-        Objective(L2(), Uniform()),
-        UniformTimesteps(),
+        Denoising(L2(), Uniform(), UniformLevels()),
         torch.optim.SGD,
         constant,
     )
