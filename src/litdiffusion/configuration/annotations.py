@@ -15,7 +15,7 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 from beartype.roar import BeartypeException
 
-from litdiffusion.configuration.nearest import suggestion
+from litdiffusion.configuration.messages import suggestion
 
 _NUMBERS_WIDEN = BeartypeConf(is_pep484_tower=True)
 _LISTS = (

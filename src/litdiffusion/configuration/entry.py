@@ -30,7 +30,7 @@ from litdiffusion.configuration.messages import PROCESS_LOST, one_line, user_err
 from litdiffusion.configuration.overrides import CommandLine, find_fault
 from litdiffusion.configuration.resolvers import is_sweep
 from litdiffusion.configuration.slurm import task_rank
-from litdiffusion.configuration.sweeps import check_sweep, sweep_command
+from litdiffusion.configuration.sweeps import require_own_folders, sweep_command
 from litdiffusion.errors import UserError
 from litdiffusion.orphans import end_with_parent
 from litdiffusion.redaction import REDACTED_LOG, redact_tracebacks, redacted
@@ -161,7 +161,7 @@ def _run(job: _Job, config_name: str, config_dir: str) -> None:
 
     try:
         if multirun:
-            check_sweep(arguments.overrides)
+            require_own_folders(arguments.overrides)
         with sweep_command(_options(arguments), job.wants_traceback) as sweep:
             hydra.main(version_base="1.3", config_path=config_dir, config_name=config_name)(task)()
         job.failed |= sweep.failed

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig
 
-from litdiffusion.configuration.nearest import suggestion
+from litdiffusion.configuration.messages import suggestion
 from litdiffusion.errors import UserError
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true", "32", "bf16", "16", "64")

@@ -1,8 +1,11 @@
-"""Exceptions of Hydra, OmegaConf, YAML and the disk as one line for the person at the keyboard."""
+"""One line for the user: exceptions of other libraries and of the disk, and what a misspelt word may mean."""
 
 import errno
 import os
 import re
+from collections.abc import Iterable, Iterator
+from difflib import SequenceMatcher
+from typing import Any
 
 from hydra.errors import MissingConfigException
 from omegaconf.errors import (
@@ -12,12 +15,14 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from litdiffusion.configuration.nearest import suggestion
 from litdiffusion.errors import UserError
 from litdiffusion.files import WriteError
 
 PROCESS_LOST = "another process of this run was lost"
 """How the line begins that says no more than this: the cause is for another process to say."""
+
+LEAST = 0.65
+"""The least likeness of a word worth suggesting; "dmi" and "dim" share two of three letters."""
 
 _WAYS_OUT = {
     errno.ENOSPC: "free space",
@@ -133,3 +138,42 @@ def _flat(text: str) -> str:
         if words and not _NOISE.match(words):
             lines.append(words + "," if line.startswith("\t") else words)
     return " ".join(lines).rstrip(",")
+
+
+def nearest(word: str, words: Iterable[str], count: int = 3) -> list[str]:
+    """Return up to ``count`` of ``words``, best first; none where nothing is alike.
+
+    Dotted words are compared by their last part too, so that ``batch_size`` finds ``datamodule.batch_size``.
+    """
+    scored = sorted((-_likeness(word, other), other) for other in set(words))
+    return [other for score, other in scored[:count] if -score >= LEAST]
+
+
+def suggestion(word: str, words: Iterable[str], listed: int = 20) -> str:
+    """Return "; nearest: ..." and, where there are few, all the words: what follows "no such thing"."""
+    words = sorted(set(words))
+    close = nearest(word, words)
+    text = f"; nearest: {', '.join(close)}" if close else ""
+    if words and len(words) <= listed and len(words) > len(close):
+        text += f"; there are: {', '.join(words)}"
+    return text
+
+
+def dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a tree of plain dicts and lists, inner nodes as well as leaves."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, child in items:
+        key = f"{prefix}{name}"
+        yield key
+        yield from dotted_keys(child, f"{key}.")
+
+
+def _likeness(word: str, other: str) -> float:
+    parent, _, last = word.rpartition(".")
+    other_parent, _, other_last = other.rpartition(".")
+    part = SequenceMatcher(None, last, other_last).ratio()
+    if parent == other_parent:
+        return part
+    if part < 0.75:
+        return 0.0
+    return 0.8 * part + 0.15 * SequenceMatcher(None, parent, other_parent).ratio()

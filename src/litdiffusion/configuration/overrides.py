@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from litdiffusion.configuration.nearest import dotted_keys, nearest, suggestion
+from litdiffusion.configuration.messages import dotted_keys, nearest, suggestion
 from litdiffusion.configuration.nodes import takes
 
 MAX_COMBINATIONS = 16

@@ -44,7 +44,7 @@ def of_step(what: str) -> int:
     return {"nodes": nodes, "tasks_per_node": int(alike[1])}[what]
 
 
-def check_tasks(processes: int) -> None:
+def require_tasks(processes: int) -> None:
     """Check that the tasks of srun are the processes of the run, and not each a run of its own in one folder.
 
     Raises:

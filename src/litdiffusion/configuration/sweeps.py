@@ -82,7 +82,7 @@ def quoted(value: str) -> str:
     return f"'{escaped}'"
 
 
-def check_sweep(overrides: Iterable[str], params: Iterable[str] = ()) -> None:
+def require_own_folders(overrides: Iterable[str], params: Iterable[str] = ()) -> None:
     """Check a sweep's overrides, and the keys ``params`` that the sweeper's own configuration varies.
 
     Raises:

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from litdiffusion.data.data_order import DataOrder
 from litdiffusion.data.fingerprint import Fingerprint, fingerprint
-from litdiffusion.data.sampling_order import SamplingOrder
 from litdiffusion.data.sources import Source
 from litdiffusion.data.stores import ArrowStore, Batch, ImageStore, MemoryStore, Request, to_float
 from litdiffusion.diffusion.devices import to_device
@@ -34,7 +34,7 @@ class TrainLoader:
     def __init__(
         self,
         store: ImageStore,
-        order: SamplingOrder,
+        order: DataOrder,
         batch_size: int,
         rank: int,
         world_size: int,
@@ -90,7 +90,8 @@ class ImageDataModule(LightningDataModule):
         memory_limit_mb: a split whose decoded pixels need no more than this (in MiB) is held in memory.
 
     Raises:
-        UserError: a value is out of range, or (in ``setup``) the data cannot be had or read.
+        ValueError: a value is out of range.
+        UserError: the data cannot be had or read (in ``setup``).
     """
 
     allow_zero_length_dataloader_with_multiple_devices = True
@@ -105,16 +106,10 @@ class ImageDataModule(LightningDataModule):
         memory_limit_mb: int = 1024,
     ) -> None:
         super().__init__()
-        smallest = {"batch_size": 1, "num_val": 0, "num_workers": 0, "memory_limit_mb": 0}
-        given = {
-            "batch_size": batch_size,
-            "num_val": num_val,
-            "num_workers": num_workers,
-            "memory_limit_mb": memory_limit_mb,
-        }
-        for name, value in given.items():
-            if value < smallest[name]:
-                raise UserError(f"datamodule.{name} must be at least {smallest[name]}, not {value}")
+        counts = {"num_val": num_val, "num_workers": num_workers, "memory_limit_mb": memory_limit_mb}
+        for name, value, least in (("batch_size", batch_size, 1), *((*item, 0) for item in counts.items())):
+            if value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
         self.source = source
         self.batch_size = batch_size
         self.seed = seed
@@ -164,7 +159,7 @@ class ImageDataModule(LightningDataModule):
         """The endless stream; each iteration begins at the trainer's step, so a resumed run goes on mid-epoch."""
         rank, world_size = self._shares()
         store = self._store("fit")
-        order = SamplingOrder(len(store), self.seed)
+        order = DataOrder(len(store), self.seed)
         return TrainLoader(store, order, self.batch_size, rank, world_size, self._first_step)
 
     def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:

@@ -13,6 +13,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+def require_positive(**sizes: int | None) -> None:
+    """Check that sizes are at least 1; None is one that is not given.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name}={size}: must be at least 1")
+
+
 class WeightStandardizedConv2d(nn.Conv2d):
     """A convolution whose filters have mean 0 and variance 1 (Qiao et al., 1903.10520).
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from litdiffusion.nn.attention import softmax_attention
+from litdiffusion.nn.blocks import require_positive
 from litdiffusion.nn.embeddings import TimeEmbedding
 
 Tokens = Float[Tensor, "batch n dim"]
@@ -141,17 +142,8 @@ class DiT(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        positive = {
-            "channels": channels,
-            "dim": dim,
-            "depth": depth,
-            "heads": heads,
-            "patch_size": patch_size,
-            "num_classes": 1 if num_classes is None else num_classes,
-        }
-        for name, value in positive.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+        require_positive(channels=channels, dim=dim, depth=depth, heads=heads)
+        require_positive(patch_size=patch_size, num_classes=num_classes)
         if dim % 4 or dim % heads:
             raise ValueError(f"dim={dim}: must be a multiple of 4, for the positions, and of heads={heads}")
         if not dim * mlp_ratio >= 1:

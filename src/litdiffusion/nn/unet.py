@@ -5,6 +5,7 @@ by default: class labels, learned variance, dropout, other attention, gradient c
 ``blocks.py``; to change how bricks are stacked, this is the file.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from litdiffusion.nn.attention import Attention, LinearAttention
-from litdiffusion.nn.blocks import Downsample, GroupNorm, ResnetBlock, Upsample
+from litdiffusion.nn.blocks import Downsample, GroupNorm, ResnetBlock, Upsample, require_positive
 from litdiffusion.nn.embeddings import TimeEmbedding
 
 AttentionKind = Literal["linear", "full", "none"]
@@ -125,18 +126,10 @@ class UNet(nn.Module):
             raise ValueError(
                 f"attention={attention}: give one of {', '.join(ATTENTION)}, or one for each of dim_mults"
             )
-        positive = {
-            "channels": channels,
-            "init_dim": init_dim,
-            "out_channels": out_channels,
-            "groups": groups,
-        }
-        positive |= {"heads": heads, "head_dim": head_dim}
-        if num_classes is not None:
-            positive["num_classes"] = num_classes
-        for name, value in positive.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+        require_positive(
+            dim=dim, channels=channels, init_dim=init_dim, out_channels=out_channels, groups=groups
+        )
+        require_positive(heads=heads, head_dim=head_dim, num_classes=num_classes)
         if not dim_mults or min(dim_mults) < 1:
             raise ValueError(f"dim_mults={list(dim_mults)}: give at least one, each at least 1")
         if not 0 <= dropout < 1:
@@ -144,7 +137,12 @@ class UNet(nn.Module):
         widths = [init_dim, *(dim * mult for mult in dim_mults)]
         for width in (*widths, dim):
             if width % groups:
-                raise ValueError(f"groups={groups} does not divide a width of {width} channels")
+                common = math.gcd(*widths, dim)
+                fitting = [str(number) for number in range(1, common + 1) if common % number == 0]
+                raise ValueError(
+                    f"groups={groups} does not divide a width of {width} channels (dim={dim},"
+                    f" dim_mults={list(dim_mults)}); these do: {', '.join(fitting)}"
+                )
         self.channels = channels
         self.self_condition = self_condition
         self.num_classes = num_classes

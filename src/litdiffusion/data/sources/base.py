@@ -6,8 +6,6 @@ from typing import Literal
 
 import datasets
 
-from litdiffusion.errors import UserError
-
 Split = Literal["train", "test"]
 
 
@@ -20,7 +18,7 @@ class Source(ABC):
         flip: a mirror image is as plausible as the image, so training may show both.
 
     Raises:
-        UserError: a value is out of range.
+        ValueError: a value is out of range.
     """
 
     name: str
@@ -31,7 +29,7 @@ class Source(ABC):
     def __init__(self, image_size: int | Sequence[int], channels: int, flip: bool) -> None:
         self.image_size = _height_width(image_size)
         if channels not in (1, 3):
-            raise UserError(f"data.channels must be 1 (gray) or 3 (RGB), not {channels}")
+            raise ValueError(f"channels={channels}: must be 1 (gray) or 3 (RGB)")
         self.channels = channels
         self.flip = flip
 
@@ -54,11 +52,11 @@ class Source(ABC):
 def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     sides = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise UserError(f"data.image_size must be a positive integer or [height, width], not {image_size}")
+        raise ValueError(f"image_size={image_size}: must be a positive integer, or [height, width]")
     return sides[0], sides[1]
 
 
-def check_holdout(holdout: float) -> None:
-    """Raise UserError unless a fraction leaves images on both sides."""
+def require_holdout(holdout: float) -> None:
+    """Raise ValueError unless a fraction leaves images on both sides."""
     if not 0.0 < holdout < 1.0:
-        raise UserError(f"data.holdout must lie between 0 and 1, both excluded, not {holdout}")
+        raise ValueError(f"holdout={holdout}: must lie between 0 and 1, both excluded")

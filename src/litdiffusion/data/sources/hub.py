@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from litdiffusion.data.decoding import one_line
-from litdiffusion.data.sources.base import Source, Split, check_holdout
+from litdiffusion.data.sources.base import Source, Split, require_holdout
 from litdiffusion.data.sources.columns import (
     find_image_column,
     find_label_column,
@@ -70,7 +70,7 @@ class Hub(Source):
         holdout: float = 0.1,
     ) -> None:
         super().__init__(image_size, channels, flip)
-        check_holdout(holdout)
+        require_holdout(holdout)
         self.name = name
         self.config = config
         self.revision = revision

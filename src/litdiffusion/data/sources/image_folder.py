@@ -9,7 +9,7 @@ from typing import NamedTuple, NoReturn
 import datasets
 import pyarrow as pa
 
-from litdiffusion.data.sources.base import Source, Split, check_holdout
+from litdiffusion.data.sources.base import Source, Split, require_holdout
 from litdiffusion.errors import UserError
 from litdiffusion.randomness import seed_of
 
@@ -57,7 +57,7 @@ class ImageFolder(Source):
         holdout: float = 0.1,
     ) -> None:
         super().__init__(image_size, channels, flip)
-        check_holdout(holdout)
+        require_holdout(holdout)
         self.path = Path(path).expanduser()
         self.name = str(self.path)
         self.holdout = holdout

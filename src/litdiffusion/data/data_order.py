@@ -18,7 +18,7 @@ from torch import Tensor
 from litdiffusion.randomness import generator_at
 
 
-class SamplingOrder:
+class DataOrder:
     """Which image stands at which position of the training stream.
 
     Args:
@@ -28,7 +28,7 @@ class SamplingOrder:
 
     def __init__(self, num_images: int, seed: int) -> None:
         if num_images < 1:
-            raise ValueError(f"num_images must be at least 1, not {num_images}")
+            raise ValueError(f"num_images={num_images}: must be at least 1")
         self.num_images = num_images
         self.seed = seed
         # Two: a batch that straddles an epoch's end needs both sides, and nothing ever goes further back.

@@ -27,7 +27,7 @@ DEEPEST, LONGEST = 32, 10_000
 """No configuration is nested deeper, or has more values; a few bytes of a pickle can hold far more."""
 
 
-def check_targets(
+def require_allowed(
     cfg: Any,
     ours: Iterable[str] = OURS,
     layers: Iterable[str] = TORCH_LAYERS,
