@@ -147,7 +147,7 @@ def test_digits_are_the_library_s_and_split_once_for_all() -> None:
 
 @pytest.mark.parametrize("size", [0, -4, [8], [8, 0], [8, 8, 8], []])
 def test_an_impossible_size_is_refused(size: int | list[int]) -> None:
-    with pytest.raises(ValueError, match="image_size=.*must be a positive integer"):
+    with pytest.raises(ValueError, match=r"image_size=.*must be a positive integer"):
         Digits(image_size=size)
 
 

@@ -36,12 +36,12 @@ BOUNDS: dict[str, tuple[int, int | None]] = {
 """Whole numbers that no constructor of ours checks: the smallest and the largest value."""
 
 WHOLE_RUN = {
-    "max_time": [None],
-    "limit_train_batches": [None, "1.0"],
-    "overfit_batches": [None, "0", "0.0"],
-    "fast_dev_run": [None, "False", "0"],
+    "max_time": [],
+    "limit_train_batches": ["1.0"],  # 1 is a single batch
+    "overfit_batches": ["0", "0.0"],
+    "fast_dev_run": ["False", "0"],
 }
-"""Arguments of the trainer that would shorten a run, and the values, as text, with which they do not."""
+"""Arguments of the trainer that would shorten a run, and the values, besides null, with which they do not."""
 
 
 def validate(cfg: DictConfig, supplied: Supplied | None = None) -> None:
