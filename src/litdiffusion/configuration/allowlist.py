@@ -1,4 +1,4 @@
-"""What a configuration from elsewhere (a checkpoint someone sent) may build: networks and their mathematics."""
+"""The classes and functions that a checkpoint from elsewhere may name: networks and their mathematics."""
 
 import importlib
 import inspect
@@ -14,17 +14,17 @@ from litdiffusion.configuration.messages import one_line
 from litdiffusion.errors import UserError
 
 OURS = ("litdiffusion.diffusion", "litdiffusion.nn")
-"""Whatever these packages define at the top of a module may be built: they touch neither files nor network."""
+"""Packages whose public classes and functions may be called: none of them touches files or the network."""
 
 TORCH_LAYERS = ("torch.nn",)
-"""Of these, modules alone."""
+"""Packages of which only ``nn.Module`` classes may be built."""
 
 _LIBRARIES = {"torch", "numpy", "lightning", "hydra", "omegaconf", "yaml", "datasets", "submitit"}
 NEVER_TRUSTED = sys.stdlib_module_names | _LIBRARIES | {"litdiffusion", "hydra_plugins", "pip", "cloudpickle"}
-"""Packages that hold far more than models: functions that load pickles, fetch code or start processes."""
+"""Packages with functions that load pickles, fetch code or start processes."""
 
 DEEPEST, LONGEST = 32, 10_000
-"""No configuration is nested deeper, or has more values; a few bytes of a pickle can hold far more."""
+"""Limits on nesting and on the number of values: a few bytes of a pickle can expand to far more."""
 
 
 def require_allowed(
@@ -34,12 +34,12 @@ def require_allowed(
     kind: type | None = None,
     trust: Iterable[str] = (),
 ) -> None:
-    """Check every ``_target_`` of plain values, however deep, before anything is built from them.
+    """Check every ``_target_``, at any depth, before anything is built.
 
-    A target is a module's path and one name in it. What it names must have been defined in an allowed package,
-    not just be reachable through one (``litdiffusion.nn.unet.torch.hub.load``): any class or function of
-    ``ours`` (with ``kind``, only classes of that kind), any ``nn.Module`` of ``layers``. The packages that the
-    user names in ``trust`` count among ``ours``; nothing of any other package is imported.
+    A target is a module's path and one name in it. The named object must be defined in an allowed package, not
+    just be reachable through one (``litdiffusion.nn.unet.torch.hub.load``). Allowed are the classes and functions
+    of ``ours`` and of the packages in ``trust`` (with ``kind``, only subclasses of it), and each ``nn.Module`` of
+    ``layers``. No other package is imported.
 
     Raises:
         UserError: a target that is not allowed, an interpolation (a checkpoint's values are resolved), more than
@@ -82,7 +82,7 @@ def trusted_packages(trust: Any) -> tuple[str, ...]:
 
 
 def _way_out(target: Any, trusted: tuple[str, ...]) -> str:
-    """Return what would let a target in that is not allowed, if anything would."""
+    """Return how to allow a target that is refused; empty if there is no way."""
     if not _is_dotted(target) or "." not in target or target.partition(".")[0] in NEVER_TRUSTED:
         return ""
     path, package = target.rpartition(".")[0], target.partition(".")[0]
@@ -126,7 +126,7 @@ def _inside(module: str, packages: tuple[str, ...]) -> bool:
 
 
 def _leaves(value: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yield what holds nothing further, and every container that stands where a target's name should."""
+    """Yield every leaf with its dotted key, and every ``_target_``, even one that is a container."""
     if depth > DEEPEST:
         raise UserError(f"{prefix[:80]}...: nested more than {DEEPEST} deep, which is no configuration")
     items = (

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from litdiffusion.configuration.allowlist import trusted_packages
 from litdiffusion.configuration.hardware import machine_memory, num_devices, resolve_hardware
 from litdiffusion.configuration.messages import needs_value
 from litdiffusion.configuration.nodes import Supplied, arguments_of, locate, require_arguments, require_values
@@ -95,6 +96,10 @@ def _require_words(cfg: DictConfig) -> None:
     for key in ("paths.data", "data.path", "data.name"):
         if OmegaConf.select(cfg, key) == "":  # as a path, it would mean the current folder
             raise UserError(needs_value(key))
+    if cfg.get("weights", "ema") not in ("ema", "raw"):
+        raise UserError(f"weights={_shown(cfg.weights)}: choose ema or raw")
+    if "trust" in cfg:
+        trusted_packages(cfg.trust)
     if "resume" in cfg and not (isinstance(cfg.resume, str) and cfg.resume):
         raise UserError(f"resume={cfg.resume}: choose auto, must, never, or the path of a checkpoint")
     root = OmegaConf.select(cfg, "trainer.default_root_dir")

@@ -19,7 +19,7 @@ from litdiffusion.errors import UserError
 from litdiffusion.files import WriteError
 
 PROCESS_LOST = "another process of this run was lost"
-"""How the line begins that says no more than this: the cause is for another process to say."""
+"""The beginning of a line that names no cause, since another process reports it."""
 
 LEAST = 0.65
 """The least likeness of a word worth suggesting; "dmi" and "dim" share two of three letters."""
@@ -33,21 +33,21 @@ _WAYS_OUT = {
     errno.EPERM: "make it writable",
 }
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-"""What a system call reports for a disk alone, whoever has made it."""
+"""Errors that only a disk causes, whichever call reports them."""
 
 _EXTRAS = {
     "hydra/sweeper/optuna": ("optuna", "hydra-optuna-sweeper"),
     "hydra/sweeper/sampler/tpe": ("optuna", "hydra-optuna-sweeper"),
     "hydra/launcher/submitit_slurm": ("slurm", "hydra-submitit-launcher"),
 }
-"""Configurations that come with packages, the extras that install them, and their names."""
+"""Configurations that come with optional packages: the extra to install, and the package."""
 
 _WORKER = re.compile(r"\ACaught \w+ in ")
 _LOST_CONNECTION = re.compile(
     r"(?i)(?:gloo|nccl|c10d).*?"
     r"(connection (?:closed|reset|refused|lost)|timed? ?out|remote process exited|socket closed)"
 )
-"""What is left of a process that died: its peers' connections."""
+"""What the other processes see of one that died."""
 _RESOLVER = re.compile(r"\A\w+ raised while resolving interpolation: ")
 _MISSING = re.compile(r"Missing mandatory value: (\S+)")
 _NOISE = re.compile(
@@ -56,10 +56,10 @@ _NOISE = re.compile(
 
 
 def user_error(error: BaseException) -> str | None:
-    """Return the line of an error that the user can mend, or None: then it is a bug, and wants its traceback.
+    """Return the line for an error that the user can fix; None for a bug, which keeps its traceback.
 
-    Counted in: ``UserError``, also as the cause of another exception, values that the configuration lacks, a file
-    that cannot be written, and a process of the run, or one that decodes its images, that was killed.
+    Such errors are ``UserError``, also as the cause of another exception, missing values, a file that cannot be
+    written, and the loss of another process of the run or of one that decodes images.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -84,7 +84,7 @@ def user_error(error: BaseException) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an exception's text without line breaks, references to manuals, or lists of folders."""
+    """Return an exception's text without line breaks, links to manuals, and lists of folders."""
     if isinstance(error, UserError):
         return _of_user_error(error)
     mark = getattr(error, "problem_mark", None)
@@ -117,7 +117,7 @@ def needs_value(key: str) -> str:
 
 
 def _not_written(error: OSError) -> str:
-    way_out = _WAYS_OUT.get(error.errno or 0, "when that is mended")
+    way_out = _WAYS_OUT.get(error.errno or 0, "when that is fixed")
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
     return f"{name} could not be written ({error.strerror}): {way_out}, and the same command continues"
 
@@ -125,13 +125,13 @@ def _not_written(error: OSError) -> str:
 def _of_user_error(error: UserError) -> str:
     text = str(error)
     if _WORKER.match(text):
-        # Loader processes send their traceback along as text; its last line is the error itself.
+        # A loader process sends its traceback as text; the last line is the error.
         text = text.strip().splitlines()[-1].partition("UserError: ")[2]
     return _flat(text)
 
 
 def _flat(text: str) -> str:
-    """Join lines; what Hydra indents as a list becomes one, and what follows "Search path" goes."""
+    """Join lines, with commas where Hydra indents a list; leave out manuals and search paths."""
     lines: list[str] = []
     for line in text.splitlines():
         words = line.strip()

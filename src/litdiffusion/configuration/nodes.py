@@ -189,7 +189,7 @@ def _check(key: str, node: DictConfig, supplied: Collection[str]) -> None:
 
 
 def _origin(node: DictConfig, name: str) -> str | None:
-    """Return the key whose value an argument takes over by interpolation, however often passed on; else None."""
+    """Return the key that an argument's interpolation leads to in the end; None if it is no interpolation."""
     origin, root = None, node._get_root()
     while OmegaConf.is_interpolation(node, name):
         written = OmegaConf.to_container(OmegaConf.masked_copy(node, name), resolve=False)

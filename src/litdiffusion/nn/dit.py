@@ -28,7 +28,7 @@ def patchify(
 def unpatchify(
     patches: Float[Tensor, "batch n patch_channels"], size: int, height: int
 ) -> Float[Tensor, "batch channels h w"]:
-    """Put patches together again: the inverse of ``patchify`` for images of ``height`` pixels."""
+    """Join patches to images of ``height`` pixels: the inverse of ``patchify``."""
     rows = height // size
     return rearrange(patches, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=rows, p1=size, p2=size)
 
@@ -120,9 +120,9 @@ class DiT(nn.Module):
         patch_size: side in pixels of the square that becomes one token; the cost grows with its inverse 4th power.
         mlp_ratio: hidden features of each perceptron, in multiples of ``dim``.
         self_condition: take an earlier estimate of x0 as further input channels (2208.04202).
-        num_classes: take a class label in 0..num_classes, of which the last says "none"; None for no labels.
+        num_classes: take a class label in 0..num_classes, the last one for "no class"; None for no labels.
         learned_variance: return twice the channels: the target, then the variance (2102.09672).
-        dropout: probability, of what attention and perceptron add to each token.
+        dropout: probability, on the outputs of attention and perceptron.
 
     Raises:
         ValueError: a number is out of range.
@@ -188,7 +188,7 @@ class DiT(nn.Module):
         self_cond: Float[Tensor, "batch channels h w"] | None = None,
         labels: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch out_channels h w"]:
-        """Predict from images ``x`` at times ``t`` (counted from 0), perhaps an estimate of x0, perhaps labels.
+        """Predict from images ``x`` at times ``t`` (counted from 0), and optionally an estimate of x0 and labels.
 
         Raises:
             ValueError: height or width is no multiple of ``patch_size``.

@@ -1,4 +1,4 @@
-"""What every source of images promises."""
+"""The interface of every source of images."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ class Source(ABC):
     Args:
         image_size: a side in pixels, or [height, width]; images of another size are resized and cropped.
         channels: 1 (gray) or 3 (RGB); images of the other kind are converted.
-        flip: a mirror image is as plausible as the image, so training may show both.
+        flip: mirror a random half of the training images.
 
     Raises:
         ValueError: a value is out of range.
     """
 
     name: str
-    """How messages call this source."""
+    """The name of this source in messages."""
     class_names: list[str] | None = None
     """Names of the labels 0, 1, ... once a split is loaded; None where there are no labels."""
 
@@ -33,8 +33,8 @@ class Source(ABC):
         self.channels = channels
         self.flip = flip
 
-    def prepare(self) -> None:  # noqa: B027  (most sources have nothing to fetch)
-        """Fetch what ``load`` needs and this machine lacks; called by one process only."""
+    def prepare(self) -> None:  # noqa: B027  (optional)
+        """Download what ``load`` needs and this machine lacks; called by one process of each machine."""
 
     @abstractmethod
     def load(self, split: Split) -> datasets.Dataset:
@@ -45,7 +45,7 @@ class Source(ABC):
             "label" (int, an index into ``class_names``).
 
         Raises:
-            UserError: the data is not there or is damaged.
+            UserError: the data is missing or damaged.
         """
 
 
