@@ -3,14 +3,14 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 from torch import nn
 
-from litdiffusion.configuration.messages import one_line
+from litdiffusion.configuration.messages import dotted_items, one_line
 from litdiffusion.errors import UserError
 
 OURS = ("litdiffusion.diffusion", "litdiffusion.nn")
@@ -48,9 +48,11 @@ def require_allowed(
     trusted = trusted_packages(trust)
     ours, layers = (*ours, *trusted), tuple(layers)
     plain = OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg
-    for number, (key, value) in enumerate(_leaves(plain)):
+    for number, (key, value) in enumerate(dotted_items(plain)):
         if number >= LONGEST:
             raise UserError(f"{key[:80]}: this holds more than {LONGEST} values, which is no configuration")
+        if key.count(".") >= DEEPEST:
+            raise UserError(f"{key[:80]}...: nested more than {DEEPEST} deep, which is no configuration")
         if isinstance(value, str) and "${" in value:
             raise UserError(
                 f"{key}: {value!r} is an interpolation, which a foreign configuration may not hold"
@@ -123,26 +125,3 @@ def _is_allowed(target: Any, ours: tuple[str, ...], layers: tuple[str, ...], kin
 
 def _inside(module: str, packages: tuple[str, ...]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
-
-
-def _leaves(value: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yield every leaf with its dotted key, and every ``_target_``, even one that is a container."""
-    if depth > DEEPEST:
-        raise UserError(f"{prefix[:80]}...: nested more than {DEEPEST} deep, which is no configuration")
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list | tuple)
-        else ()
-    )
-    empty = True
-    for name, child in items:
-        empty = False
-        key = f"{prefix}{name}"
-        if name == "_target_" or not isinstance(child, dict | list | tuple):
-            yield key, child
-        else:
-            yield from _leaves(child, f"{key}.", depth + 1)
-    if empty:
-        yield prefix, None

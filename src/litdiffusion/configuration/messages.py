@@ -159,13 +159,13 @@ def suggestion(word: str, words: Iterable[str], listed: int = 20) -> str:
     return text
 
 
-def dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a tree of plain dicts and lists, inner nodes as well as leaves."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for name, child in items:
+def dotted_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every inner node and leaf of a tree of plain containers, with its dotted key, outer before inner."""
+    items = node.items() if isinstance(node, dict) else ()
+    for name, child in enumerate(node) if isinstance(node, list | tuple) else items:
         key = f"{prefix}{name}"
-        yield key
-        yield from dotted_keys(child, f"{key}.")
+        yield key, child
+        yield from dotted_items(child, f"{key}.")
 
 
 def _likeness(word: str, other: str) -> float:

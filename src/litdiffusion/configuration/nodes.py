@@ -5,18 +5,17 @@ A node is a mapping with ``_target_``, the class or function to call.
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pkgutil import resolve_name
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from litdiffusion.configuration.annotations import accepts, could_accept, hints_of, spelled
-from litdiffusion.configuration.messages import dotted_keys, needs_value, one_line, suggestion
+from litdiffusion.configuration.messages import dotted_items, needs_value, one_line, suggestion
 from litdiffusion.errors import UserError
 
 Supplied = Mapping[str, Collection[str]]
@@ -42,7 +41,7 @@ def require_values(cfg: DictConfig) -> None:
         OmegaConf.to_container(cfg, resolve=True)
     except InterpolationKeyError as error:
         sought = str(error).partition("'")[2].partition("'")[0]
-        keys = set(dotted_keys(OmegaConf.to_container(cfg, resolve=False))) - {error.full_key}
+        keys = dict(dotted_items(OmegaConf.to_container(cfg, resolve=False))).keys() - {error.full_key}
         raise UserError(f"{one_line(error)}{suggestion(sought, keys, listed=0)}") from error
     except OmegaConfBaseException as error:
         raise UserError(one_line(error)) from error
@@ -189,20 +188,11 @@ def _check(key: str, node: DictConfig, supplied: Collection[str]) -> None:
 
 
 def _origin(node: DictConfig, name: str) -> str | None:
-    """Return the key that an argument's interpolation leads to in the end; None if it is no interpolation."""
-    origin, root = None, node._get_root()
-    while OmegaConf.is_interpolation(node, name):
-        written = OmegaConf.to_container(OmegaConf.masked_copy(node, name), resolve=False)
-        found = re.fullmatch(r"\$\{([\w.]+)\}", str(written[name])) if isinstance(written, dict) else None
-        if found is None or found[1].startswith("."):
-            break
-        origin = found[1]
-        parent, _, name = origin.rpartition(".")
-        above = OmegaConf.select(root, parent) if parent else root
-        if not isinstance(above, DictConfig):
-            break
-        node = above
-    return origin
+    """Return the key of the value that an argument's interpolation leads to; None if it is none."""
+    value = node._get_node(name)
+    if not (isinstance(value, Node) and value._is_interpolation()):
+        return None
+    return str((value._maybe_dereference_node() or value)._get_full_key(None))
 
 
 def _fault(key: str, value: Any, hint: Any, optional: bool) -> str | None:

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from litdiffusion.configuration.messages import dotted_keys, nearest, suggestion
+from litdiffusion.configuration.messages import dotted_items, nearest, suggestion
 from litdiffusion.configuration.nodes import takes
 
 MAX_COMBINATIONS = 16
@@ -153,7 +153,7 @@ def _group_fault(override: Override, cfg: DictConfig, repository: _Repository) -
             node = repository.compose([f"{group}={choice}"]).get(group)
         except (HydraException, OmegaConfBaseException):
             continue
-        if isinstance(node, DictConfig) and name in dotted_keys(OmegaConf.to_container(node)):
+        if isinstance(node, DictConfig) and name in dict(dotted_items(OmegaConf.to_container(node))):
             line = str(override.input_line).lstrip("+")
             return f"{override.key_or_group}: choose a {group} with it, for example: {group}={choice} {line}"
     return None
@@ -161,7 +161,7 @@ def _group_fault(override: Override, cfg: DictConfig, repository: _Repository) -
 
 def _key_fault(override: Override, cfg: DictConfig, groups: list[str]) -> str | None:
     key = re.sub(r"\[(\w+)\]", r".\1", override.key_or_group)
-    keys = list(dotted_keys(OmegaConf.to_container(cfg, resolve=False)))
+    keys = list(dict(dotted_items(OmegaConf.to_container(cfg, resolve=False))))
     if override.is_force_add():
         return None
     if override.is_add():
