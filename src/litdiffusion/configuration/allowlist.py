@@ -78,7 +78,7 @@ def trusted_packages(trust: Any) -> tuple[str, ...]:
             )
         if name.partition(".")[0] in NEVER_TRUSTED:
             raise UserError(
-                f"trust: {name} holds more than models, and is never trusted; name the package that defines yours"
+                f"trust: {name} cannot be trusted: it does more than define models; name the package that defines yours"
             )
     return names
 

@@ -251,8 +251,8 @@ def _require_processes(cfg: DictConfig) -> None:
     by_hand = os.environ.keys() & {"MASTER_ADDR", "NODE_RANK", "LSB_JOBID"}
     if num_nodes > 1 and not (by_torchrun or by_hand or num_tasks() > 1):
         raise UserError(
-            f"trainer.num_nodes={num_nodes}: start the command by torchrun or srun on every node (scripts/slurm), or"
-            " it waits for the others for ever"
+            f"trainer.num_nodes={num_nodes}: start the command by torchrun or srun on every node (scripts/slurm);"
+            " a single process would wait for the others forever"
         )
     if batch_size > 0 and batch_size % processes:
         rounded = -(-batch_size // processes) * processes

@@ -64,7 +64,7 @@ def read_mask(key: str, path: Path, over: Path, shape: Shape) -> Bool[Tensor, "1
     gray = gray.resize(_open("image", over).size, Image.Resampling.BILINEAR)
     white = torch.tensor(to_pixels(gray, (height, width), 1) >= WHITE)
     if not bool(white.any()):
-        raise UserError(f"{key}={path}: nothing of it is white, so nothing would be drawn anew")
+        raise UserError(f"{key}={path}: no pixel of it is white, so nothing would be redrawn")
     return white
 
 

@@ -160,7 +160,7 @@ def load_from_hub(name: str, config: str | None = None, revision: str | None = N
             except Exception as error:
                 raise UserError(
                     f"the Hub cannot be reached for {name} ({one_line(unreachable)}), "
-                    "nor is there an earlier download of it"
+                    "and there is no earlier download of it"
                 ) from error
         log.warning(
             "the Hub cannot be reached; using the latest earlier download of %s, its revision unchecked", name
