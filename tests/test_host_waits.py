@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
+from litdiffusion.diffusion.timesteps import TimestepRule
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,7 +42,6 @@ from litdiffusion.diffusion import (
     schedules,
 )
 from litdiffusion.diffusion.editing import Edit, Inpaint, Interpolate, Slerp, Variation
-from litdiffusion.diffusion.timesteps import TimestepRule
 from litdiffusion.evaluation import BitsPerDim, HeldOutLoss, Metric, Model, X0MeanAbsoluteError
 from litdiffusion.nn import DiT, UNet
 from litdiffusion.reporting.gif import Film

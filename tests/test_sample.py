@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from litdiffusion.runs.model import TrainedModel
 from PIL import Image
 
 from commands import run, train_tiny, type_command
@@ -15,7 +16,6 @@ from litdiffusion.data.pictures import read_image, read_mask
 from litdiffusion.diffusion import DDIM, DDPM, DPMSolverPP2M, Heun
 from litdiffusion.errors import UserError
 from litdiffusion.reporting.images import to_uint8
-from litdiffusion.runs.model import TrainedModel
 
 SHAPE = (1, 8, 8)
 FEW = ["num_images=3", "sampler=ddim", "sampler.num_steps=5", "batch_size=2", "device=cpu"]

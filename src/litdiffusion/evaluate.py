@@ -10,13 +10,13 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities import move_data_to_device
 from omegaconf import DictConfig
 
+from litdiffusion.configuration.allowlist import require_allowed
 from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import entry_point
 from litdiffusion.configuration.hardware import native_autocast, torch_device
 from litdiffusion.configuration.messages import one_line
 from litdiffusion.configuration.nodes import build
 from litdiffusion.configuration.slurm import num_tasks
-from litdiffusion.configuration.targets import check_targets
 from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.data.fingerprint import changes
 from litdiffusion.data.sources import Source
@@ -81,7 +81,7 @@ def data_source(cfg: DictConfig, model: TrainedModel) -> Source:
         source = build(cfg.data, "data")
     else:
         sources = ("litdiffusion.data.sources",)
-        check_targets(model.data_config, ours=sources, layers=(), kind=Source, trust=cfg.trust)
+        require_allowed(model.data_config, ours=sources, layers=(), kind=Source, trust=cfg.trust)
         try:
             source = instantiate(model.data_config, _convert_="all")
         except Exception as error:  # values from elsewhere can trip a constructor in any way

@@ -14,11 +14,11 @@ from hydra.core.hydra_config import HydraConfig
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 
+from litdiffusion.configuration.allowlist import require_allowed, trusted_packages
 from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import entry_point, process_rank
 from litdiffusion.configuration.nodes import build
 from litdiffusion.configuration.resolvers import chosen_experiment
-from litdiffusion.configuration.targets import check_targets, trusted_packages
 from litdiffusion.errors import UserError
 from litdiffusion.inference import MODEL_PARTS
 from litdiffusion.orphans import children_end_with_this
@@ -87,7 +87,7 @@ def train(
             )
 
     # Whatever can be refused is refused here, before data is fetched or read.
-    check_targets(model_config, trust=cfg.trust)
+    require_allowed(model_config, trust=cfg.trust)
     keep_freed_memory()
     datamodule = build(cfg.datamodule, "datamodule")
     torch.manual_seed(cfg.seed)  # every process starts from the same weights

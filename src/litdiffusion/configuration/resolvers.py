@@ -1,8 +1,8 @@
-"""Where runs and sweeps live when nobody says so, and what a search looks for. Registered on import.
+"""OmegaConf resolvers, registered on import: default folders of runs and sweeps, and what a search looks for.
 
-``${new_run_dir:}`` and ``${new_run_name:}`` are new each time, ``${sweep_name:}`` and ``${digest:...}`` never. The
-new ones are cached by OmegaConf per configuration, like Hydra's ``${now:}``: all interpolations of one run agree, and
-two runs composed in one process (a notebook) do not share a folder.
+``${new_run_dir:}`` and ``${new_run_name:}`` differ from run to run; ``${sweep_name:}`` and ``${digest:...}`` do not.
+OmegaConf caches the former per configuration, like Hydra's ``${now:}``: all interpolations of one
+run agree, and two runs composed in one process (a notebook) have different folders.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from litdiffusion.configuration.nodes import locate
 from litdiffusion.errors import UserError
 
 _INHERITED = "LITDIFFUSION_RUN_DIR"
-"""Tells the processes that Lightning starts for the other devices which folder their parent chose."""
+"""Passes the folder on to the processes that Lightning starts for the other devices."""
 
 
 def new_run_name() -> str:
@@ -33,7 +33,7 @@ def new_run_dir() -> str:
     """Return ``logs/<experiment, or "default">/<new run name>``; in a sweep, the folder Hydra gives the job.
 
     Raises:
-        UserError: several processes were started from outside, each of which would choose its own.
+        UserError: torchrun or srun has started several processes, and each would choose its own folder.
     """
     if is_sweep():
         sweep = HydraConfig.get().sweep
@@ -49,10 +49,9 @@ def new_run_dir() -> str:
 
 
 def sweep_name(*, _root_: DictConfig) -> str:
-    """Return ``<experiment, or "default">-<8 hex digits>``: the same for the same sweep, which so finds its jobs.
+    """Return ``<experiment, or "default">-<8 hex digits>``: the same for a repeated sweep, which so finds its jobs.
 
-    The digits stand for everything that decides which jobs there are and what each of them does; where and how they
-    run, and how many trials there shall be, may change from one call to the next.
+    The digits depend on which jobs there are and what each does, not on where they run or on the number of trials.
     """
     hydra = _root_.hydra
     decisive = [hydra.job.config_name, _plain(hydra.overrides.task), _plain(hydra.sweeper.get("params"))]
@@ -60,7 +59,7 @@ def sweep_name(*, _root_: DictConfig) -> str:
 
 
 def digest(value: object) -> str:
-    """Return 8 hexadecimal digits that stand for plain values, interpolations taken as they are written."""
+    """Return 8 hexadecimal digits of a hash of plain values, interpolations unresolved."""
     return hashlib.sha256(json.dumps(_plain(value)).encode()).hexdigest()[:8]
 
 
@@ -77,8 +76,8 @@ def chosen_experiment(hydra: Any = None) -> str | None:
         return None
     hydra = hydra or HydraConfig.get()
     chosen = hydra.runtime.choices.get("experiment")
-    # A list of choices is written down nowhere but in the override itself.
-    task: Any = _plain(hydra.overrides.task)  # an override may hold an interpolation that is not for here
+    # Hydra records a list of choices in the override alone.
+    task: Any = _plain(hydra.overrides.task)  # unresolved: an override may hold any interpolation
     typed = [text for text in task if text.startswith("experiment=[")]
     if typed:
         chosen = OverridesParser.create().parse_override(typed[-1]).value()

@@ -1,7 +1,7 @@
-"""What Slurm tells the processes that srun starts: how many they are, on how many nodes, and which one this is.
+"""What Slurm tells the tasks that srun starts: their number, their nodes, and the rank of each.
 
-A batch script, or a shell inside a job, belongs to a job as well, but is no task of srun's: what it starts without
-srun is a run like any other. Where torchrun has started the processes, its word counts.
+A batch script or a shell inside a job is no task of srun: a run started there without srun is an ordinary run. If
+torchrun has started the processes, its variables decide.
 """
 
 import os
@@ -13,7 +13,7 @@ from litdiffusion.errors import UserError
 
 
 def num_tasks() -> int:
-    """Return how many tasks srun has started together, this process being one of them; 0 where it has not."""
+    """Return how many tasks srun has started together with this one; 0 if srun has not started this process."""
     if "RANK" in os.environ:
         return 0
     return int(os.environ.get("SLURM_STEP_NUM_TASKS") or 0)
@@ -44,8 +44,8 @@ def of_step(what: str) -> int:
     return {"nodes": nodes, "tasks_per_node": int(alike[1])}[what]
 
 
-def check_tasks(processes: int) -> None:
-    """Check that the tasks of srun are the processes of the run, and not each a run of its own in one folder.
+def require_tasks(processes: int) -> None:
+    """Check that the tasks of srun are the processes of one run, not several runs in one folder.
 
     Raises:
         UserError: they are not.

@@ -3,6 +3,7 @@
 The mathematics is in ``diffusion``; what is logged, saved and shown is in ``callbacks``.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
@@ -157,6 +158,8 @@ class LitDiffusion(LightningModule):
             optimizer = self.optimizer_factory(self.denoiser.core.net.parameters())
         except ValueError as error:
             raise UserError(f"optimizer: {error}") from error
+        if not math.isfinite(lr := optimizer.defaults.get("lr", 0)):
+            raise UserError(f"optimizer.lr={lr}: must be a finite number")
         try:
             scheduler = self.lr_scheduler_factory(optimizer)
         except ValueError as error:
