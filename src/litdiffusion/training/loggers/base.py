@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from litdiffusion.redaction import redacted_override, without_secrets
+from litdiffusion.runs.run import Run
 
 
 class RunLogger(Logger):
@@ -85,7 +86,22 @@ class ForeignLogger(RunLogger):
         self._logger.finalize("success")
 
 
-def described(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the configuration as dashboards show it: secrets masked, and what was typed as ``typed``."""
-    typed = " ".join(redacted_override(each) for each in overrides if not each.startswith("run_dir="))
-    return without_secrets(config) | ({"typed": typed} if typed else {})
+def open_loggers(loggers: Sequence[RunLogger], run: Run, step: int, images_per_step: int) -> None:
+    """Open loggers at an optimizer step, and show each the configuration.
+
+    It is shown without secrets; the overrides that were typed join it as ``typed``.
+
+    Raises:
+        UserError: a dashboard cannot be reached, or refuses.
+    """
+    for logger in loggers:
+        logger.resume_at(step, images_per_step)
+    typed = " ".join(redacted_override(text) for text in run.typed if not text.startswith("run_dir="))
+    for logger in loggers:
+        logger.describe(without_secrets(run.config) | ({"typed": typed} if typed else {}))
+
+
+def close_loggers(loggers: Sequence[RunLogger]) -> None:
+    """Close loggers; those that are closed already do nothing."""
+    for logger in loggers:
+        logger.close()

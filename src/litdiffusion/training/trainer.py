@@ -1,0 +1,44 @@
+"""Lightning's trainer, as the configuration describes it, with the callbacks and loggers of a run."""
+
+import logging
+import warnings
+from typing import Any
+
+from lightning import Trainer
+from omegaconf import DictConfig
+
+from litdiffusion.configuration.nodes import build
+from litdiffusion.training.checkpoint_io import WholeCheckpointIO
+from litdiffusion.training.cluster import cluster_environment
+from litdiffusion.training.loggers import ForeignLogger, RunLogger
+
+IGNORED = (
+    ".*LeafSpec.* is deprecated",  # Lightning's own, with this torch
+    "The `srun` command is available",  # and need not be used
+    # DDP compares strides of 1x1 convolutions, where channels last and first are the same order in memory.
+    r"(?s)Grad strides do not match.*grad\.sizes\(\) = \[\d+, \d+, 1, 1\]",
+)
+"""Warnings that no user can act on."""
+
+
+def build_loggers(cfg: DictConfig) -> list[RunLogger]:
+    """Build the loggers of the configuration; none is opened yet."""
+    loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node]
+    return [logger if isinstance(logger, RunLogger) else ForeignLogger(logger) for logger in loggers]
+
+
+def build_trainer(cfg: DictConfig, loggers: list[RunLogger]) -> Trainer:
+    """Build the callbacks and the trainer that runs them."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in IGNORED:
+        warnings.filterwarnings("ignore", message=message)
+    supplied: dict[str, Any] = {
+        "logger": loggers,
+        "callbacks": [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node],
+        "plugins": [plugin for plugin in (WholeCheckpointIO(), cluster_environment()) if plugin],
+    }
+    if not cfg.datamodule.num_val:
+        supplied["limit_val_batches"] = 0  # or Lightning warns that there is nothing to validate on
+    trainer: Trainer = build(cfg.trainer, "trainer", **supplied)
+    return trainer
