@@ -16,7 +16,7 @@ from litdiffusion.diffusion import V, schedules
 from litdiffusion.errors import UserError
 from litdiffusion.evaluate import bits_variance
 from litdiffusion.evaluation.bits_per_dim import bound_parts
-from litdiffusion.processes import num_started
+from litdiffusion.system.launch import num_started
 from small_worlds import affine_denoiser
 
 CLASSY = ("net.num_classes=10", "net.learned_variance=true", "schedule.num_steps=20")

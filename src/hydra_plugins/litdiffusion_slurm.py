@@ -17,7 +17,7 @@ with suppress(ImportError):  # the extra "slurm" is not installed: its configura
 
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
             """Run jobs, numbered from ``initial_job_idx``; return what the sweeper wants to know of each."""
-            from litdiffusion.sweeps.slurm import run_array
+            from litdiffusion.slurm.array import run_array
             from litdiffusion.sweeps.sweep import Sweep
 
             sweep = Sweep(self.config, self.hydra_context.config_loader, self.task_function.__module__)

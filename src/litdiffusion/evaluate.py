@@ -4,7 +4,7 @@ Each measurement is a module of ``evaluation`` that returns flat names and numbe
 are the held-out loss and the bound on the likelihood; image metrics join them.
 """
 
-import litdiffusion.preflight  # noqa: F401  # isort: skip
+import litdiffusion.system.startup  # noqa: F401  # isort: skip
 
 import json
 import time
@@ -19,7 +19,6 @@ from litdiffusion.configuration.entry import entry_point
 from litdiffusion.configuration.hardware import native_autocast, torch_device
 from litdiffusion.configuration.messages import one_line
 from litdiffusion.configuration.nodes import build
-from litdiffusion.configuration.slurm import num_tasks
 from litdiffusion.configuration.targets import check_targets
 from litdiffusion.data.datamodule import Batch, ImageDataModule, ValidationLoader
 from litdiffusion.data.fingerprint import changes
@@ -29,10 +28,10 @@ from litdiffusion.diffusion.likelihood import Variance
 from litdiffusion.errors import UserError
 from litdiffusion.evaluation.bits_per_dim import measured_bits
 from litdiffusion.evaluation.held_out import measured_losses
-from litdiffusion.files import write_text
-from litdiffusion.processes import num_started
 from litdiffusion.runs.folder import absolute, writable_folder
 from litdiffusion.runs.model import TrainedModel, load_model
+from litdiffusion.system.files import write_text
+from litdiffusion.system.launch import num_started, num_tasks
 from litdiffusion.training.memory import keep_freed_memory
 
 

@@ -1,6 +1,6 @@
 """python -m litdiffusion.sample: open a checkpoint, draw images, show how they came to be."""
 
-import litdiffusion.preflight  # noqa: F401  # isort: skip
+import litdiffusion.system.startup  # noqa: F401  # isort: skip
 
 import json
 import time
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from litdiffusion.configuration.annotations import accepts
 from litdiffusion.configuration.checks import validate
-from litdiffusion.configuration.entry import entry_point, process_rank
+from litdiffusion.configuration.entry import entry_point
 from litdiffusion.configuration.hardware import native_autocast, torch_device
 from litdiffusion.configuration.messages import needs_value
 from litdiffusion.configuration.nodes import build, takes
@@ -23,14 +23,15 @@ from litdiffusion.data.pictures import read_given
 from litdiffusion.diffusion import Sampler, Step
 from litdiffusion.diffusion.editing import Edit
 from litdiffusion.errors import UserError
-from litdiffusion.files import whole_file, write_text
-from litdiffusion.processes import share_of, together
 from litdiffusion.reporting.edits import edit_strip
 from litdiffusion.reporting.gif import Film, pick_frames, save_gif
 from litdiffusion.reporting.images import grid, save, to_uint8
 from litdiffusion.runs.folder import absolute, writable_folder
 from litdiffusion.runs.model import TrainedModel, load_model
 from litdiffusion.sampling import drawn_classes
+from litdiffusion.system.files import whole_file, write_text
+from litdiffusion.system.launch import process_rank
+from litdiffusion.system.processes import share_of, together
 from litdiffusion.training.memory import keep_freed_memory
 
 GRID_IMAGES = 64

@@ -16,8 +16,8 @@ from torch import Tensor
 from litdiffusion.diffusion import Denoiser, Guidance, Sampler, Step
 from litdiffusion.diffusion.editing import Edit
 from litdiffusion.diffusion.walk import normal_like
-from litdiffusion.processes import gathered, share_of
 from litdiffusion.randomness import image_generators
+from litdiffusion.system.processes import gathered, share_of
 
 Watch = Callable[[int, Step], None]
 """Called with the first image's index and each moment of each batch: for previews, GIFs, progress bars."""

@@ -1,6 +1,6 @@
 """python -m litdiffusion.train: compose, build, run, write the summary."""
 
-import litdiffusion.preflight  # noqa: F401  # isort: skip
+import litdiffusion.system.startup  # noqa: F401  # isort: skip
 
 import logging
 import time
@@ -17,17 +17,17 @@ from litdiffusion.configuration.resolvers import chosen_experiment
 from litdiffusion.configuration.targets import check_targets, trusted_packages
 from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.errors import UserError
-from litdiffusion.orphans import children_end_with_this
-from litdiffusion.redaction import SECRET_KEY, without_secrets
 from litdiffusion.reporting.curves import curves
 from litdiffusion.reporting.report import paragraph
 from litdiffusion.runs.folder import absolute
 from litdiffusion.runs.model import MODEL_PARTS
 from litdiffusion.runs.run import Run
+from litdiffusion.slurm.cluster import leave
+from litdiffusion.system.parent_death import children_end_with_this
+from litdiffusion.system.redaction import SECRET_KEY, without_secrets
 from litdiffusion.training.callbacks import Interrupted, Monitor, SampleImages, SaveCheckpoints
-from litdiffusion.training.callbacks.attached import datamodule_of, find, images_seen
-from litdiffusion.training.callbacks.interruption import ending_at_once, stopping_at_once
-from litdiffusion.training.cluster import leave, leave_in_peace
+from litdiffusion.training.callbacks.attached import datamodule_of, get_callback, images_seen
+from litdiffusion.training.callbacks.interruption import ending_at_once, stop_child_observer, stopping_at_once
 from litdiffusion.training.loggers import RunLogger, close_loggers, open_loggers
 from litdiffusion.training.memory import keep_freed_memory
 from litdiffusion.training.module import LitDiffusion
@@ -72,7 +72,7 @@ def train(run: Run, started: float) -> int | None:
     datamodule.prepare_data()
     datamodule.setup("fit")
     run.begin(datamodule.fingerprint())
-    if saving := find(trainer, SaveCheckpoints):
+    if saving := get_callback(trainer, SaveCheckpoints):
         saving.embed(
             model_config=run.model_config,
             data_config=without_secrets(run.config["data"], SECRET_KEY),
@@ -95,7 +95,7 @@ def train(run: Run, started: float) -> int | None:
             log.warning("%s: the same command with run_dir=%s continues", interrupted, run.folder.path)
         return interrupted.signum
     finally:
-        leave_in_peace()
+        stop_child_observer()
         close_loggers(loggers)
     return None
 
@@ -104,14 +104,14 @@ def finish(
     run: Run, trainer: Trainer, module: LitDiffusion, loggers: list[RunLogger], started: float
 ) -> None:
     """Validate and sample the trained model, draw the curves, write and print the summary."""
-    monitor, saving = find(trainer, Monitor), find(trainer, SaveCheckpoints)
+    monitor, saving = get_callback(trainer, Monitor), get_callback(trainer, SaveCheckpoints)
     if monitor and monitor.validated_step != trainer.global_step and datamodule_of(trainer).num_val:
         trainer.validate(module, datamodule=datamodule_of(trainer), verbose=False)
         if saving:
             saving.save(trainer, again=True)  # a run that is stopped from here on has validated its end
     if run.is_first:
         run.folder.forget_summary()
-    if sampling := find(trainer, SampleImages):
+    if sampling := get_callback(trainer, SampleImages):
         sampling.finish(trainer, module)
     if not run.is_first:
         return

@@ -12,11 +12,10 @@ from litdiffusion.configuration.choices import check_choices, check_words
 from litdiffusion.configuration.hardware import machine_memory, num_devices, resolve_hardware
 from litdiffusion.configuration.nodes import arguments_of, check_nodes, locate
 from litdiffusion.configuration.resolvers import is_sweep
-from litdiffusion.configuration.slurm import check_tasks, num_tasks
 from litdiffusion.configuration.sweeps import check_sweep
 from litdiffusion.configuration.values import check_values
 from litdiffusion.errors import UserError
-from litdiffusion.processes import num_started
+from litdiffusion.system.launch import num_started, num_tasks
 
 MAX_SEED = 2**63 - 1
 """What torch's generators and every file format take."""
@@ -263,8 +262,12 @@ def _check_batch(cfg: DictConfig) -> None:
 
 
 def _check_started(processes: int, num_nodes: int) -> None:
-    """What has started this process has started all processes of the run: not several runs, nor a part of one."""
-    check_tasks(processes)
+    """The launcher must have started all processes of one run: not several runs in one folder, nor a part of one."""
+    if num_tasks() > 1 and num_tasks() != processes:
+        raise UserError(
+            f"srun has started {num_tasks()} tasks, but trainer.devices x trainer.num_nodes is {processes}:"
+            " use trainer=slurm, or srun --ntasks=1"
+        )
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if by_torchrun and num_started() != processes:
         raise UserError(

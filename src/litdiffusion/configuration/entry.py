@@ -29,12 +29,12 @@ import litdiffusion
 from litdiffusion.configuration.messages import PROCESS_LOST, one_line, user_error
 from litdiffusion.configuration.overrides import CommandLine, find_fault
 from litdiffusion.configuration.resolvers import is_sweep
-from litdiffusion.configuration.slurm import task_rank
 from litdiffusion.configuration.sweeps import check_sweep, sweep_command
 from litdiffusion.errors import UserError
-from litdiffusion.orphans import end_with_parent
-from litdiffusion.redaction import REDACTED_LOG, redact_tracebacks, redacted
-from litdiffusion.releases import check_releases
+from litdiffusion.system.launch import process_rank
+from litdiffusion.system.parent_death import end_with_parent
+from litdiffusion.system.redaction import REDACTED_LOG, redact_tracebacks, redacted
+from litdiffusion.system.version_check import require_sound_versions
 
 USER_ERROR, INTERRUPTED = 2, 130
 OTHERS_WAIT_SECONDS = 5.0
@@ -57,11 +57,11 @@ def entry_point(
             wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
             job = _Job(task, wants_traceback)
             end_with_parent()
-            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of preflight.py
+            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of system/startup.py
                 signal.signal(signal.SIGINT, signal.default_int_handler)
             redact_tracebacks()
             try:
-                check_releases()
+                require_sound_versions()
                 with _hydra_raises():
                     _run(job, config_name, str(config_dir or config_folder()))
             except KeyboardInterrupt:
@@ -258,8 +258,3 @@ def complain(line: str, with_traceback: bool = False) -> None:
         print(redacted(traceback.format_exc()), file=sys.stderr)
     who = f" (process {rank})" if rank else ""
     print(f"error{who}: {redacted(line)}", file=sys.stderr, flush=True)
-
-
-def process_rank() -> int:
-    """Return this process's rank among those that torchrun, Lightning or srun started; 0 when it is alone."""
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or task_rank())

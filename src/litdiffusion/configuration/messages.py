@@ -14,7 +14,7 @@ from omegaconf.errors import (
 
 from litdiffusion.configuration.nearest import suggestion
 from litdiffusion.errors import UserError
-from litdiffusion.files import WriteError
+from litdiffusion.system.files import WriteError
 
 PROCESS_LOST = "another process of this run was lost"
 """How the line begins that says no more than this: the cause is for another process to say."""

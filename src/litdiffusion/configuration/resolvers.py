@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from litdiffusion.errors import UserError
+from litdiffusion.system.launch import of_step
 
 _INHERITED = "LITDIFFUSION_RUN_DIR"
 """Tells the processes that Lightning starts for the other devices which folder their parent chose."""
@@ -99,4 +100,5 @@ OmegaConf.register_new_resolver("new_run_name", new_run_name, use_cache=True, re
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
 OmegaConf.register_new_resolver("digest", digest, replace=True)
+OmegaConf.register_new_resolver("slurm", of_step, replace=True)
 OmegaConf.register_new_resolver("experiment_tags", experiment_tags, replace=True)

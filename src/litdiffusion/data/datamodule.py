@@ -9,8 +9,8 @@ from jaxtyping import Float
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from litdiffusion.data.data_order import DataOrder
 from litdiffusion.data.fingerprint import Fingerprint, fingerprint
-from litdiffusion.data.sampling_order import SamplingOrder
 from litdiffusion.data.sources import Source
 from litdiffusion.data.stores import ArrowStore, Batch, ImageStore, MemoryStore, Request, to_float
 from litdiffusion.diffusion.devices import to_device
@@ -34,7 +34,7 @@ class TrainLoader:
     def __init__(
         self,
         store: ImageStore,
-        order: SamplingOrder,
+        order: DataOrder,
         batch_size: int,
         rank: int,
         world_size: int,
@@ -164,7 +164,7 @@ class ImageDataModule(LightningDataModule):
         """The endless stream; each iteration begins at the trainer's step, so a resumed run goes on mid-epoch."""
         rank, world_size = self._shares()
         store = self._store("fit")
-        order = SamplingOrder(len(store), self.seed)
+        order = DataOrder(len(store), self.seed)
         return TrainLoader(store, order, self.batch_size, rank, world_size, self._first_step)
 
     def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:

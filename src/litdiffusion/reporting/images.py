@@ -16,8 +16,8 @@ from torch import Tensor
 
 from litdiffusion.diffusion.process import q_sample
 from litdiffusion.diffusion.schedules import Schedule
-from litdiffusion.files import whole_file
 from litdiffusion.randomness import normal_positions
+from litdiffusion.system.files import whole_file
 
 GUTTER = 2
 PAPER, INK = 255, 60

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from litdiffusion.errors import UserError
-from litdiffusion.files import UNFINISHED, write_text
-from litdiffusion.redaction import redacted_override, without_secrets
+from litdiffusion.system.files import UNFINISHED, write_text
+from litdiffusion.system.redaction import redacted_override, without_secrets
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from threading import Event, Thread
 from types import TracebackType
 
 from litdiffusion.errors import UserError
-from litdiffusion.files import WriteError
+from litdiffusion.system.files import WriteError
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from litdiffusion.redaction import redacted_code
+from litdiffusion.system.redaction import redacted_code
 
 PACKAGES = ("litdiffusion", "torch", "lightning", "hydra-core", "datasets", "wandb", "numpy")
 MAX_DIFF = 200_000  # characters

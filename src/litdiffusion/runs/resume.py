@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from litdiffusion.data.fingerprint import Fingerprint, changes
 from litdiffusion.errors import UserError
-from litdiffusion.redaction import without_secrets
 from litdiffusion.runs.checkpoint import DamagedCheckpointError, read_checkpoint
 from litdiffusion.runs.folder import RunFolder, read_json
+from litdiffusion.system.redaction import without_secrets
 
 log = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.optim import Optimizer
 
-from litdiffusion.configuration.entry import process_rank
 from litdiffusion.data.fingerprint import Fingerprint
 from litdiffusion.errors import UserError
-from litdiffusion.redaction import SECRET_KEY, without_secrets
 from litdiffusion.runs.folder import RunFolder
 from litdiffusion.runs.lock import RunLock
 from litdiffusion.runs.provenance import provenance
 from litdiffusion.runs.resume import Resumption, check_same_data, find_resumption, set_damaged_aside
+from litdiffusion.system.launch import process_rank
+from litdiffusion.system.redaction import SECRET_KEY, without_secrets
 
 
 class Run:

@@ -16,10 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from litdiffusion.configuration.hardware import native_accelerator, num_devices
 from litdiffusion.configuration.sweeps import FOLDERS, quoted
 from litdiffusion.errors import UserError
-from litdiffusion.files import write_text
-from litdiffusion.redaction import redacted_override, without_secrets
 from litdiffusion.runs.folder import RunFolder, absolute
 from litdiffusion.runs.resume import differences, read_config
+from litdiffusion.system.files import write_text
+from litdiffusion.system.redaction import redacted_override, without_secrets
 
 RESULTS = {"sample": "sample.json", "evaluate": "metrics.json"}
 """What commands that write into ``out`` leave there."""

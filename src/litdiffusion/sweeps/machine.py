@@ -8,7 +8,8 @@ from typing import TypeVar
 import torch
 
 from litdiffusion.errors import UserError
-from litdiffusion.orphans import PARENT
+from litdiffusion.system.parent_death import PARENT
+from litdiffusion.system.processes import usable_cores
 
 T = TypeVar("T")
 
@@ -66,13 +67,6 @@ def environment(share: Share, num_processes: int, sweep: str, wants_traceback: b
         chosen = os.environ.get("OMP_NUM_THREADS", "")
         variables["OMP_NUM_THREADS"] = str(min(threads, int(chosen)) if chosen.isdecimal() else threads)
     return variables
-
-
-def usable_cores() -> list[int]:
-    """Return the cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def visible_gpus(variables: Mapping[str, str] = os.environ) -> list[str]:

@@ -13,9 +13,9 @@ from threading import Thread
 from typing import Any, Protocol, runtime_checkable
 
 from litdiffusion.configuration.messages import PROCESS_LOST
-from litdiffusion.redaction import redacted
 from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.machine import Share, bind
+from litdiffusion.system.redaction import redacted
 
 TAIL_CHARACTERS = 2**16
 GRACE_SECONDS = 5.0

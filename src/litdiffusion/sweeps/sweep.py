@@ -11,18 +11,17 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from omegaconf import DictConfig, OmegaConf
 
-from litdiffusion.configuration.slurm import num_tasks
 from litdiffusion.configuration.sweeps import SweepCommand, current_sweep
 from litdiffusion.errors import UserError
-from litdiffusion.files import write_text
-from litdiffusion.processes import num_started
-from litdiffusion.redaction import redacted_override, without_secrets
 from litdiffusion.reporting.report import duration
 from litdiffusion.runs.folder import absolute, writable_folder
 from litdiffusion.runs.lock import RunLock, is_locked
 from litdiffusion.sweeps.jobs import Job, make_job, program_of
 from litdiffusion.sweeps.process import FAILED, FINISHED, SKIPPED, WAITING, Outcome
 from litdiffusion.sweeps.table import Results
+from litdiffusion.system.files import write_text
+from litdiffusion.system.launch import num_started, num_tasks
+from litdiffusion.system.redaction import redacted_override, without_secrets
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from lightning import Trainer
 from omegaconf import DictConfig
 
 from litdiffusion.configuration.nodes import build
+from litdiffusion.slurm.cluster import cluster_environment
 from litdiffusion.training.checkpoint_io import WholeCheckpointIO
-from litdiffusion.training.cluster import cluster_environment
 from litdiffusion.training.loggers import ForeignLogger, RunLogger
 
 IGNORED = (

@@ -9,7 +9,7 @@ from litdiffusion.data.datamodule import ImageDataModule
 T = TypeVar("T")
 
 
-def find(trainer: Trainer, kind: type[T]) -> T | None:
+def get_callback(trainer: Trainer, kind: type[T]) -> T | None:
     """Return the trainer's callback of a kind; a configuration may leave any of them out."""
     attached: Any = trainer
     return next((callback for callback in attached.callbacks if isinstance(callback, kind)), None)

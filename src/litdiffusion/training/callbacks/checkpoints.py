@@ -6,7 +6,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from litdiffusion.training.callbacks.monitor import check_sound, clock_stopped
+from litdiffusion.training.callbacks.monitor import check_finite, clock_stopped
 from litdiffusion.training.checkpoint_io import WholeCheckpointIO
 
 
@@ -76,7 +76,7 @@ class SaveCheckpoints(Checkpoint):
         known = trainer.global_step == self.saved_step
         if known and not again:
             return
-        check_sound(trainer)
+        check_finite(trainer)
         self.is_saving = True
         try:
             with clock_stopped(trainer):

@@ -6,6 +6,7 @@ stops in the middle of it, and goes on from its last checkpoint: to be killed wo
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,9 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from litdiffusion.processes import STOP_SIGNALS
-from litdiffusion.training.callbacks.attached import find
+from litdiffusion.system.processes import STOP_SIGNALS
+from litdiffusion.training.callbacks.attached import get_callback
 from litdiffusion.training.callbacks.checkpoints import SaveCheckpoints
-from litdiffusion.training.cluster import leave_in_peace
 
 AGREE_EVERY = 8
 """Steps between two looks at what has reached the other processes, where there are any: looking waits for them."""
@@ -92,7 +92,7 @@ class StopCleanly(Callback):
         if signum is None:
             return
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if saving := find(trainer, SaveCheckpoints):
+        if saving := get_callback(trainer, SaveCheckpoints):
             saving.save(trainer)
         raise Interrupted(signum, trainer.global_step)
 
@@ -104,7 +104,7 @@ class StopCleanly(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Whatever ends the training, nothing interrupts how it leaves."""
         signal.setitimer(signal.ITIMER_REAL, 0)
-        leave_in_peace()
+        stop_child_observer()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop after the last step as after any other: by now it is saved.
@@ -153,12 +153,23 @@ class StopCleanly(Callback):
         Raises:
             Interrupted: always otherwise.
         """
-        saving = find(trainer, SaveCheckpoints)
+        saving = get_callback(trainer, SaveCheckpoints)
         if saving and saving.is_saving:
             signal.setitimer(signal.ITIMER_REAL, 1.0)
             return
         assert self.received is not None
         raise Interrupted(self.received, trainer.global_step, saving.saved_step if saving else 0)
+
+
+def stop_child_observer() -> None:
+    """Stop Lightning's watch over the processes that it has started: the run is over.
+
+    When one of them exits with a code other than 0, as after a signal, Lightning kills them all, this one first,
+    even while it closes its loggers.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._child_processes = []  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from litdiffusion.reporting import images as pictures
 from litdiffusion.reporting.gif import Film, pick_frames, save_gif
 from litdiffusion.sampling import sample_images
 from litdiffusion.training.callbacks.attached import datamodule_of, images_seen
-from litdiffusion.training.callbacks.monitor import check_sound, clock_stopped
+from litdiffusion.training.callbacks.monitor import check_finite, clock_stopped
 from litdiffusion.training.loggers import RunLogger
 from litdiffusion.training.module import LitDiffusion
 
@@ -66,7 +66,7 @@ class SampleImages(Callback):
 
     def _sample(self, trainer: Trainer, module: LightningModule, name: str, record: bool) -> None:
         assert isinstance(module, LitDiffusion)
-        check_sound(trainer)
+        check_finite(trainer)
         module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when the training is over
         num_steps = len(self.sampler.times(module.denoiser.schedule)) - 1
         film = Film(pick_frames(num_steps) if record else ())

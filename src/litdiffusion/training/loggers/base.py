@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from litdiffusion.redaction import redacted_override, without_secrets
 from litdiffusion.runs.run import Run
+from litdiffusion.system.redaction import redacted_override, without_secrets
 
 
 class RunLogger(Logger):

@@ -13,9 +13,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image, ImageSequence
 
 from litdiffusion.errors import UserError
-from litdiffusion.files import write_text
 from litdiffusion.runs.folder import RunFolder, shown_as
 from litdiffusion.runs.metrics import read_rows
+from litdiffusion.system.files import write_text
 from litdiffusion.training.loggers import wandb_client as client
 from litdiffusion.training.loggers.base import RunLogger
 

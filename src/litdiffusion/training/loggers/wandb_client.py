@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from litdiffusion.errors import UserError
-from litdiffusion.files import write_text
-from litdiffusion.processes import STOP_SIGNALS
+from litdiffusion.system.files import write_text
+from litdiffusion.system.processes import STOP_SIGNALS
 
 FLUSH_EVERY = 0.01
 """Seconds after which W&B's own process writes what it was told. What it has not written by then ends with it."""

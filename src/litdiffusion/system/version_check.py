@@ -13,7 +13,7 @@ KNOWN_BAD = {
 REPLACEMENT = {"lightning": "lightning>=2.6.6"}
 
 
-def check_releases() -> None:
+def require_sound_versions() -> None:
     """Check what is installed.
 
     Raises:

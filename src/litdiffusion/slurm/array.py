@@ -20,11 +20,11 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from litdiffusion.configuration.messages import one_line
 from litdiffusion.errors import UserError
-from litdiffusion.files import write_text
-from litdiffusion.redaction import redacted, redacted_override
 from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.machine import SWEEP
 from litdiffusion.sweeps.process import FAILED, FINISHED, Outcome, reason
+from litdiffusion.system.files import write_text
+from litdiffusion.system.redaction import redacted, redacted_override
 
 HANDED_IN = "handed_in.json"
 LOOK_SECONDS = 2.0

@@ -8,7 +8,7 @@ import signal
 import sys
 
 from litdiffusion.errors import UserError
-from litdiffusion.releases import check_releases
+from litdiffusion.system.version_check import require_sound_versions
 
 _command = getattr(sys.modules["__main__"], "__spec__", None)
 if (
@@ -19,7 +19,7 @@ if (
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 try:
-    check_releases()
+    require_sound_versions()
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

@@ -65,7 +65,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def second_name(path: Path, other: Path) -> None:
+def hardlink(path: Path, other: Path) -> None:
     """Make ``other`` a second name of the file ``path``; at every moment there is a whole file under both.
 
     Raises:

@@ -18,7 +18,7 @@ from torch import Tensor
 from litdiffusion.randomness import generator_at
 
 
-class SamplingOrder:
+class DataOrder:
     """Which image stands at which position of the training stream.
 
     Args:

@@ -1,15 +1,32 @@
-"""What Slurm tells the processes that srun starts: how many they are, on how many nodes, and which one this is.
+"""How this process was launched: alone, or as one of several by torchrun, srun or Lightning. The environment says it.
 
-A batch script, or a shell inside a job, belongs to a job as well, but is no task of srun's: what it starts without
-srun is a run like any other. Where torchrun has started the processes, its word counts.
+A batch script, or a shell inside a Slurm job, is no task of srun: what it starts without srun is a run like any
+other. Where torchrun has started the processes under srun, torchrun's variables count.
 """
 
 import os
 import re
 
-from omegaconf import OmegaConf
-
 from litdiffusion.errors import UserError
+
+
+def process_rank() -> int:
+    """Return this process's rank among those that torchrun, Lightning or srun started; 0 when it is alone."""
+    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or task_rank())
+
+
+def num_started() -> int:
+    """Return how many processes torchrun, or a launcher like it, has started together; 1 for one alone.
+
+    Raises:
+        UserError: the environment says something else.
+    """
+    said = os.environ.get("WORLD_SIZE") or "1"
+    if not said.isdecimal():
+        raise UserError(
+            f"WORLD_SIZE={said}: the environment should say how many processes there are; unset it"
+        )
+    return int(said)
 
 
 def num_tasks() -> int:
@@ -20,7 +37,7 @@ def num_tasks() -> int:
 
 
 def task_rank() -> int:
-    """Return this task's number among those that srun has started together; 0 when it is alone."""
+    """Return this task's rank among those that srun has started together; 0 when it is alone."""
     return int(os.environ["SLURM_PROCID"]) if num_tasks() > 1 else 0
 
 
@@ -42,19 +59,3 @@ def of_step(what: str) -> int:
             f"trainer=slurm: srun has put {counts} tasks on its nodes; ask for --ntasks-per-node=N, not --ntasks"
         )
     return {"nodes": nodes, "tasks_per_node": int(alike[1])}[what]
-
-
-def check_tasks(processes: int) -> None:
-    """Check that the tasks of srun are the processes of the run, and not each a run of its own in one folder.
-
-    Raises:
-        UserError: they are not.
-    """
-    if num_tasks() > 1 and num_tasks() != processes:
-        raise UserError(
-            f"srun has started {num_tasks()} tasks, but trainer.devices x trainer.num_nodes is {processes}:"
-            " use trainer=slurm, or srun --ntasks=1"
-        )
-
-
-OmegaConf.register_new_resolver("slurm", of_step, replace=True)
