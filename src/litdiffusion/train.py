@@ -26,12 +26,12 @@ from litdiffusion.slurm.cluster import leave
 from litdiffusion.system.parent_death import children_end_with_this
 from litdiffusion.system.redaction import SECRET_KEY, without_secrets
 from litdiffusion.training.callbacks import Interrupted, Monitor, SampleImages, SaveCheckpoints
-from litdiffusion.training.callbacks.attached import datamodule_of, get_callback, images_seen
+from litdiffusion.training.callbacks.attached import get_callback, images_seen
 from litdiffusion.training.callbacks.interruption import ending_at_once, stop_child_observer, stopping_at_once
-from litdiffusion.training.loggers import RunLogger, close_loggers, open_loggers
+from litdiffusion.training.loggers.base import RunLogger, close_loggers, complete_loggers, open_loggers
 from litdiffusion.training.memory import keep_freed_memory
 from litdiffusion.training.module import LitDiffusion
-from litdiffusion.training.trainer import build_loggers, build_trainer
+from litdiffusion.training.trainer import build_loggers, build_trainer, validate_and_sample
 
 log = logging.getLogger("litdiffusion.train")  # run as a script, __name__ is __main__
 
@@ -65,7 +65,7 @@ def train(run: Run, started: float) -> int | None:
     torch.manual_seed(run.cfg.seed)  # every process starts from the same weights
     module: LitDiffusion = build(run.cfg.module, "module")
     run.require_fitting(module.state_dict(), module.configure_optimizers()["optimizer"])
-    run.folder.check()
+    run.folder.require_usable()
     loggers = build_loggers(run.cfg)
     trainer = build_trainer(run.cfg, loggers)
 
@@ -89,7 +89,9 @@ def train(run: Run, started: float) -> int | None:
         with children_end_with_this(), ending_at_once() if trainer.world_size > 1 else nullcontext():
             trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
         with stopping_at_once(trainer):
-            finish(run, trainer, module, loggers, started)
+            validate_and_sample(trainer, module, run)
+            if trainer.is_global_zero:
+                summarize(run, trainer, module, loggers, started)
     except Interrupted as interrupted:
         if run.is_first:
             log.warning("%s: the same command with run_dir=%s continues", interrupted, run.folder.path)
@@ -100,31 +102,16 @@ def train(run: Run, started: float) -> int | None:
     return None
 
 
-def finish(
+def summarize(
     run: Run, trainer: Trainer, module: LitDiffusion, loggers: list[RunLogger], started: float
 ) -> None:
-    """Validate and sample the trained model, draw the curves, write and print the summary."""
+    """Draw the curves, write and print the summary."""
     monitor, saving = get_callback(trainer, Monitor), get_callback(trainer, SaveCheckpoints)
-    if monitor and monitor.validated_step != trainer.global_step and datamodule_of(trainer).num_val:
-        trainer.validate(module, datamodule=datamodule_of(trainer), verbose=False)
-        if saving:
-            saving.save(trainer, again=True)  # a run that is stopped from here on has validated its end
-    if run.is_first:
-        run.folder.forget_summary()
-    if sampling := get_callback(trainer, SampleImages):
-        sampling.finish(trainer, module)
-    if not run.is_first:
-        return
     if run.folder.metrics.exists():
         curves(run.folder.metrics, run.folder.curves)
-    files = {
-        "checkpoint": saving.last if saving else None,
-        # Without sampling, the pictures that lie there are of an earlier end of this run.
-        "grid": run.folder.samples / "grid.png" if sampling else None,
-        "gif": run.folder.samples / "denoising.gif" if sampling else None,
-        "noised_strip": run.folder.samples / "noised_strip.png",
-        "curves": run.folder.curves,
-    }
+    files = run.folder.pictures_of_end(sampled=get_callback(trainer, SampleImages) is not None)
+    if saving:
+        files = {"checkpoint": saving.last, **files}
     metrics = {
         "train_loss": monitor.loss if monitor else None,
         "val_loss": monitor.val_loss if monitor else None,
@@ -143,7 +130,7 @@ def finish(
         "precision": trainer.precision,
         "run_dir": str(run.folder.path),
         **({"trust": list(trusted_packages(run.config["trust"]))} if run.config["trust"] else {}),
-        **{name: str(path) for name, path in files.items() if path and path.exists()},
+        **{name: str(path) for name, path in files.items() if path.exists()},
     }
     close_loggers(loggers)  # a run that is killed before its dashboard has everything is not finished
     run.folder.write_summary(summary)
@@ -151,21 +138,15 @@ def finish(
 
 
 def report_end(run: Run) -> None:
-    """Print how a finished run ended, and send dashboards what they lack; where that fails, it stays finished."""
-    if not run.is_first:
-        return
-    summary = run.folder.read_summary()
-    steps = summary["steps"]
-    print(f"This run is finished, at step {steps:,}; a larger trainer.max_steps continues it.")
-    print(paragraph(summary, run.folder.path), flush=True)
-    try:
-        for logger in build_loggers(run.cfg):
-            if logger.is_behind:
-                run.folder.prepare()
-                open_loggers([logger], run, steps, summary.get("images_seen", 0) // max(steps, 1))
-                logger.close()
-    except UserError as error:
-        log.warning("%s", error)
+    """Print how a finished run ended, and send dashboards what they lack."""
+    if run.is_first:
+        summary = run.folder.read_summary()
+        print(f"This run is finished, at step {summary['steps']:,}; a larger trainer.max_steps continues it.")
+        print(paragraph(summary, run.folder.path), flush=True)
+        try:
+            complete_loggers(build_loggers(run.cfg), run)
+        except UserError as error:
+            log.warning("%s", error)  # the run is finished all the same
 
 
 def num_parameters(module: LitDiffusion) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from litdiffusion.errors import UserError
+from litdiffusion.errors import UserError, short_text
 from litdiffusion.system.files import WriteError, hardlink, whole_file
 
 CONTENT = {"state_dict": dict, "model_config": dict, "data_config": dict, "global_step": int}
@@ -107,7 +107,7 @@ def verify(path: Path) -> str | None:
     except OSError:
         raise
     except Exception as error:  # a damaged directory can trip the reader in any way
-        return " ".join(str(error).split()) or type(error).__name__
+        return short_text(error)
     return None if bad is None else f"the checksum of {bad} does not fit"
 
 

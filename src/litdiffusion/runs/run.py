@@ -15,7 +15,7 @@ from litdiffusion.errors import UserError
 from litdiffusion.runs.folder import RunFolder
 from litdiffusion.runs.lock import RunLock
 from litdiffusion.runs.provenance import provenance
-from litdiffusion.runs.resume import Resumption, check_same_data, find_resumption, set_damaged_aside
+from litdiffusion.runs.resume import Resumption, find_resumption, require_same_data, set_damaged_aside
 from litdiffusion.system.launch import process_rank
 from litdiffusion.system.redaction import SECRET_KEY, without_secrets
 
@@ -54,7 +54,7 @@ class Run:
         """
         found = self._find_resumption()
         if found:
-            found.check_model(self.model_config)
+            found.require_same_model(self.model_config)
         return found
 
     @property
@@ -99,8 +99,8 @@ class Run:
             UserError: its weights have other names or shapes, or its optimizer is of another kind.
         """
         if self.resumption:
-            self.resumption.check_weights(state_dict)
-            self.resumption.check_optimizer(optimizer)
+            self.resumption.require_same_weights(state_dict)
+            self.resumption.require_same_optimizer(optimizer)
 
     def begin(self, fingerprint: Fingerprint) -> None:
         """Lock the folder, and write down what is about to run.
@@ -112,7 +112,7 @@ class Run:
             UserError: the images have changed, the folder cannot be written, or another job has begun in it since.
         """
         if self.resumption:
-            check_same_data(self.folder, fingerprint)
+            require_same_data(self.folder, fingerprint)
         self.folder.prepare()
         if self.lock.take() and self._find_resumption() != self.resumption:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Lightning's trainer, as the configuration describes it, with the callbacks and loggers of a run."""
+"""Lightning's trainer with the callbacks and loggers of a run, and what it does after the last step."""
 
 import logging
 import warnings
@@ -8,9 +8,13 @@ from lightning import Trainer
 from omegaconf import DictConfig
 
 from litdiffusion.configuration.nodes import build
+from litdiffusion.runs.run import Run
 from litdiffusion.slurm.cluster import cluster_environment
+from litdiffusion.training.callbacks import Monitor, SampleImages, SaveCheckpoints
+from litdiffusion.training.callbacks.attached import datamodule_of, get_callback
 from litdiffusion.training.checkpoint_io import WholeCheckpointIO
 from litdiffusion.training.loggers import ForeignLogger, RunLogger
+from litdiffusion.training.module import LitDiffusion
 
 IGNORED = (
     ".*LeafSpec.* is deprecated",  # Lightning's own, with this torch
@@ -42,3 +46,16 @@ def build_trainer(cfg: DictConfig, loggers: list[RunLogger]) -> Trainer:
         supplied["limit_val_batches"] = 0  # or Lightning warns that there is nothing to validate on
     trainer: Trainer = build(cfg.trainer, "trainer", **supplied)
     return trainer
+
+
+def validate_and_sample(trainer: Trainer, module: LitDiffusion, run: Run) -> None:
+    """Validate the trained model, unless its last step was validated, and draw its samples."""
+    monitor = get_callback(trainer, Monitor)
+    if monitor and monitor.validated_step != trainer.global_step and datamodule_of(trainer).num_val:
+        trainer.validate(module, datamodule=datamodule_of(trainer), verbose=False)
+        if saving := get_callback(trainer, SaveCheckpoints):
+            saving.save(trainer, again=True)  # a run that is stopped from here on has validated its end
+    if trainer.is_global_zero:
+        run.folder.forget_summary()
+    if sampling := get_callback(trainer, SampleImages):
+        sampling.finish(trainer, module)

@@ -101,6 +101,21 @@ def open_loggers(loggers: Sequence[RunLogger], run: Run, step: int, images_per_s
         logger.describe(without_secrets(run.config) | ({"typed": typed} if typed else {}))
 
 
+def complete_loggers(loggers: Sequence[RunLogger], run: Run) -> None:
+    """Log what the folder of a finished run holds wherever it has not been logged yet.
+
+    Raises:
+        UserError: a dashboard cannot be reached, or a file is in the way.
+    """
+    summary = run.folder.read_summary()
+    for logger in loggers:
+        if logger.is_behind:
+            run.folder.prepare()
+            images_per_step = summary.get("images_seen", 0) // max(summary["steps"], 1)
+            open_loggers([logger], run, summary["steps"], images_per_step)
+            logger.close()
+
+
 def close_loggers(loggers: Sequence[RunLogger]) -> None:
     """Close loggers; those that are closed already do nothing."""
     for logger in loggers:
