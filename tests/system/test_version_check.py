@@ -14,7 +14,7 @@ ENTRY_POINTS = ("train", "sample", "evaluate")
 
 def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
     found = {name.replace("_", "-"): version for name, version in versions.items()}
-    monkeypatch.setattr(version_check, "_installed", found.get)
+    monkeypatch.setattr(version_check, "installed_version", found.get)
 
 
 @pytest.mark.parametrize("version", ["2.6.2", "2.6.3"])

@@ -13,8 +13,8 @@ import time
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from litdiffusion.configuration.overrides import CommandLine, find_fault
 from litdiffusion.configuration.resolvers import is_sweep
 from litdiffusion.configuration.sweeps import check_sweep, sweep_command
 from litdiffusion.errors import UserError
-from litdiffusion.system.launch import process_rank
+from litdiffusion.system.launch import environment_variable, process_rank
 from litdiffusion.system.parent_death import end_with_parent
 from litdiffusion.system.redaction import REDACTED_LOG, redact_tracebacks, redacted
 from litdiffusion.system.version_check import require_sound_versions
@@ -62,7 +62,7 @@ def entry_point(
             redact_tracebacks()
             try:
                 require_sound_versions()
-                with _hydra_raises():
+                with environment_variable("HYDRA_FULL_ERROR", "1"):
                     _run(job, config_name, str(config_dir or config_folder()))
             except KeyboardInterrupt:
                 sys.exit(INTERRUPTED)
@@ -92,18 +92,6 @@ def config_folder() -> Path:
         if folder.is_dir():
             return folder
     raise UserError(f"{package / 'configs'}: the configuration is missing; install litdiffusion again")
-
-
-@contextmanager
-def _hydra_raises() -> Iterator[None]:
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if before is not None:
-            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 class _Job:

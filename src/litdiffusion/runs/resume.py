@@ -219,7 +219,7 @@ def _from(path: Path, damaged: Path | None = None) -> Resumption:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the keys that decide what is trained and differ, with both values."""
-    before, after = _flat(old), _flat(new)
+    before, after = flat(old), flat(new)
     keys = [key for key in {**before, **after} if not _is_free(key)]
     missing = "(absent)"
     return {
@@ -267,10 +267,11 @@ def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, keys joined by dots; an empty mapping is a value."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
-    parts = [_flat(child, f"{prefix}.{key}" if prefix else str(key)) for key, child in value.items()]
+    parts = [flat(child, f"{prefix}.{key}" if prefix else str(key)) for key, child in value.items()]
     return {key: leaf for part in parts for key, leaf in part.items()}
 
 

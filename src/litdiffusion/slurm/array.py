@@ -24,6 +24,7 @@ from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.machine import SWEEP
 from litdiffusion.sweeps.process import FAILED, FINISHED, Outcome, reason
 from litdiffusion.system.files import write_text
+from litdiffusion.system.launch import environment_variable
 from litdiffusion.system.redaction import redacted, redacted_override
 
 HANDED_IN = "handed_in.json"
@@ -103,15 +104,9 @@ class _Queue:
 
 
 def _hand_in(executor: Any, task: Callable[..., JobReturn], sweep: str, jobs: Sequence[Job]) -> list[Any]:
-    before = os.environ.get(SWEEP)
-    os.environ[SWEEP] = sweep  # sbatch passes the environment on
-    try:
+    with environment_variable(SWEEP, sweep):  # sbatch passes the environment on
         handles: list[Any] = executor.map_array(task, *zip(*map(_arguments, jobs), strict=True))
-        return handles
-    finally:
-        os.environ.pop(SWEEP)
-        if before is not None:
-            os.environ[SWEEP] = before
+    return handles
 
 
 def _note_handed_in(folder: Path, waiting: Mapping[Job, Any], others: Mapping[str, _Noted]) -> None:

@@ -1,6 +1,5 @@
 """A job of a sweep: one command with one folder, and how to see that it is finished already."""
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from litdiffusion.configuration.hardware import native_accelerator, num_devices
 from litdiffusion.configuration.sweeps import FOLDERS, quoted
 from litdiffusion.errors import UserError
-from litdiffusion.runs.folder import RunFolder, absolute
+from litdiffusion.runs.folder import RunFolder, absolute, read_json
 from litdiffusion.runs.resume import differences, read_config
 from litdiffusion.system.files import write_text
 from litdiffusion.system.redaction import redacted_override, without_secrets
@@ -41,7 +40,7 @@ class Job:
         wanted: names of the numbers in ``result`` that a sweeper asks for.
         num_processes: how many the job starts on this machine.
         on_gpu: whether it computes on GPUs.
-        config: of a training run, all of its configuration; None for other commands, or where it makes no sense.
+        config: of a training run, its whole configuration; None for other commands, or where it cannot be resolved.
     """
 
     number: int
@@ -57,17 +56,16 @@ class Job:
     def results(self) -> dict[str, Any]:
         """Return what the job has left; {} where there is nothing, or nothing legible."""
         try:
-            found = json.loads(self.result.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            return read_json(self.result, dict)
+        except UserError:
             return {}
-        return found if isinstance(found, dict) else {}
 
     def is_finished(self) -> bool:
-        """Whether the folder holds the end of this very job; where in doubt, the job itself shall look."""
+        """Whether the folder holds the end of this very job; False where in doubt, and the job itself decides."""
         return self._is_trained() if self.config else self._is_written()
 
     def note_start(self) -> None:
-        """Write down what the job is about to do, as a training run does by itself."""
+        """Write the overrides of a job that does not do so itself, as a training run does."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.config is None:
             write_text(self._note, self._text)

@@ -6,8 +6,23 @@ other. Where torchrun has started the processes under srun, torchrun's variables
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from litdiffusion.errors import UserError
+
+
+@contextmanager
+def environment_variable(name: str, value: str) -> Iterator[None]:
+    """Set a variable of the environment for the duration of the block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def process_rank() -> int:
