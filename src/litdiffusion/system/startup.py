@@ -1,7 +1,6 @@
-"""What every entry point imports first.
+"""What every entry point imports first: it ends the command where a release is installed that is known to be bad.
 
-With a release installed that is known to be bad, the command ends here, before that release is imported. And until
-all the rest is imported, a Ctrl-C ends the command at once, not with a traceback out of somebody's imports.
+Until everything else is imported, a Ctrl-C ends the command at once, without a traceback out of the imports.
 """
 
 import signal
@@ -13,7 +12,7 @@ from litdiffusion.system.version_check import require_sound_versions
 _command = getattr(sys.modules["__main__"], "__spec__", None)
 if (
     _command is not None
-    and _command.name.startswith("litdiffusion.")  # python -m, and nobody who imports a command
+    and _command.name.startswith("litdiffusion.")  # python -m, not an import of a command
     and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
     signal.signal(signal.SIGINT, signal.SIG_DFL)

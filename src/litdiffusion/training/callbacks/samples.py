@@ -1,4 +1,4 @@
-"""Pictures over the course of a run: the same seeds every time, so that one sees what training changes."""
+"""Pictures over the course of a run, from the same seeds every time, so that they show what training changes."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class SampleImages(Callback):
         self.seed = seed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show what the network will see: a few training pictures, noised at several t."""
+        """Draw what the network is trained on: a few images, noised at several t."""
         if trainer.global_step > 0 or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, LitDiffusion)
@@ -61,7 +61,7 @@ class SampleImages(Callback):
                 self._sample(trainer, pl_module, f"step-{trainer.global_step:07d}", record=False)
 
     def finish(self, trainer: Trainer, module: LitDiffusion) -> None:
-        """Sample once more when the run is over, and record the way there as a GIF."""
+        """Sample once more when the run is over, and save the reverse process as a GIF."""
         self._sample(trainer, module, "grid", record=True)
 
     def _sample(self, trainer: Trainer, module: LightningModule, name: str, record: bool) -> None:
