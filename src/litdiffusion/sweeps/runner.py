@@ -1,4 +1,4 @@
-"""Jobs one after the other, or several at once; a signal to the sweep is a signal to them."""
+"""Jobs one after the other, or several at once; signals to the sweep are passed on to them."""
 
 import logging
 import signal
@@ -25,7 +25,7 @@ class Runner:
     """Run jobs, each in its share of the machine.
 
     Args:
-        places: one for each job that runs at a time. The jobs of a single place have the terminal to themselves.
+        places: one for each job that runs at a time. Where there is one, its jobs write to the terminal.
         sweep: the name of the sweep.
         wants_traceback: whether the user has set HYDRA_FULL_ERROR.
     """
