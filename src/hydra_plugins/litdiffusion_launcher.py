@@ -1,7 +1,7 @@
 """``hydra/launcher=processes``: every job of a sweep is a fresh process, with the results of all of them gathered.
 
-Hydra looks for plugins in this namespace package and imports each at every start. What only a sweep needs is therefore
-imported inside of the methods.
+Hydra looks for plugins in this namespace package and imports each at every start; so what only a sweep needs
+is imported inside of the methods.
 """
 
 from collections.abc import Sequence

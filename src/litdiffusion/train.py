@@ -64,7 +64,9 @@ def train(run: Run, started: float) -> int | None:
     datamodule: ImageDataModule = build(run.cfg.datamodule, "datamodule")
     torch.manual_seed(run.cfg.seed)  # every process starts from the same weights
     module: LitDiffusion = build(run.cfg.module, "module")
-    run.require_fitting(module.state_dict(), module.configure_optimizers()["optimizer"])
+    optimizer = module.configure_optimizers()["optimizer"]
+    if run.resumption:
+        run.resumption.require_fitting(module.state_dict(), optimizer)
     run.folder.require_usable()
     loggers = build_loggers(run.cfg)
     trainer = build_trainer(run.cfg, loggers)

@@ -12,7 +12,6 @@ None of these files holds a secret from the configuration, the command or the co
 import json
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,61 +24,21 @@ from litdiffusion.system.redaction import redacted_override, without_secrets
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Names of everything in a run folder."""
+    """Names of everything in a run folder, as the head of this file explains them."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def overrides(self) -> Path:
-        """The overrides of the command, one a line."""
-        return self.path / "overrides.txt"
-
-    @property
-    def provenance(self) -> Path:
-        """Where the run came from: appended to by each start of it."""
-        return self.path / "provenance.json"
-
-    @property
-    def data(self) -> Path:
-        """The fingerprint of the training images."""
-        return self.path / "data.json"
-
-    @property
-    def summary(self) -> Path:
-        """How the run ended."""
-        return self.path / "summary.json"
-
-    @property
-    def metrics(self) -> Path:
-        """The table of numbers."""
-        return self.path / "metrics.csv"
-
-    @property
-    def curves(self) -> Path:
-        """The picture of the numbers."""
-        return self.path / "curves.png"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def last_checkpoint(self) -> Path:
-        """The newest checkpoint."""
-        return self.checkpoints / "last.ckpt"
-
-    @property
-    def samples(self) -> Path:
-        """The folder of pictures."""
-        return self.path / "samples"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.overrides = path / "overrides.txt"
+        self.provenance = path / "provenance.json"
+        self.data = path / "data.json"
+        self.summary = path / "summary.json"
+        self.metrics = path / "metrics.csv"
+        self.curves = path / "curves.png"
+        self.checkpoints = path / "checkpoints"
+        self.last_checkpoint = self.checkpoints / "last.ckpt"
+        self.samples = path / "samples"
 
     def require_usable(self) -> None:
         """Require that the folder can be made and written; nothing is left in it.

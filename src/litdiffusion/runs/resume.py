@@ -71,11 +71,13 @@ class Resumption:
                 " choices, or start in a new run_dir"
             )
 
-    def require_same_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Require that the module built from this configuration has the checkpoint's weights, by name and shape.
+    def require_fitting(self, state_dict: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+        """Require weights of the checkpoint's names and shapes, and an optimizer of its kind.
+
+        The optimizer's settings may be others.
 
         Raises:
-            UserError: it cannot.
+            UserError: what was built from this configuration does not fit the checkpoint.
         """
         present = _shapes(state_dict)
         for name in {**present, **self.weights}:
@@ -86,15 +88,7 @@ class Resumption:
                     f" is {_spelled(now)}; repeat the checkpoint's own choices (net, ema, timesteps), or start in a"
                     " new run_dir"
                 )
-
-    def require_same_optimizer(self, optimizer: Optimizer) -> None:
-        """Require an optimizer of the kind whose state the checkpoint holds; its settings may be others.
-
-        Raises:
-            UserError: it is not.
-        """
-        present = tuple(frozenset(group) for group in optimizer.param_groups)
-        if present != self.settings:
+        if tuple(frozenset(group) for group in optimizer.param_groups) != self.settings:
             raise UserError(
                 f"checkpoint {self.checkpoint} holds the state of another kind of optimizer than optimizer._target_:"
                 " repeat the checkpoint's own"

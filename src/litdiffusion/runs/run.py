@@ -1,14 +1,12 @@
 """A run: one configuration and the folder it is trained in, from the beginning or from a checkpoint."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
-from torch.optim import Optimizer
 
 from litdiffusion.data.fingerprint import Fingerprint
 from litdiffusion.errors import UserError
@@ -91,16 +89,6 @@ class Run:
                 f"{which} run has come to step {self.step} already; give a larger trainer.max_steps than"
                 f" {self.cfg.trainer.max_steps}"
             )
-
-    def require_fitting(self, state_dict: Mapping[str, Tensor], optimizer: Optimizer) -> None:
-        """Refuse a checkpoint that does not fit what was built.
-
-        Raises:
-            UserError: its weights have other names or shapes, or its optimizer is of another kind.
-        """
-        if self.resumption:
-            self.resumption.require_same_weights(state_dict)
-            self.resumption.require_same_optimizer(optimizer)
 
     def begin(self, fingerprint: Fingerprint) -> None:
         """Lock the folder, and write down what is about to run.
