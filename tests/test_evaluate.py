@@ -14,7 +14,7 @@ from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.data.sources import Digits
 from litdiffusion.errors import UserError
 from litdiffusion.evaluation.bits_per_dim import bound_parts
-from litdiffusion.processes import num_started
+from litdiffusion.system.launch import num_started
 
 CLASSY = ("net.num_classes=10", "net.learned_variance=true", "schedule.num_steps=20")
 

@@ -1,6 +1,6 @@
 """python -m litdiffusion.evaluate: open a checkpoint, take its metrics on images it has never seen."""
 
-import litdiffusion.preflight  # noqa: F401  # isort: skip
+import litdiffusion.system.startup  # noqa: F401  # isort: skip
 
 import json
 import time
@@ -16,16 +16,15 @@ from litdiffusion.configuration.entry import entry_point
 from litdiffusion.configuration.hardware import native_autocast, torch_device
 from litdiffusion.configuration.messages import one_line
 from litdiffusion.configuration.nodes import build
-from litdiffusion.configuration.slurm import num_tasks
 from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.data.fingerprint import changes
 from litdiffusion.data.sources import Source
 from litdiffusion.errors import UserError
 from litdiffusion.evaluation import Model, listed, numbers
-from litdiffusion.files import write_text
 from litdiffusion.inference import TrainedModel, load_model
-from litdiffusion.processes import num_started
 from litdiffusion.runs.folder import absolute, writable_folder
+from litdiffusion.system.files import write_text
+from litdiffusion.system.launch import num_started, num_tasks
 from litdiffusion.training.memory import keep_freed_memory
 
 

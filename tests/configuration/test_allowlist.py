@@ -53,7 +53,7 @@ def test_networks_and_mathematics_are_allowed(target: str) -> None:
         "litdiffusion.diffusion.schedules.math.cos",
         "litdiffusion.diffusion.schedules.DDPM_STEPS",
         "litdiffusion.diffusion.schedules.torch.nn.Linear",
-        "litdiffusion.files.whole_file",
+        "litdiffusion.system.files.whole_file",
         "litdiffusion.nnx.UNet",
         "litdiffusion.nn",
         "litdiffusion.nn..UNet",
@@ -88,7 +88,7 @@ def test_interpolations_are_refused_everywhere() -> None:
 
 
 def test_other_packages_can_be_let_in() -> None:
-    require_allowed({"_target_": "litdiffusion.files.whole_file"}, ours=["litdiffusion.files"])
+    require_allowed({"_target_": "litdiffusion.system.files.whole_file"}, ours=["litdiffusion.system.files"])
 
 
 # -------------------------------------------------------------------------------------------- what is trusted
@@ -100,7 +100,7 @@ from pathlib import Path
 from subprocess import Popen
 from torch.hub import load
 from torch.nn import Linear
-from litdiffusion.files import write_text
+from litdiffusion.system.files import write_text
 from litdiffusion.nn import UNet
 
 (Path(__file__).parent / "imported").touch()
@@ -168,7 +168,7 @@ def test_without_trust_nothing_is_imported_and_the_key_is_named(package: Path) -
 
 
 @pytest.mark.parametrize(
-    "target", ["os.system", "torch.hub.load", "litdiffusion.files.write_text", "eval", "a b.c"]
+    "target", ["os.system", "torch.hub.load", "litdiffusion.system.files.write_text", "eval", "a b.c"]
 )
 def test_no_key_is_offered_for_what_it_would_not_let_in(target: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -193,7 +193,7 @@ def test_a_trusted_package_that_is_not_there_is_named() -> None:
             "torch.hub",
             "torch.nn",
             "litdiffusion",
-            "litdiffusion.files",
+            "litdiffusion.system.files",
         ),
         *(
             "numpy",

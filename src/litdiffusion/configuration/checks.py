@@ -16,10 +16,9 @@ from litdiffusion.configuration.hardware import machine_memory, num_devices, res
 from litdiffusion.configuration.messages import needs_value
 from litdiffusion.configuration.nodes import Supplied, arguments_of, require_arguments, require_values
 from litdiffusion.configuration.resolvers import is_sweep
-from litdiffusion.configuration.slurm import num_tasks, require_tasks
 from litdiffusion.configuration.sweeps import require_own_folders
 from litdiffusion.errors import UserError
-from litdiffusion.processes import num_started
+from litdiffusion.system.launch import num_started, num_tasks
 
 MAX_SEED = 2**63 - 1
 """The largest seed that torch's generators and every file format take."""
@@ -209,7 +208,11 @@ def _require_processes(cfg: DictConfig) -> None:
         return
     num_nodes = trainer.get("num_nodes", 1)
     processes = num_nodes * num_devices(trainer.get("devices", 1), str(trainer.get("accelerator", "cpu")))
-    require_tasks(processes)
+    if num_tasks() > 1 and num_tasks() != processes:
+        raise UserError(
+            f"srun has started {num_tasks()} tasks, but trainer.devices x trainer.num_nodes is {processes}:"
+            " use trainer=slurm, or srun --ntasks=1"
+        )
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if by_torchrun and num_started() != processes:
         raise UserError(

@@ -13,8 +13,8 @@ import time
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
@@ -29,12 +29,12 @@ import litdiffusion
 from litdiffusion.configuration.messages import PROCESS_LOST, one_line, user_error
 from litdiffusion.configuration.overrides import CommandLine, find_fault
 from litdiffusion.configuration.resolvers import is_sweep
-from litdiffusion.configuration.slurm import task_rank
 from litdiffusion.configuration.sweeps import require_own_folders, sweep_command
 from litdiffusion.errors import UserError
-from litdiffusion.orphans import end_with_parent
-from litdiffusion.redaction import REDACTED_LOG, redact_tracebacks, redacted
-from litdiffusion.releases import check_releases
+from litdiffusion.system.launch import environment_variable, process_rank
+from litdiffusion.system.parent_death import end_with_parent
+from litdiffusion.system.redaction import REDACTED_LOG, redact_tracebacks, redacted
+from litdiffusion.system.version_check import require_sound_versions
 
 USER_ERROR, INTERRUPTED = 2, 130
 OTHERS_WAIT_SECONDS = 5.0
@@ -57,12 +57,12 @@ def entry_point(
             wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
             job = _Job(task, wants_traceback)
             end_with_parent()
-            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of preflight.py
+            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of system/startup.py
                 signal.signal(signal.SIGINT, signal.default_int_handler)
             redact_tracebacks()
             try:
-                check_releases()
-                with _hydra_raises():
+                require_sound_versions()
+                with environment_variable("HYDRA_FULL_ERROR", "1"):
                     _run(job, config_name, str(config_dir or config_folder()))
             except KeyboardInterrupt:
                 sys.exit(INTERRUPTED)
@@ -92,18 +92,6 @@ def config_folder() -> Path:
         if folder.is_dir():
             return folder
     raise UserError(f"{package / 'configs'}: the configuration is missing; install litdiffusion again")
-
-
-@contextmanager
-def _hydra_raises() -> Iterator[None]:
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if before is not None:
-            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 class _Job:
@@ -254,8 +242,3 @@ def complain(line: str, with_traceback: bool = False) -> None:
         print(redacted(traceback.format_exc()), file=sys.stderr)
     who = f" (process {rank})" if rank else ""
     print(f"error{who}: {redacted(line)}", file=sys.stderr, flush=True)
-
-
-def process_rank() -> int:
-    """Return this process's rank among those that torchrun, Lightning or srun started; 0 when it is alone."""
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or task_rank())

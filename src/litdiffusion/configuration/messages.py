@@ -16,7 +16,7 @@ from omegaconf.errors import (
 )
 
 from litdiffusion.errors import UserError
-from litdiffusion.files import WriteError
+from litdiffusion.system.files import WriteError
 
 PROCESS_LOST = "another process of this run was lost"
 """The beginning of a line that names no cause, since another process reports it."""

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from litdiffusion.configuration.nodes import locate
 from litdiffusion.errors import UserError
+from litdiffusion.system.launch import of_step
 
 _INHERITED = "LITDIFFUSION_RUN_DIR"
 """Passes the folder on to the processes that Lightning starts for the other devices."""
@@ -114,5 +115,6 @@ OmegaConf.register_new_resolver("new_run_name", new_run_name, use_cache=True, re
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
 OmegaConf.register_new_resolver("digest", digest, replace=True)
+OmegaConf.register_new_resolver("slurm", of_step, replace=True)
 OmegaConf.register_new_resolver("experiment_tags", experiment_tags, replace=True)
 OmegaConf.register_new_resolver("direction", direction, replace=True)

@@ -19,7 +19,7 @@ from litdiffusion.diffusion.draws import generator_at
 
 
 class DataOrder:
-    """The order of the images in the training stream.
+    """Which image is at which position of the training stream.
 
     Args:
         num_images: size N of the data set, at least 1.

@@ -15,7 +15,7 @@ import pyarrow as pa
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from litdiffusion.errors import UserError
+from litdiffusion.errors import UserError, short_text
 
 Pixels = UInt8[np.ndarray, "batch channels height width"]
 
@@ -92,7 +92,7 @@ def _decode(
     except Exception as error:  # Pillow's plugins raise a dozen unrelated types on damaged files
         name = record["path"] or f"in row {row()} of the data set (the first is 0)"
         reason = "not an image Pillow can open" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"cannot read image {name}: {one_line(reason)}; repair or remove it") from error
+        raise UserError(f"cannot read image {name}: {short_text(reason)}; repair or remove it") from error
 
 
 def to_pixels(picture: Image.Image, image_size: tuple[int, int], channels: int) -> UInt8[np.ndarray, "c h w"]:
@@ -120,9 +120,3 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
         layer = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return picture
-
-
-def one_line(error: object) -> str:
-    """Return the text of an exception on one line, at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -28,7 +28,7 @@ from litdiffusion.data.sources.fashion_mnist import (
 )
 from litdiffusion.data.sources.hub import load_from_hub
 from litdiffusion.errors import UserError
-from litdiffusion.files import whole_file
+from litdiffusion.system.files import whole_file
 
 PACKAGE = "dataset-fashion-mnist"
 

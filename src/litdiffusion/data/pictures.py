@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from litdiffusion.data.decoding import one_line, to_pixels
-from litdiffusion.errors import UserError
+from litdiffusion.data.decoding import to_pixels
+from litdiffusion.errors import UserError, short_text
 
 Shape = tuple[int, int, int]
 """Channels, height, width."""
@@ -76,4 +76,4 @@ def _open(key: str, path: Path) -> Image.Image:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture)
     except Exception as error:  # Pillow's plugins raise a dozen unrelated types on damaged files
-        raise UserError(f"{key}={path}: cannot be read as a picture: {one_line(error)}") from error
+        raise UserError(f"{key}={path}: cannot be read as a picture: {short_text(error)}") from error

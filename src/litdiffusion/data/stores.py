@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from litdiffusion.data.decoding import decode_column
 from litdiffusion.errors import UserError
-from litdiffusion.processes import STOP_SIGNALS
+from litdiffusion.system.processes import STOP_SIGNALS, usable_cores
 
 CHUNK = 256
 """Images decoded together by one thread."""
@@ -131,7 +131,7 @@ class ArrowStore:
     ) -> None:
         self.dataset = dataset
         self._reader = _Reader(dataset.with_format("arrow"), image_size, channels)
-        self._num_workers = min(num_workers, _cores())
+        self._num_workers = min(num_workers, len(usable_cores()))
         self._pin_memory = pin_memory
 
     def __len__(self) -> int:
@@ -230,8 +230,3 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 def _as_is(item: Any) -> Any:
     return item
-
-
-def _cores() -> int:
-    """Return how many cores this process may use: under a scheduler, fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -43,8 +43,8 @@ def held_out_losses(
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"] | None]:
     """Return the loss of each image, and its time where the objective has one.
 
-    ``images[0]`` is image ``first`` of the split. A self-conditioned network is given its own estimate, as in sampling,
-    and a class-conditional one its labels.
+    ``images[0]`` is image ``first`` of the split. A self-conditioned network is given its own estimate, as in
+    sampling, and a class-conditional one its labels.
     """
     draws = Draws.at("held out", start=first, stop=first + len(images), device=images.device)
     was_training = objective.training

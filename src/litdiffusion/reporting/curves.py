@@ -15,8 +15,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 from torch import Tensor
 
-from litdiffusion.files import whole_file
 from litdiffusion.runs.metrics import Row, read_rows
+from litdiffusion.system.files import whole_file
 
 BLUE, ORANGE, GRAY = "#2b6cb0", "#dd6b20", "#718096"
 LABELS = {"images_seen": "training images seen", "step": "training steps"}

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 from litdiffusion.errors import UserError
-from litdiffusion.files import append_text, write_text
+from litdiffusion.system.files import append_text, write_text
 
 Row = dict[str, float]
 

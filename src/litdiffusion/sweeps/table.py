@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from litdiffusion.files import write_text
-from litdiffusion.redaction import redacted_override
 from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.process import FAILED, Outcome
+from litdiffusion.system.files import write_text
+from litdiffusion.system.redaction import redacted_override
 
 NUMBERS = ("train_loss", "images_per_second", "wall_seconds")
 """What of a training run is shown beside its metrics; of other commands, all that their results hold is."""

@@ -16,7 +16,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from litdiffusion.data.decoding import one_line
 from litdiffusion.data.sources.base import Source, Split, require_holdout
 from litdiffusion.data.sources.columns import (
     find_image_column,
@@ -26,7 +25,7 @@ from litdiffusion.data.sources.columns import (
     with_class_labels,
 )
 from litdiffusion.diffusion.draws import generator_at
-from litdiffusion.errors import UserError
+from litdiffusion.errors import UserError, short_text
 
 log = logging.getLogger(__name__)
 
@@ -159,8 +158,8 @@ def load_from_hub(name: str, config: str | None = None, revision: str | None = N
                 loaded = datasets.load_dataset(name, config, revision=revision)
             except Exception as error:
                 raise UserError(
-                    f"the Hub cannot be reached for {name} ({one_line(unreachable)}), "
-                    "and there is no earlier download of it"
+                    f"the Hub cannot be reached for {name} ({short_text(unreachable)}), "
+                    "nor is there an earlier download of it"
                 ) from error
         log.warning(
             "the Hub cannot be reached; using the latest earlier download of %s, its revision unchecked", name
@@ -196,7 +195,7 @@ def _load(what: str, loading: Callable[[], datasets.Dataset | Splits]) -> Splits
         with _quiet():
             return _as_dict(loading())
     except Exception as error:  # the library's builders raise whatever their file formats raise
-        raise UserError(f"cannot load the data set {what}: {one_line(error.__cause__ or error)}") from error
+        raise UserError(f"cannot load the data set {what}: {short_text(error.__cause__ or error)}") from error
 
 
 def _as_dict(loaded: datasets.Dataset | Splits) -> Splits:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from litdiffusion.diffusion.devices import to_device
 from litdiffusion.evaluation.metric import BINS, TENTHS, tenth_of
-from litdiffusion.processes import gathered, rank_and_number
-from litdiffusion.training.callbacks.attached import find, images_seen
-from litdiffusion.training.callbacks.guard import check_weights, diverged
+from litdiffusion.system.processes import gathered, rank_and_number
+from litdiffusion.training.callbacks.attached import get_callback, images_seen
+from litdiffusion.training.callbacks.nan_guard import check_weights, diverged
 from litdiffusion.training.module import LitDiffusion, StepOutput
 
 STATE = ("loss", "validated", "validated_step", "images_per_second")
@@ -108,7 +108,7 @@ class Monitor(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is not on the training's time."""
         self.clock.stop(trainer)
-        check_sound(trainer)
+        check_finite(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand what validation has measured to the loggers."""
@@ -203,7 +203,7 @@ class Clock:
 @contextmanager
 def clock_stopped(trainer: Trainer) -> Iterator[None]:
     """Do what is not training: the monitor's clock, if there is one, stands for the while."""
-    monitor = find(trainer, Monitor)
+    monitor = get_callback(trainer, Monitor)
     if monitor is None:
         yield
         return
@@ -212,13 +212,13 @@ def clock_stopped(trainer: Trainer) -> Iterator[None]:
     monitor.clock.start(trainer)
 
 
-def check_sound(trainer: Trainer) -> None:
+def check_finite(trainer: Trainer) -> None:
     """Stop the run rather than save, show or measure a model that has gone astray.
 
     Raises:
         UserError: a loss or a weight was not finite.
     """
-    if monitor := find(trainer, Monitor):
+    if monitor := get_callback(trainer, Monitor):
         monitor.check_loss(trainer)
     check_weights(trainer)
 
