@@ -23,6 +23,7 @@ from litdiffusion.diffusion import (
     q_sample,
     schedules,
 )
+from litdiffusion.evaluation import HeldOutLoss
 from litdiffusion.nn import UNet
 from litdiffusion.training.ema import EMA
 from litdiffusion.training.lr import constant
@@ -47,6 +48,7 @@ def module(
         "objective": objective(),
         "optimizer": partial(torch.optim.SGD, lr=0.1),
         "lr_scheduler": constant,
+        "metrics": {"loss": HeldOutLoss(), "bits_per_dim": None},
     }
     denoiser = affine_denoiser(schedules.cosine(50), V(), net=net)
     return LitDiffusion(denoiser, **(settings | kwargs), ema=ema, seed=seed)
@@ -353,7 +355,7 @@ def test_validation_loss_does_not_depend_on_the_batches_nor_on_the_seed():
     torch.manual_seed(0)
     net = randomized(Affine())
     whole = validation_losses(module(net))
-    assert whole.keys() == {"val/loss"}
+    assert whole.keys() == {"val/loss", *(f"val/loss_t{i:02d}" for i in range(10))}
     for cuts in ((10,), (7, 19), tuple(range(1, 20))):
         assert validation_losses(module(net, seed=4), *cuts) == pytest.approx(whole, rel=1e-6)
 
@@ -362,7 +364,7 @@ def test_validation_judges_the_average_and_the_raw_weights():
     lit = module(ema=EMA(0.9))
     fit(lit, 3)
     both = validation_losses(lit)
-    assert both.keys() == {"val/loss", "val/loss_raw"}
+    assert both.keys() - {f"val/loss_t{i:02d}" for i in range(10)} == {"val/loss", "val/loss_raw"}
     assert both["val/loss"] == pytest.approx(validation_losses(module(lit.ema_net))["val/loss"])
     assert both["val/loss_raw"] == pytest.approx(validation_losses(module(lit.denoiser.core.net))["val/loss"])
     assert both["val/loss"] != both["val/loss_raw"]
