@@ -161,8 +161,8 @@ def test_every_preset_takes_every_choice(overrides: list[str], tmp_path: Path) -
         assert cfg.schedule.num_steps == 300
         assert cfg.schedule.get("rescale", False) is False
     module = build(cfg.module, "module")
-    assert isinstance(module.denoiser.net, Network)
-    assert isinstance(module.denoiser.net, DiT) == ("net=dit" in overrides)
+    assert isinstance(module.denoiser.core.net, Network)
+    assert isinstance(module.denoiser.core.net, DiT) == ("net=dit" in overrides)
 
 
 def test_every_network_of_the_configuration_takes_what_presets_may_set() -> None:
@@ -230,6 +230,18 @@ REFUSED = {
     "a learning-rate schedule's range": (
         ["debug=tiny", "lr_scheduler.final_factor=2"],
         ["error: lr_scheduler: ", "final_factor=2"],
+    ),
+    "more steps than there are": (
+        ["debug=tiny", "sampler.num_steps=50", "schedule.num_steps=40"],
+        ["error: sampler.num_steps=50", "schedule.num_steps=40"],
+    ),
+    "a variance that is not learned": (
+        ["debug=tiny", "sampler=ddpm", "sampler.variance=learned"],
+        ["error: sampler.variance=learned", "net.learned_variance=true"],
+    ),
+    "eps at the end of a schedule without signal": (
+        ["debug=tiny", "target=epsilon", "schedule.zero_terminal_snr=true"],
+        ["error: target=epsilon", "schedule.zero_terminal_snr=false"],
     ),
     "importance of another T": (
         ["noise_levels=importance", "noise_levels.bins=1001"],

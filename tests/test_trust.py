@@ -16,7 +16,7 @@ from litdiffusion.errors import UserError
 PACKAGE = '''
 import torch
 from torch import nn
-from litdiffusion.diffusion import Objective
+from litdiffusion.diffusion import Denoising
 from litdiffusion.data.sources import Digits
 
 class Plain(nn.Module):
@@ -30,9 +30,9 @@ class Plain(nn.Module):
         clock = (t / 1000)[:, None, None, None].expand_as(x)
         return self.layers(torch.cat((x, clock), dim=1))
 
-class Doubled(Objective):
-    def __call__(self, *args, **kwargs):
-        return 2 * super().__call__(*args, **kwargs)
+class Doubled(Denoising):
+    def losses(self, *args, **kwargs):
+        return 2 * super().losses(*args, **kwargs)
 
 class MyDigits(Digits):
     pass
@@ -41,8 +41,9 @@ CONFIGS = {
     "net/plain.yaml": "{_target_: ownpackage.parts.Plain, width: 4}",
     "objective/doubled.yaml": """
 _target_: ownpackage.parts.Doubled
-distance: ${loss}
+loss: ${loss}
 weighting: ${weighting}
+noise_levels: ${noise_levels}
 """,
 }
 
@@ -93,19 +94,19 @@ def test_without_the_key_training_is_refused_before_data_is_read(
     monkeypatch.setattr(ImageDataModule, "prepare_data", lambda *_: pytest.fail("the data was asked for"))
     typed = train(folder, "trainer.max_steps=6", run=run)
     assert typed.code == 2
-    assert typed.err.splitlines()[-1] == f"error: denoiser.net._target_: {REFUSAL}"
+    assert typed.err.splitlines()[-1] == f"error: denoiser.inner.net._target_: {REFUSAL}"
     assert not (folder / "new").exists()
 
 
 def test_load_model_opens_it_where_the_package_is_trusted(ckpt: Path) -> None:
     model = load_model(ckpt, device="cpu", trust=("ownpackage",))
-    assert type(model.denoiser.net).__module__ == type(model.objective).__module__ == "ownpackage.parts"
+    assert type(model.denoiser.core.net).__module__ == type(model.objective).__module__ == "ownpackage.parts"
     images = model.sample(2, sampler="dpmpp_2m", num_steps=3)
     assert images.shape == (2, 1, 8, 8)
     for trust in ((), ["own"], ["ownpackage.nets"]):
         with pytest.raises(UserError) as caught:
             load_model(ckpt, device="cpu", trust=trust)
-        assert "denoiser.net._target_: 'ownpackage.parts.Plain' is not allowed" in str(caught.value)
+        assert "denoiser.inner.net._target_: 'ownpackage.parts.Plain' is not allowed" in str(caught.value)
         assert str(caught.value).endswith("add trust=[ownpackage]")
 
 
@@ -117,7 +118,7 @@ def test_commands_open_it_where_the_package_is_trusted(ckpt: Path, tmp_path: Pat
     for command, options in commands.items():
         options = [f"ckpt={ckpt}", f"out={tmp_path}", *options]
         typed = type_command(command, *options)
-        assert (typed.code, typed.err) == (2, f"error: denoiser.net._target_: {REFUSAL}\n")
+        assert (typed.code, typed.err) == (2, f"error: denoiser.inner.net._target_: {REFUSAL}\n")
         typed = type_command(command, *options, "trust=[ownpackage]")
         assert typed.code == 0, typed.err
     assert {"grid.png", "samples.npz", "metrics.json"} <= {path.name for path in tmp_path.iterdir()}
@@ -134,7 +135,7 @@ def test_a_hostile_checkpoint_gains_nothing_from_trust(target: str, ckpt: Path, 
         "sample", f"ckpt={tmp_path}/hostile.ckpt", f"out={tmp_path}/out", "trust=[ownpackage]"
     )
     assert typed.code == 2
-    assert f"denoiser.net._target_: '{target}' is not allowed in a checkpoint" in typed.err
+    assert f"denoiser.inner.net._target_: '{target}' is not allowed in a checkpoint" in typed.err
     assert [path.name for path in tmp_path.iterdir()] == ["hostile.ckpt"]
 
 

@@ -17,6 +17,7 @@ from litdiffusion.configuration import (
     validate,
 )
 from litdiffusion.configuration.hardware import num_devices, resolve_hardware, torch_device
+from litdiffusion.configuration.nodes import refused
 from litdiffusion.errors import UserError
 
 SOUND: dict[str, Any] = {
@@ -37,9 +38,12 @@ SOUND: dict[str, Any] = {
     "schedule": {"_target_": "litdiffusion.diffusion.schedules.linear", "num_steps": 300},
     "target": {"_target_": "litdiffusion.diffusion.Epsilon"},
     "denoiser": {
-        "_target_": "litdiffusion.diffusion.Denoiser",
-        **{name: f"${{{name}}}" for name in ("net", "schedule", "target")},
-        **{name: f"${{data.{name}}}" for name in ("channels", "image_size")},
+        "_target_": "litdiffusion.diffusion.Clipped",
+        "inner": {
+            "_target_": "litdiffusion.diffusion.Preconditioned",
+            **{name: f"${{{name}}}" for name in ("net", "schedule", "target")},
+            **{name: f"${{data.{name}}}" for name in ("channels", "image_size")},
+        },
     },
     "sampler": {"_target_": "litdiffusion.diffusion.DDIM", "num_steps": 50},
     "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3},
@@ -58,7 +62,8 @@ def assemble(cfg: DictConfig) -> None:
     """Do what a command does before it reads data."""
     validate(cfg)
     build(cfg.datamodule, "datamodule")
-    build(cfg.denoiser, "denoiser")
+    with refused("sampler"):
+        build(cfg.sampler, "sampler").require_support(build(cfg.denoiser, "denoiser"))
 
 
 def test_sound_configuration_passes_and_is_resolved() -> None:
@@ -116,10 +121,10 @@ def test_torchruns_processes_are_those_of_the_run(
         ({"net__channels": 3}, ["net.channels=3", "data.channels=1", "set data.channels"]),
         ({"net__out_channels": 3}, ["net.out_channels=3", "data.channels=1"]),
         ({"data__channels": 3}, ["net.channels=1", "data.channels=3"]),
-        ({"denoiser__channels": 3}, ["denoiser.channels=3", "data.channels=1"]),
+        ({"denoiser__inner__channels": 3}, ["denoiser.inner.channels=3", "data.channels=1"]),
         (
-            {"denoiser__image_size": [28, 32]},
-            ["denoiser.image_size=[28, 32]", "data.image_size=28"],
+            {"denoiser__inner__image_size": [28, 32]},
+            ["denoiser.inner.image_size=[28, 32]", "data.image_size=28"],
         ),
         ({"net__dim": 27, "net__groups": 1}, ["net.dim=27", "even"]),
         ({"schedule__zero_terminal_snr": True}, ["target=epsilon", "schedule.zero_terminal_snr", "target=v"]),

@@ -79,7 +79,6 @@ def test_overrides_may_stand_on_both_sides_of_an_option(command: Command) -> Non
         (["net.dim_mults=[1,2,3,x]"], ["net.dim_mults", "'x'"]),
         (["+net.groups=3"], ["net.groups=3", "1, 2, 4, 8"]),
         (["+net.dropout=3.0"], ["net.dropout=3.0"]),
-        (["schedule.num_steps=40"], ["sampler.num_steps=50", "schedule.num_steps=40"]),
         (["seed=1003"], ["seed: 1003 is unlucky; take another"]),
         (["-m", "schedule=linear,cosin"], ["schedule=cosin:", "nearest: cosine"]),
         (["-m", "sampler=ddim,ddpm", "sampler.eta=1"], ["sampler.eta", "sampler has: num_steps"]),

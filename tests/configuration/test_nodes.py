@@ -21,7 +21,7 @@ NET = {"_target_": "litdiffusion.nn.UNet", "dim": 8, "channels": 1}
 SCHEDULE = {"_target_": "litdiffusion.diffusion.schedules.linear", "num_steps": 10}
 V_TARGET = {"_target_": "litdiffusion.diffusion.V"}
 DENOISER = {
-    "_target_": "litdiffusion.diffusion.Denoiser",
+    "_target_": "litdiffusion.diffusion.Preconditioned",
     "net": NET,
     "schedule": SCHEDULE,
     "target": V_TARGET,
@@ -52,7 +52,7 @@ def fault(**nodes: Any) -> str:
         TRAINER | {"max_steps": 3, "precision": "bf16-mixed", "limit_val_batches": 1.0, "max_epochs": None},
         TRAINER | {"callbacks": [CALLBACK]},
         TRAINER | {"callbacks": CALLBACK, "logger": False},
-        {"_target_": "litdiffusion.diffusion.Denoiser", "_args_": [1, 2, 3]},
+        {"_target_": "litdiffusion.diffusion.Preconditioned", "_args_": [1, 2, 3]},
         NET | {"dim": "???"},  # missing values are another check's to report
     ],
     ids=str,
@@ -76,18 +76,18 @@ def test_sound_nodes_pass(node: dict[str, Any]) -> None:
         (NET | {"dim": NET}, "node.dim: litdiffusion.nn.UNet is not an int (UNet.dim)"),
         (ADAM | {"lr": "fast"}, "node.lr: 'fast' is not a float or a Tensor (AdamW.lr)"),
         (TRAINER | {"max_steps": "ten"}, "node.max_steps: 'ten' is not an int (Trainer.max_steps)"),
-        (DENOISER | {"net": "unet"}, "node.net: 'unet' is not a Module (Denoiser.net)"),
+        (DENOISER | {"net": "unet"}, "node.net: 'unet' is not a Module (Preconditioned.net)"),
         (
             DENOISER | {"schedule": V_TARGET},
-            "node.schedule: litdiffusion.diffusion.V is not a Schedule (Denoiser.schedule)",
+            "node.schedule: litdiffusion.diffusion.V is not a Schedule (Preconditioned.schedule)",
         ),
         (
             DENOISER | {"target": SCHEDULE},
-            "node.target: litdiffusion.diffusion.schedules.linear is not a Target (Denoiser.target)",
+            "node.target: litdiffusion.diffusion.schedules.linear is not a Parametrization (Preconditioned.target)",
         ),
         (
-            DENOISER | {"clip": "statik"},
-            "node.clip: 'statik' is not one of 'none', 'static', 'dynamic'; nearest: static (Denoiser.clip)",
+            {"_target_": "litdiffusion.diffusion.Clipped", "inner": DENOISER, "clip": "statik"},
+            "node.clip: 'statik' is not one of 'static', 'dynamic', 'none'; nearest: static (Clipped.clip)",
         ),
         (DENOISER | {"net": NET | {"dim": "x"}}, "node.net.dim: 'x' is not an int (UNet.dim)"),
         ({"a": [{"b": NET | {"dim": "x"}}]}, "node.a.0.b.dim: 'x' is not an int (UNet.dim)"),

@@ -27,13 +27,13 @@ def x0_errors(
     first: int,
     labels: Int[Tensor, " batch"] | None = None,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """Return the mean absolute error and the time of each image, before any clipping.
+    """Return the mean absolute error and the time of each image; the estimate is clipped as in sampling.
 
     Image i always meets the same noise, at times that are evenly spread over (0, 1] whatever the run was trained on.
     """
-    schedule, core = denoiser.schedule, denoiser.core
+    schedule = denoiser.schedule
     draws = Draws.at("held out", start=first, stop=first + len(images), device=images.device)
     t = schedule.trained_time(draws.stratified("t"))
     x_t = q_sample(schedule, images, t, draws.normal("eps", tuple(images.shape[1:])))
     self_cond = denoiser(x_t, t, labels=labels).x0 if denoiser.self_condition else None
-    return (core(x_t, t, self_cond, labels).x0 - images).abs().flatten(1).mean(1), t
+    return (denoiser(x_t, t, self_cond, labels).x0 - images).abs().flatten(1).mean(1), t
