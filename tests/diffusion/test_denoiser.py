@@ -25,18 +25,16 @@ CLIPS = ["none", "static"]
 @pytest.mark.parametrize("clip", CLIPS)
 def test_an_oracle_gives_image_and_noise_at_every_time(target, clip, name):
     schedule = ALL_SCHEDULES[name](num_steps=40)
-    every_t = EVERY_T if target.defined_at_zero_snr or not schedule.has_zero_terminal_snr else EVERY_T[:-1]
-    x0, eps = images(len(every_t)).double(), normal(len(every_t), 1, 4, 4, seed=1, dtype=torch.float64)
-    if name == "flow" and len(every_t) < 40:
-        schedule = schedules.VE(num_steps=40)  # EDM and epsilon refuse pure noise
-    net = Oracle(x0, schedule, target)
-    denoiser = Clipped(Preconditioned(net, schedule, target, 1, 4), clip)
-    x_t = q_sample(schedule, x0, every_t, eps)
-    estimate = denoiser(x_t, every_t)
+    if schedule.has_zero_terminal_snr and not target.defined_at_zero_snr:
+        pytest.skip("refused")
+    x0, eps = images(40).double(), normal(40, 1, 4, 4, seed=1, dtype=torch.float64)
+    denoiser = Clipped(Preconditioned(Oracle(x0, schedule, target), schedule, target, 1, 4), clip)
+    x_t = q_sample(schedule, x0, EVERY_T, eps)
+    estimate = denoiser(x_t, EVERY_T)
     # EDM's clock is log(sigma / alpha) / 4 in float32, and so the oracle's idea of the time is rounded.
     atol = 2e-4 if isinstance(target, EDM) else 1e-9
     torch.testing.assert_close(estimate.x0, x0, rtol=0, atol=atol)
-    alpha, sigma = schedule.at(every_t)
+    alpha, sigma = schedule.at(EVERY_T)
     torch.testing.assert_close(alpha * estimate.x0 + sigma * estimate.eps, x_t, rtol=1e-9, atol=1e-9)
 
 
