@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
+from litdiffusion.diffusion.timesteps import TimestepRule
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,9 +42,7 @@ from litdiffusion.diffusion import (
     schedules,
 )
 from litdiffusion.diffusion.editing import Edit, Inpaint, Interpolate, Slerp, Variation
-from litdiffusion.diffusion.timesteps import TimestepRule
-from litdiffusion.evaluation.bits_per_dim import bound_parts
-from litdiffusion.evaluation.held_out import held_out_losses
+from litdiffusion.evaluation import BitsPerDim, HeldOutLoss, Metric, Model, X0MeanAbsoluteError
 from litdiffusion.nn import DiT, UNet
 from litdiffusion.reporting.gif import Film
 from litdiffusion.sampling import sample_images
@@ -279,11 +278,13 @@ def test_no_objective_waits(weighting, target, schedule):
 
 
 @pytest.mark.parametrize("options", NETS.values(), ids=NETS)
-def test_no_measured_loss_waits(options):
-    denoiser, batch = on_the_gpu(unet(options)), on_device(3, 1, 8, 8)
-    with no_host_waits():
-        held_out_losses(denoiser, Objective(L2(), MinSNR()), batch, 7)
-        bound_parts(denoiser, batch, 7, 4, "learned" if denoiser.learned_variance else "beta")
+def test_no_metric_waits(options):
+    denoiser, batch = on_the_gpu(unet(options)), Batch(on_device(3, 1, 8, 8), None, 7, 0)
+    metrics: list[Metric] = [HeldOutLoss(), BitsPerDim(9, 4), X0MeanAbsoluteError()]
+    for metric in metrics:
+        metric.to("meta")
+        with no_host_waits():
+            metric.update(Model(denoiser, Objective(L2(), MinSNR()), denoiser), batch)
 
 
 # ---------------------------------------------------------------------------------------------- sampling

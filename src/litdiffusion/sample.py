@@ -1,6 +1,6 @@
 """python -m litdiffusion.sample: open a checkpoint, draw images, show how they came to be."""
 
-import litdiffusion.preflight  # noqa: F401  # isort: skip
+import litdiffusion.system.startup  # noqa: F401  # isort: skip
 
 import json
 import time
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from litdiffusion.configuration.checks import validate
-from litdiffusion.configuration.entry import entry_point, process_rank
+from litdiffusion.configuration.entry import entry_point
 from litdiffusion.configuration.hardware import native_autocast, torch_device
 from litdiffusion.configuration.messages import needs_value
 from litdiffusion.configuration.nodes import build, takes
@@ -25,14 +25,15 @@ from litdiffusion.diffusion import Sampler, SamplerOutput
 from litdiffusion.diffusion.editing import Edit
 from litdiffusion.diffusion.guidance import Guidance
 from litdiffusion.errors import UserError
-from litdiffusion.files import whole_file, write_text
 from litdiffusion.inference import TrainedModel, load_model
-from litdiffusion.processes import share_of, together
 from litdiffusion.reporting.edits import edit_strip
 from litdiffusion.reporting.gif import Film, pick_frames, save_gif
 from litdiffusion.reporting.images import grid, save, to_uint8
 from litdiffusion.runs.folder import absolute, writable_folder
 from litdiffusion.sampling import sample_images
+from litdiffusion.system.files import whole_file, write_text
+from litdiffusion.system.launch import process_rank
+from litdiffusion.system.processes import share_of, together
 from litdiffusion.training.memory import keep_freed_memory
 
 GRID_IMAGES = 64

@@ -119,8 +119,12 @@ class Preconditioned(Denoiser):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         multiple = int(getattr(net, "size_multiple", Network.size_multiple))
         if height % multiple or width % multiple:
+            size = max(height if height % multiple else width, multiple)
+            near = sorted({size // multiple * multiple, -(-size // multiple) * multiple})
             raise ValueError(
-                f"image_size={height}x{width}: this network takes only sides that are multiples of {multiple}"
+                f"image_size={height}x{width}: this network takes sides that are multiples of {multiple}; use"
+                f" data.image_size={' or '.join(map(str, near))}, or divide the image less (fewer net.dim_mults, a"
+                " smaller net.patch_size)"
             )
         self.net = net
         self.schedule = schedule
