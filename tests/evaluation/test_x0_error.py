@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from litdiffusion.data.stores import Batch
-from litdiffusion.diffusion import L1, X0, Objective, Uniform, schedules
+from litdiffusion.diffusion import L1, X0, Denoising, Uniform, UniformLevels, schedules
 from litdiffusion.evaluation import Model, X0MeanAbsoluteError
 from litdiffusion.evaluation.held_out import held_out_losses
 from litdiffusion.evaluation.x0_error import x0_errors
@@ -12,7 +12,7 @@ from small_worlds import Affine, affine_denoiser, images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OBJECTIVE = Objective(L1(), Uniform())
+OBJECTIVE = Denoising(L1(), Uniform(), UniformLevels())
 
 
 class Labelled(Affine):
@@ -20,8 +20,8 @@ class Labelled(Affine):
 
     num_classes = 3
 
-    def forward(self, x, clock, self_cond=None, labels=None):
-        return (1 + labels[:, None, None, None]) * super().forward(x, clock, self_cond) / 4
+    def forward(self, x, c_noise, self_cond=None, labels=None):
+        return (1 + labels[:, None, None, None]) * super().forward(x, c_noise, self_cond) / 4
 
 
 @pytest.mark.parametrize("self_condition", [False, True])
@@ -36,12 +36,13 @@ def test_it_is_the_l1_loss_of_a_network_that_predicts_x0(self_condition):
     assert torch.equal(t, same_t)
 
 
-def test_the_estimate_is_clipped_as_in_sampling():
-    far = affine_denoiser(schedules.cosine(30), X0(), clip="static")
-    far.net.time_gain.data.fill_(1000.0)
-    x0 = images(4).clamp(-1, 1)
-    errors, t = x0_errors(far, x0, 0)
-    torch.testing.assert_close(errors[t > 1], (1 - x0).mean((1, 2, 3))[t > 1])
+def test_the_estimate_is_measured_before_any_clipping():
+    net = Affine()
+    net.time_gain.data.fill_(1000.0)
+    clipped, plain = (affine_denoiser(schedules.cosine(30), X0(), clip, net) for clip in ("static", "none"))
+    errors, _ = x0_errors(clipped, images(4), 0)
+    assert torch.equal(errors, x0_errors(plain, images(4), 0)[0])
+    assert float(errors.max()) > 2
 
 
 @pytest.mark.parametrize("cuts", [(), (7,), (3, 16, 19)])
@@ -53,6 +54,7 @@ def test_the_metric_is_the_mean_as_a_whole_and_by_noise_level(cuts):
     found = metric.compute()
     errors, t = x0_errors(denoiser, x0, 0, labels)
     assert found[""] == pytest.approx(float(errors.mean()), rel=1e-6)
-    for i in range(10):  # t = 3 i + 1 .. 3 i + 3
-        mean = float(errors[(t > 3 * i) & (t <= 3 * i + 3)].mean())
+    steps = (30 * t).round()
+    for i in range(10):  # steps 3 i + 1 .. 3 i + 3
+        mean = float(errors[(steps > 3 * i) & (steps <= 3 * i + 3)].mean())
         assert found[f"_t{i:02d}"] == pytest.approx(mean, rel=1e-6)
