@@ -18,15 +18,19 @@ from small_worlds import ALL_SCHEDULES, TARGETS, Affine, Oracle, Spy, affine_den
 SCHEDULE = schedules.linear(40)
 EVERY_T = torch.arange(1, 41).double() / 40
 CLIPS = ["none", "static"]
+DEFINED = [
+    (schedule, target)
+    for schedule in ("linear", "vp_cosine", "flow", "ve")
+    for target in TARGETS
+    if schedule != "flow" or TARGETS[target].defined_at_zero_snr
+]
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize("name", ["linear", "vp_cosine", "flow", "ve"])
+@pytest.mark.parametrize(("name", "target"), DEFINED, ids=str)
 @pytest.mark.parametrize("clip", CLIPS)
 def test_an_oracle_gives_image_and_noise_at_every_time(target, clip, name):
     schedule = ALL_SCHEDULES[name](num_steps=40)
-    if schedule.has_zero_terminal_snr and not target.defined_at_zero_snr:
-        pytest.skip("refused")
+    target = TARGETS[target]
     x0, eps = images(40).double(), normal(40, 1, 4, 4, seed=1, dtype=torch.float64)
     denoiser = Clipped(Preconditioned(Oracle(x0, schedule, target), schedule, target, 1, 4), clip)
     x_t = q_sample(schedule, x0, EVERY_T, eps)

@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from litdiffusion.data.stores import Batch
 from litdiffusion.diffusion import (
     L1,
     L2,
@@ -10,6 +11,7 @@ from litdiffusion.diffusion import (
     Denoising,
     Epsilon,
     Huber,
+    Importance,
     MinSNR,
     Uniform,
     UniformLevels,
@@ -19,7 +21,7 @@ from litdiffusion.diffusion import (
 )
 from litdiffusion.nn import UNet
 from peers import blog
-from small_worlds import TARGETS, Affine, Spy, affine_denoiser, images, normal, times
+from small_worlds import TARGETS, Affine, Spy, affine_denoiser, draws, images, normal, times
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -195,3 +197,52 @@ def test_feed_back_leaves_no_weight_without_gradient_under_autocast():
             losses = objective().losses(denoiser, images(4), T, normal(4, 1, 4, 4), feed_back=True)
         results.append(torch.autograd.grad(losses.sum(), list(net.parameters())))
     torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
+
+
+# ------------------------------------------------------------------------------------- what the objective draws
+
+
+def test_the_objective_draws_a_time_and_noise_for_each_image():
+    """And weighs the losses as the distribution of the times asks."""
+    levels = Importance(2, history=1, stratified=False)
+    levels.observe(SCHEDULE, times(0.5, 1), torch.tensor([1.0, 3.0]))
+    denoiser, x0, numbers = affine_denoiser(SCHEDULE, V()), images(6), draws(6)
+    found = Denoising(L2(), MinSNR(), levels)(denoiser, Batch(x0, None, 0, 0), numbers)
+    t, eps = levels(SCHEDULE, numbers), numbers.normal("eps", (1, 4, 4))
+    assert torch.equal(found.t, t)
+    assert torch.equal(found.losses, objective(weighting=MinSNR()).losses(denoiser, x0, t, eps))
+    weights = levels.weights(SCHEDULE, t)
+    assert len(weights.unique()) == 2
+    torch.testing.assert_close(found.loss.double(), (weights * found.losses).mean())
+    torch.testing.assert_close(found._replace(weights=None).loss, found.losses.mean())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_some_labels_are_withheld_in_training_and_none_in_evaluation(share):
+    class Told(Affine):
+        num_classes = 3
+
+        def forward(self, x, c_noise, self_cond=None, labels=None):
+            self.told = labels
+            return super().forward(x, c_noise)
+
+    net, labels, batch = Told(), torch.arange(2000) % 3, images(2000)
+    training = Denoising(L2(), Uniform(), UniformLevels(), label_dropout=share)
+    training(affine_denoiser(SCHEDULE, net=net), Batch(batch, labels, 0, 0), draws(2000))
+    withheld = net.told == 3
+    assert float(withheld.float().mean()) == pytest.approx(share, abs=0.05)
+    assert torch.equal(net.told[~withheld], labels[~withheld])
+    training.eval()(affine_denoiser(SCHEDULE, net=net), Batch(batch, labels, 0, 0), draws(2000))
+    assert torch.equal(net.told, labels)
+
+
+def test_an_estimate_is_fed_back_in_half_of_the_steps_and_always_in_evaluation():
+    net, training, batch = Spy(), objective(), Batch(images(2), None, 0, 0)
+    denoiser = affine_denoiser(SCHEDULE, net=net)
+    for seed in range(100):
+        training(denoiser, batch, draws(2, seed=seed))
+    assert 35 <= len(net.calls) - 100 <= 65
+    net.calls.clear()
+    for seed in range(10):
+        training.eval()(denoiser, batch, draws(2, seed=seed))
+    assert len(net.calls) == 20
