@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from litdiffusion.configuration.allowlist import require_allowed, trusted_packages
 from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import entry_point
-from litdiffusion.configuration.nodes import build
+from litdiffusion.configuration.nodes import build, refused
 from litdiffusion.configuration.resolvers import chosen_experiment
 from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.errors import UserError
@@ -64,6 +64,8 @@ def train(run: Run, started: float) -> int | None:
     datamodule: ImageDataModule = build(run.cfg.datamodule, "datamodule")
     torch.manual_seed(run.cfg.seed)  # every process starts from the same weights
     module: LitDiffusion = build(run.cfg.module, "module")
+    with refused("sampler"):
+        build(run.cfg.sampler, "sampler").require_support(module.denoiser)
     optimizer = module.configure_optimizers()["optimizer"]
     if run.resumption:
         run.resumption.require_fitting(module.state_dict(), optimizer)

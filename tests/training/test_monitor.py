@@ -197,7 +197,7 @@ class Beside(Callback):
         module.log("train/beside", 2.0)
 
 
-@pytest.mark.filterwarnings("error:.*log:UserWarning", "error:.*batch_size:UserWarning")
+@pytest.mark.filterwarnings("error:.*self.log:UserWarning", "error:.*batch_size:UserWarning")
 def test_what_a_researcher_logs_joins_the_row_and_stays_after_a_resumption(tmp_path: Path) -> None:
     own = (
         f"module._target_={__name__}.Researcher",

@@ -6,6 +6,7 @@ A node is a mapping with ``_target_``, the class or function to call.
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pkgutil import resolve_name
 from typing import Any
 
@@ -99,6 +100,19 @@ def build(node: DictConfig, name: str, **overrides: Any) -> Any:
             raise
         where = str(error).rpartition("full_key: ")[2].strip() if "full_key: " in str(error) else name
         raise UserError(_with_key(node, where, one_line(cause or error))) from cause
+
+
+@contextmanager
+def refused(node: str = "") -> Iterator[None]:
+    """Show what a ``ValueError`` says of an argument, ``argument=value: ...``, with the node's key in front.
+
+    Raises:
+        UserError: in place of the ``ValueError``.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{node}.{error}" if node else str(error)) from error
 
 
 def _with_key(node: DictConfig, where: str, text: str) -> str:

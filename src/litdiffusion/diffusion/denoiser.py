@@ -114,7 +114,8 @@ class Preconditioned(Denoiser):
         if schedule.has_zero_terminal_snr and not target.defined_at_zero_snr:
             name = type(target).__name__.lower()
             raise ValueError(
-                f"target={name} cannot be used with a schedule that ends in pure noise: choose target=v"
+                f"target={name}: says nothing about the image where there is only noise, as at the end of this"
+                " schedule; use target=v, or schedule.zero_terminal_snr=false"
             )
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         multiple = int(getattr(net, "size_multiple", Network.size_multiple))
