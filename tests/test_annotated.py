@@ -45,8 +45,8 @@ def test_the_same_training_step_by_step(module: LitDiffusion, batches: ImageData
     """Same weights, pictures, t and noise: the same loss after every step, Adam's included."""
     peer = blog.Unet(dim=28, channels=1, dim_mults=(1, 2, 4))
     ours = module.denoiser
-    assert sum(p.numel() for p in ours.net.parameters()) == 2_020_257
-    carry_over(peer, ours.net)
+    assert sum(p.numel() for p in ours.core.net.parameters()) == 2_020_257
+    carry_over(peer, ours.core.net)
     theirs = blog.Diffusion(blog.linear_betas(300))
     optimizers = (torch.optim.Adam(peer.parameters(), lr=1e-3), module.configure_optimizers()["optimizer"])
     generator = torch.Generator().manual_seed(0)
@@ -54,7 +54,8 @@ def test_the_same_training_step_by_step(module: LitDiffusion, batches: ImageData
         x0 = batches.finish(batch, training=True).images
         t = torch.randint(0, 300, (len(x0),), generator=generator)  # the blog counts from 0
         eps = torch.randn(x0.shape, generator=generator)
-        losses = (theirs.p_losses(peer, x0, t, eps, "huber"), module.objective(ours, x0, t + 1, eps).mean())
+        ours_of_each = module.objective.losses(ours, x0, (t + 1) / 300, eps)
+        losses = (theirs.p_losses(peer, x0, t, eps, "huber"), ours_of_each.mean())
         for loss, optimizer in zip(losses, optimizers, strict=True):
             optimizer.zero_grad()
             loss.backward()

@@ -67,5 +67,5 @@ def test_means_of_what_was_added_and_nothing_of_what_was_not() -> None:
 
 @pytest.mark.parametrize("num_steps", [10, 30, 1000])
 def test_tenths_of_the_noise_levels(num_steps: int) -> None:
-    tenths = tenth_of(torch.arange(1, num_steps + 1) / num_steps)
+    tenths = tenth_of(torch.arange(1, num_steps + 1).double() / num_steps)
     assert torch.equal(tenths, torch.arange(10).repeat_interleave(num_steps // 10))

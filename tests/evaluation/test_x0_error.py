@@ -20,8 +20,8 @@ class Labelled(Affine):
 
     num_classes = 3
 
-    def forward(self, x, clock, self_cond=None, labels=None):
-        return (1 + labels[:, None, None, None]) * super().forward(x, clock, self_cond) / 4
+    def forward(self, x, c_noise, self_cond=None, labels=None):
+        return (1 + labels[:, None, None, None]) * super().forward(x, c_noise, self_cond) / 4
 
 
 @pytest.mark.parametrize("self_condition", [False, True])
@@ -53,7 +53,7 @@ def test_the_metric_is_the_mean_as_a_whole_and_by_noise_level(cuts):
     found = metric.compute()
     errors, t = x0_errors(denoiser, x0, 0, labels)
     assert found[""] == pytest.approx(float(errors.mean()), rel=1e-6)
-    step = (30 * t).round()
+    steps = (30 * t).round()
     for i in range(10):  # steps 3 i + 1 .. 3 i + 3
-        mean = float(errors[(step > 3 * i) & (step <= 3 * i + 3)].mean())
+        mean = float(errors[(steps > 3 * i) & (steps <= 3 * i + 3)].mean())
         assert found[f"_t{i:02d}"] == pytest.approx(mean, rel=1e-6)

@@ -108,7 +108,7 @@ class Preconditioned(Denoiser):
         schedule: Schedule,
         target: Parametrization,
         channels: int,
-        image_size: int | tuple[int, int],
+        image_size: int | Sequence[int],
     ) -> None:
         super().__init__()
         if schedule.has_zero_terminal_snr and not target.defined_at_zero_snr:

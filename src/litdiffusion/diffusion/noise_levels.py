@@ -154,7 +154,7 @@ class Importance(NoiseLevels):
         p = self.probabilities()
         ends = p.cumsum(0)
         part = torch.searchsorted(ends, u.to(ends), right=True).clamp(max=len(p) - 1)
-        inside = ((u - (ends - p)[part]) / p[part]).clamp(1e-4, 1 - 1e-4)
+        inside = ((u - (ends - p)[part]) / p[part]).clamp(1e-3, 1 - 1e-3)
         return (part + inside) / len(p)
 
     def weights(self, schedule: Schedule, t: Times) -> Times:
@@ -179,7 +179,7 @@ class Importance(NoiseLevels):
 
     def _part(self, t: Times) -> Tensor:
         # A time i / T at the end of a part belongs to it, whatever the rounding.
-        return (t * len(self.losses) - 1e-3).long().clamp(0, len(self.losses) - 1)
+        return (t * len(self.losses) - 5e-4).long().clamp(0, len(self.losses) - 1)
 
 
 def _normal_quantile(u: Times) -> Times:

@@ -326,7 +326,7 @@ class VPLinear(VariancePreserving):
 
     def time_of(self, log_snr: Times) -> Times:
         """Solve B(t) = log(1 + 1 / SNR)."""
-        B, slope = nn.functional.softplus(-log_snr), self.beta_max - self.beta_min
+        B, slope = nn.functional.softplus(-log_snr.clamp(min=-1e9)), self.beta_max - self.beta_min
         return (2 * B / (self.beta_min + (self.beta_min**2 + 2 * slope * B).sqrt())).clamp(FIRST, 1)
 
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from litdiffusion.diffusion.schedules import Schedule
+from litdiffusion.diffusion.schedules import FIRST, Schedule
 
 Spacing = Literal["uniform", "quadratic", "log_snr", "karras"]
 SPACINGS = ("uniform", "quadratic", "log_snr", "karras")
@@ -39,14 +39,14 @@ def spaced_times(schedule: Schedule, count: int, spacing: Spacing) -> list[float
 
 def _even_in_noise(schedule: Schedule, count: int, spacing: Spacing) -> list[float]:
     T, pure_noise = schedule.num_steps, int(schedule.has_zero_terminal_snr)
-    ends = torch.tensor([1 / T, max(T - pure_noise, 1) / T], dtype=torch.float64)
+    start = 1 / T if schedule.discrete or spacing == "log_snr" else FIRST
+    ends = torch.tensor([start, max(T - pure_noise, 1) / T], dtype=torch.float64)
     log_k = -schedule.log_snr(ends) / 2  # k = sigma / alpha
     inner = max(count - pure_noise, 1)
     if spacing == "log_snr":
         wanted = torch.lerp(log_k[0], log_k[1], _fractions(inner))
     else:
-        low = log_k[0].exp() if schedule.discrete else torch.tensor(SMALLEST_SIGMA, dtype=torch.float64)
-        first, last = low.clamp(min=SMALLEST_SIGMA) ** (1 / RHO), log_k[1].exp() ** (1 / RHO)
+        first, last = log_k.exp().clamp(min=SMALLEST_SIGMA) ** (1 / RHO)
         wanted = torch.lerp(first, last, _fractions(inner)).log() * RHO
     times: list[float] = schedule.time_of(-2 * wanted).tolist()
     return times[:count] if len(times) == count else [*times, 1.0]

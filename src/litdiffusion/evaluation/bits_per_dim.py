@@ -113,11 +113,11 @@ def bound_parts(
     Raises:
         ValueError: ``num_times`` leaves no time to estimate from, or the network does not know the labels.
     """
-    T, draws = (
-        denoiser.schedule.num_steps,
-        Draws.at("bits per dim", start=first, stop=first + len(images), device=images.device),
-    )
-    if denoiser.num_classes is not None and labels is not None:
+    T, num_classes = denoiser.schedule.num_steps, denoiser.num_classes
+    draws = Draws.at("bits per dim", start=first, stop=first + len(images), device=images.device)
+    if num_classes is not None and labels is not None:
+        if not bool(((labels >= 0) & (labels < num_classes)).all()):
+            raise ValueError(f"labels: each must be one of 0..{num_classes - 1}")
         denoiser = Labelled(denoiser, labels)
 
     def term(name: str, steps: Int[Tensor, " batch"]) -> PerImage:
