@@ -7,7 +7,7 @@ subclass ``Objective`` in a file of its own, and name the class in a YAML file.
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,7 @@ Images = Float[Tensor, "batch channels h w"]
 Times = Float[Tensor, " batch"]
 
 
+@runtime_checkable
 class Batch(Protocol):
     """A share of a global batch: images [batch, C, H, W] in [-1, 1], and a class of each, or None."""
 
