@@ -2,10 +2,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from litdiffusion.diffusion.timesteps import spread_times
 from torch import Tensor
 
 from litdiffusion.diffusion import ImportanceTimesteps, StratifiedTimesteps, UniformTimesteps
-from litdiffusion.diffusion.timesteps import spread_times
 
 RULES = [UniformTimesteps(), StratifiedTimesteps()]
 
