@@ -28,6 +28,7 @@ from litdiffusion.diffusion import (
     Clipped,
     Denoiser,
     Denoising,
+    DPMSolverPP2M,
     Draws,
     Huber,
     Importance,
@@ -311,7 +312,7 @@ WEIGHTINGS = {
 }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["linear", "zero_snr", "flow", "ve"])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS.values(), ids=WEIGHTINGS)
 def test_no_objective_waits(weighting, target, schedule):
@@ -355,13 +356,16 @@ def draw(denoiser: Denoiser, sampler: Sampler, **how: Any) -> None:
     assert len(times) > 1
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("make", ALL_SAMPLERS.values(), ids=ALL_SAMPLERS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_no_sampler_waits(schedule, make, spacing):
-    sampler = make(5)
-    sampler.spacing = spacing
-    draw(on_the_gpu(Small(), schedule), sampler, guidance=Guidance(None))
+def test_no_sampler_waits(schedule, make):
+    draw(on_the_gpu(Small(), schedule), make(5), guidance=Guidance(None))
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_spacing_waits(schedule, spacing):
+    draw(on_the_gpu(Small(), schedule), DPMSolverPP2M(5, spacing), guidance=Guidance(None))
 
 
 @pytest.mark.parametrize("clip", ["none", "static", "dynamic"])

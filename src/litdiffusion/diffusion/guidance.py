@@ -32,9 +32,9 @@ class Guidance:
         ValueError: a value is out of range.
     """
 
-    labels: Labels = "all"
-    scale: float = 1.0
-    interval: Sequence[float] = (0.0, 1.0)
+    labels: Any = "all"  # as a user types them, of any type: checked below and by ``classes``
+    scale: Any = 1.0
+    interval: Any = (0.0, 1.0)
     guide: Denoiser | None = None
 
     def __post_init__(self) -> None:
