@@ -102,7 +102,7 @@ def ours(precision: str, preset: str = "cpu") -> Callable[[Plan], Seconds]:
         from litdiffusion.configuration.entry import config_folder
         from litdiffusion.configuration.nodes import build
         from litdiffusion.diffusion import DDIM, Draws
-        from litdiffusion.processes import gathered, share_of
+        from litdiffusion.system.processes import gathered, share_of
         from litdiffusion.training.memory import keep_freed_memory
 
         class Stopwatch(Callback):

@@ -28,7 +28,7 @@ CHOICES = [
     ["schedule=sigmoid", "loss=l1"],
     ["schedule=sigmoid_beta", "target=epsilon", "loss=huber", "denoiser.clip=none"],
     ["schedule=cosine", "schedule.zero_terminal_snr=true", "weighting=min_snr"],
-    ["sampler=ddpm", "sampler.num_steps=3", "sampler.variance=beta", "timesteps=uniform"],
+    ["sampler=ddpm", "sampler.num_steps=3", "sampler.variance=beta", "stratified=false"],
     ["sampler.eta=1", "ema=none", "optimizer=adam", "lr_scheduler=constant"],
     ["net.self_condition=true", "net.dropout=0.1", "net.init_dim=12"],
     ["trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=null", "datamodule.num_val=0"],
@@ -212,19 +212,19 @@ REFUSED = {
     "two losses": (["loss=[l1,l2]"], ["loss=[l1,l2]", "-m loss=l1,l2"]),
     "clipping to less than nothing": (["trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val=-1"]),
     "another root": (["trainer.default_root_dir=/nowhere"], ["default_root_dir", "run_dir"]),
-    "a width of nothing": (["net.init_dim=0"], ["error: net: init_dim=0"]),
-    "a head of nothing": (["net.heads=0"], ["error: net: heads=0"]),
+    "a width of nothing": (["net.init_dim=0"], ["error: net.init_dim=0"]),
+    "a head of nothing": (["net.heads=0"], ["error: net.heads=0"]),
     "a word for a seed": (["seed=abc"], ["error: seed: 'abc'"]),
     "a float for steps": (["trainer.max_steps=1e3"], ["error: trainer.max_steps: 1000.0"]),
     "a number for a switch": (["schedule=linear", "rescale_betas=3"], ["error: rescale_betas: 3"]),
-    "a sampler's range": (["sampler.eta=2"], ["error: sampler: eta=2"]),
+    "a sampler's range": (["sampler.eta=2"], ["error: sampler.eta=2"]),
     "a sampler's number that is none": (
         ["debug=tiny", "sampler.eta=nan"],
         ["error: sampler.eta=nan: must be"],
     ),
     "a sampler's range, which callbacks take too": (
         ["debug=tiny", "sampler.eta=2"],
-        ["error: sampler: eta=2"],
+        ["error: sampler.eta=2"],
     ),
     "an optimizer's range": (["debug=tiny", "optimizer.betas=[0.9,1.5]"], ["error: optimizer: ", "1.5"]),
     "a learning-rate schedule's range": (
@@ -232,14 +232,19 @@ REFUSED = {
         ["error: lr_scheduler: ", "final_factor=2"],
     ),
     "importance of another T": (
-        ["timesteps=importance", "timesteps.num_steps=50"],
-        ["timesteps.num_steps=50", "1000 steps"],
+        ["noise_levels=importance", "noise_levels.bins=1001"],
+        ["noise_levels.bins=1001", "1000 steps"],
     ),
     "a part from elsewhere": (
         ["target._target_=small_worlds.Mine"],
         ["small_worlds.Mine", "is not allowed in a checkpoint"],
     ),
     "a negative learning rate": (["debug=tiny", "optimizer.lr=-1"], ["optimizer", "-1"]),
+    "an infinite learning rate": (
+        ["debug=tiny", "optimizer.lr=inf"],
+        ["optimizer.lr=inf: must be a finite number"],
+    ),
+    "an image of nothing": (["data.image_size=0"], ["error: data.image_size=0"]),
 }
 
 
@@ -321,6 +326,9 @@ OUT_OF_RANGE = {
     "ema": ["ema.decay=2"],
     "schedule": ["schedule=linear", "schedule.beta_end=2"],
     "net": ["net.dropout=2"],
+    "net.groups": ["net.groups=5"],
+    "data.image_size": ["net.dim_mults=[1,2,4,8,16]"],
+    "data.channels": ["data.channels=2"],
     "optimizer": ["optimizer.lr=-1"],
     "lr_scheduler": ["lr_scheduler.warmup_steps=-5"],
     "callbacks.monitor": ["callbacks.monitor.every_n_steps=0"],

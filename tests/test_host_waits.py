@@ -50,8 +50,7 @@ from litdiffusion.diffusion import (
 from litdiffusion.diffusion.editing import Edit, Inpaint, Interpolate, Slerp, Variation
 from litdiffusion.diffusion.guidance import Guidance
 from litdiffusion.diffusion.spacing import SPACINGS
-from litdiffusion.evaluation.bits_per_dim import bound_parts
-from litdiffusion.evaluation.held_out import held_out_losses
+from litdiffusion.evaluation import BitsPerDim, HeldOutLoss, Metric, Model, X0MeanAbsoluteError
 from litdiffusion.nn import DiT, UNet
 from litdiffusion.reporting.gif import Film
 from litdiffusion.sampling import sample_images
@@ -323,11 +322,13 @@ def test_no_objective_waits(weighting, target, schedule):
 
 
 @pytest.mark.parametrize("options", NETS.values(), ids=NETS)
-def test_no_measured_loss_waits(options):
-    denoiser, batch = on_the_gpu(unet(options)), on_device(3, 1, 8, 8)
-    with no_host_waits():
-        held_out_losses(denoiser, objective(None, L2(), MinSNR()), batch, 7)
-        bound_parts(denoiser, batch, 7, 4, "learned" if denoiser.learned_variance else "beta")
+def test_no_metric_waits(options):
+    denoiser, batch = on_the_gpu(unet(options)), Batch(on_device(3, 1, 8, 8), None, 7, 0)
+    metrics: list[Metric] = [HeldOutLoss(), BitsPerDim(9, 4), X0MeanAbsoluteError()]
+    for metric in metrics:
+        metric.to("meta")
+        with no_host_waits():
+            metric.update(Model(denoiser, objective(None, L2(), MinSNR()), denoiser), batch)
 
 
 # ---------------------------------------------------------------------------------------------- sampling

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from litdiffusion.runs.model import TrainedModel
 from PIL import Image
 
 from commands import run, train_tiny, type_command
@@ -24,7 +25,7 @@ FEW = ["num_images=3", "sampler=ddim", "sampler.num_steps=5", "batch_size=2", "d
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a class-conditional network, hardly trained."""
-    brief = ["trainer.max_steps=1", "callbacks.sample_images=null", "module.bits_per_dim_images=0"]
+    brief = ["trainer.max_steps=1", "callbacks.sample_images=null", "metrics.bits_per_dim=null"]
     run_dir = train_tiny(tmp_path_factory.mktemp("runs") / "run", "net.num_classes=10", *brief)
     return run_dir / "checkpoints" / "last.ckpt"
 

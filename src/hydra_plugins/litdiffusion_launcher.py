@@ -1,7 +1,7 @@
 """``hydra/launcher=processes``: every job of a sweep is a fresh process, with the results of all of them gathered.
 
-Hydra looks for plugins in this namespace package and imports each at every start, so that what a sweep needs is
-imported when there is one.
+Hydra looks for plugins in this namespace package and imports each at every start; so what only a sweep needs
+is imported inside of the methods.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class ProcessLauncher(Launcher):
         self.jobs = jobs
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Get to know the sweep."""
+        """Take over the configuration of the sweep."""
         from litdiffusion.sweeps.sweep import Sweep
 
         self._sweep = Sweep(config, hydra_context.config_loader, task_function.__module__)

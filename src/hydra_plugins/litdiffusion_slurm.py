@@ -1,6 +1,6 @@
-"""``hydra/launcher=slurm``: submitit's Slurm arrays, with what the launcher of this machine does for its jobs.
+"""``hydra/launcher=slurm``: submitit's Slurm arrays, with the promises of ``hydra/launcher=processes``.
 
-That is: nothing finished runs again, a job that fails does not end the sweep, and the results of all are gathered.
+Nothing finished runs again, a job that fails does not end the sweep, and the results of all jobs are gathered.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ with suppress(ImportError):  # the extra "slurm" is not installed: its configura
     from hydra_plugins.hydra_submitit_launcher import submitit_launcher
 
     class SlurmLauncher(submitit_launcher.SlurmLauncher):  # type: ignore[misc]  # it has no types
-        """Hands the jobs that are not finished in as one array, and waits for them."""
+        """Submits the jobs that are not finished as one array, and waits for them."""
 
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
             """Run jobs, numbered from ``initial_job_idx``; return what the sweeper wants to know of each."""
-            from litdiffusion.sweeps.slurm import run_array
+            from litdiffusion.slurm.array import run_array
             from litdiffusion.sweeps.sweep import Sweep
 
             sweep = Sweep(self.config, self.hydra_context.config_loader, self.task_function.__module__)

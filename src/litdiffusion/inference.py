@@ -9,11 +9,10 @@ from jaxtyping import Float
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from litdiffusion.configuration.allowlist import require_allowed
 from litdiffusion.configuration.entry import config_folder
-from litdiffusion.configuration.messages import one_line
-from litdiffusion.configuration.nearest import suggestion
-from litdiffusion.configuration.nodes import build, check_nodes
-from litdiffusion.configuration.targets import check_targets
+from litdiffusion.configuration.messages import one_line, suggestion
+from litdiffusion.configuration.nodes import build, require_arguments
 from litdiffusion.diffusion import Denoiser, Objective, Sampler
 from litdiffusion.diffusion.editing import (
     Edit,
@@ -257,10 +256,10 @@ def _build(config: dict[str, Any], path: str | Path, trust: Iterable[str]) -> di
     Raises:
         UserError: it names what it may not, or nothing that can be built.
     """
-    check_targets(config, trust=trust)
+    require_allowed(config, trust=trust)
     try:
         nodes = OmegaConf.create(config)
-        check_nodes(nodes)
+        require_arguments(nodes)
         parts = {name: build(nodes[name], name) for name in MODEL_PARTS}
     except Exception as error:  # values from elsewhere can trip a constructor in any way
         reason = one_line(error if isinstance(error, UserError) else error.__cause__ or error)

@@ -1,11 +1,9 @@
 """python -m litdiffusion.sample: open a checkpoint, draw images, show how they came to be."""
 
-import litdiffusion.preflight  # noqa: F401  # isort: skip
+import litdiffusion.system.startup  # noqa: F401  # isort: skip
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +14,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from litdiffusion.configuration.checks import validate
-from litdiffusion.configuration.entry import entry_point, process_rank
+from litdiffusion.configuration.entry import entry_point
 from litdiffusion.configuration.hardware import native_autocast, torch_device
 from litdiffusion.configuration.messages import needs_value
-from litdiffusion.configuration.nodes import build, takes
+from litdiffusion.configuration.nodes import build, refused, takes
 from litdiffusion.data.pictures import read_given
 from litdiffusion.diffusion import Sampler, SamplerOutput
 from litdiffusion.diffusion.editing import Edit
 from litdiffusion.diffusion.guidance import Guidance
 from litdiffusion.errors import UserError
-from litdiffusion.files import whole_file, write_text
 from litdiffusion.inference import TrainedModel, load_model
-from litdiffusion.processes import share_of, together
 from litdiffusion.reporting.edits import edit_strip
 from litdiffusion.reporting.gif import Film, pick_frames, save_gif
 from litdiffusion.reporting.images import grid, save, to_uint8
 from litdiffusion.runs.folder import absolute, writable_folder
 from litdiffusion.sampling import sample_images
+from litdiffusion.system.files import whole_file, write_text
+from litdiffusion.system.launch import process_rank
+from litdiffusion.system.processes import share_of, together
 from litdiffusion.training.memory import keep_freed_memory
 
 GRID_IMAGES = 64
@@ -58,6 +57,8 @@ def main(cfg: DictConfig) -> None:
         if cfg.guide_ckpt
         else None
     )
+    with refused("sampler"):
+        sampler.require_support(model.denoiser)
     with refused():
         guidance = Guidance(
             plain(cfg.labels),
@@ -66,7 +67,6 @@ def main(cfg: DictConfig) -> None:
             guide.denoiser if guide else None,
         )
         guidance.require_support(model.denoiser)
-        sampler.require_support(model.denoiser)
         times = visited_times(model, sampler, edit)
     out = writable_folder("out", absolute(cfg.out, "out"))
 
@@ -142,15 +142,6 @@ def visited_times(model: TrainedModel, sampler: Sampler, edit: Edit | None) -> l
     schedule = model.denoiser.schedule
     start = 1.0 if edit is None else edit.start(sampler, schedule)
     return [t for t in sampler.times(schedule) if t <= start]
-
-
-@contextmanager
-def refused() -> Iterator[None]:
-    """Turn what a constructor says of its arguments into the line that a user sees."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def check_edit(cfg: DictConfig) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from litdiffusion.diffusion import Denoiser, Draws, Sampler, SamplerOutput
 from litdiffusion.diffusion.editing import Edit
 from litdiffusion.diffusion.guidance import Guidance
-from litdiffusion.processes import gathered, share_of
+from litdiffusion.system.processes import gathered, share_of
 
 Watch = Callable[[int, SamplerOutput], None]
 """Called with the first image's number and each time of each batch: for previews, GIFs, progress bars."""

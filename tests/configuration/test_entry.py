@@ -78,7 +78,7 @@ def test_overrides_may_stand_on_both_sides_of_an_option(command: Command) -> Non
         (["seed=${oops:3}"], ["seed:", "oops"]),
         (["net.dim_mults=[1,2,3,x]"], ["net.dim_mults", "'x'"]),
         (["+net.groups=3"], ["net.groups=3", "1, 2, 4, 8"]),
-        (["+net.dropout=3.0"], ["net: dropout=3.0"]),
+        (["+net.dropout=3.0"], ["net.dropout=3.0"]),
         (["schedule.num_steps=40"], ["sampler.num_steps=50", "schedule.num_steps=40"]),
         (["seed=1003"], ["seed: 1003 is unlucky; take another"]),
         (["-m", "schedule=linear,cosin"], ["schedule=cosin:", "nearest: cosine"]),
@@ -143,7 +143,7 @@ def test_traceback_on_request(command: Command, monkeypatch: pytest.MonkeyPatch)
     code, _, err = command("+net.dropout=3.0")
     assert code == 2
     assert "litdiffusion/nn/unet.py" in err
-    assert err.splitlines()[-1].startswith("error: net: dropout")
+    assert err.splitlines()[-1].startswith("error: net.dropout")
 
 
 def test_environment_is_left_as_it_was(command: Command) -> None:

@@ -6,8 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 from torch._utils import ExceptionWrapper
 
-from litdiffusion.configuration.messages import one_line, user_error
-from litdiffusion.configuration.nearest import nearest, suggestion
+from litdiffusion.configuration.messages import nearest, one_line, suggestion, user_error
 from litdiffusion.errors import UserError
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins import FSDPPrecision
 from omegaconf import OmegaConf
 from torch import nn, optim
 
-from litdiffusion.configuration import build, check_nodes, config_folder
+from litdiffusion.configuration import build, config_folder, require_arguments
 from litdiffusion.configuration.annotations import accepts, could_accept, spelled
 from litdiffusion.diffusion import V
 from litdiffusion.errors import UserError
@@ -35,7 +35,7 @@ CALLBACK = {"_target_": "lightning.pytorch.callbacks.LearningRateMonitor", "logg
 
 def fault(**nodes: Any) -> str:
     with pytest.raises(UserError) as caught:
-        check_nodes(OmegaConf.create(nodes))
+        require_arguments(OmegaConf.create(nodes))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -58,7 +58,7 @@ def fault(**nodes: Any) -> str:
     ids=str,
 )
 def test_sound_nodes_pass(node: dict[str, Any]) -> None:
-    check_nodes(OmegaConf.create({"node": node}))
+    require_arguments(OmegaConf.create({"node": node}))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_node_reached_by_interpolation_is_reported_where_it_is_written() -> None
 
 def test_arguments_that_code_supplies_are_not_missed() -> None:
     cfg = OmegaConf.create({"optimizer": {"_target_": "torch.optim.AdamW"}})
-    check_nodes(cfg, {"optimizer": ["params"]})
+    require_arguments(cfg, {"optimizer": ["params"]})
 
 
 class Colour(Enum):
@@ -208,9 +208,9 @@ def test_build_converts_containers() -> None:
 @pytest.mark.parametrize(
     ("node", "line"),
     [
-        (NET | {"groups": 3}, "node: groups=3 does not divide a width of 8 channels"),
-        (SCHEDULE | {"num_steps": 0}, "node: num_steps=0: a schedule needs at least 1 step"),
-        (DENOISER | {"net": NET | {"groups": 3}}, "node.net: groups=3 does not divide a width of 8 channels"),
+        (NET | {"groups": 3}, "node.groups=3 does not divide a width of 8 channels"),
+        (SCHEDULE | {"num_steps": 0}, "node.num_steps=0: a schedule needs at least 1 step"),
+        (DENOISER | {"net": NET | {"groups": 3}}, "node.net.groups=3 does not divide a width of 8 channels"),
         (TRAINER | {"accelerator": "nonsense"}, "node: "),
         ({"_target_": "torch.nn.Linear", "in_features": 3}, "node: "),
         ({"_target_": "nosuch.Thing"}, "node: Error loading 'nosuch.Thing': "),

@@ -12,12 +12,12 @@ from image_worlds import save_images
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from litdiffusion.data.data_order import DataOrder
 from litdiffusion.data.datamodule import Batch, ImageDataModule, TrainLoader, ValidationLoader, to_float
-from litdiffusion.data.sampling_order import SamplingOrder
 from litdiffusion.data.sources import Digits, FashionMNIST, ImageFolder
 from litdiffusion.data.stores import ArrowStore, MemoryStore
+from litdiffusion.diffusion import Draws
 from litdiffusion.errors import UserError
-from litdiffusion.randomness import uniform_positions
 
 DIGITS = Digits(image_size=8)
 STORE = MemoryStore(DIGITS.load("test"), (8, 8), 1)
@@ -38,7 +38,7 @@ def test_batches_are_uint8_rows_of_the_stream() -> None:
     data.setup("fit")
     assert (data.num_train, data.num_classes, data.image_shape) == (1498, 10, (1, 8, 8))
     store = MemoryStore(DIGITS.load("train"), (8, 8), 1)
-    order = SamplingOrder(1498, seed=0)
+    order = DataOrder(1498, seed=0)
     for step, batch in enumerate(take(data.train_dataloader(), 100)):  # two epochs and a bit
         index = order.batch(step, 32, 0, 32)
         assert batch.images.dtype == torch.uint8
@@ -84,7 +84,7 @@ def test_ranks_share_the_global_batch_and_any_step_can_be_resumed(
     world_size: int, share: int, step: int, seed: int
 ) -> None:
     batch_size = world_size * share
-    order = SamplingOrder(len(STORE), seed)
+    order = DataOrder(len(STORE), seed)
 
     def rows(rank: int, ranks: int, first: int, count: int) -> list[Batch]:
         return take(TrainLoader(STORE, order, batch_size, rank, ranks, lambda: first), count)
@@ -136,7 +136,7 @@ def test_finishing_flips_by_position_and_scales(tmp_path: Path) -> None:
     data.setup("fit")
     batch = take(data.train_dataloader(), 2)[1]
     finished = data.finish(batch, training=True)
-    coins = uniform_positions(0, 24, 5, "flip", 1) < 0.5
+    coins = Draws.at(5, "flip", 1, start=0, stop=24).uniform("coin") < 0.5
     assert 0 < int(coins.sum()) < 24
     for image, raw, flipped in zip(finished.images, batch.images, coins, strict=True):
         assert torch.equal(image, to_float(raw.flip(-1) if flipped else raw))
@@ -195,7 +195,7 @@ def test_setup_loads_once_and_only_what_the_stage_needs() -> None:
     ("name", "value"), [("batch_size", 0), ("num_val", -1), ("num_workers", -1), ("memory_limit_mb", -1)]
 )
 def test_values_out_of_range_are_named(name: str, value: int) -> None:
-    with pytest.raises(UserError, match=f"datamodule.{name} must be at least"):
+    with pytest.raises(ValueError, match=f"{name}={value}: must be at least"):
         module(**{name: value})
 
 

@@ -190,7 +190,7 @@ def test_a_forbidden_folder_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("holdout", [0.0, 1.0, -0.1, 5.0])
 def test_an_impossible_holdout_is_refused(tmp_path: Path, holdout: float) -> None:
-    with pytest.raises(UserError, match="holdout must lie between"):
+    with pytest.raises(ValueError, match=r"holdout=.* must lie between"):
         ImageFolder(tmp_path, holdout=holdout)
 
 

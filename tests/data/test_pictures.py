@@ -106,5 +106,5 @@ def test_unreadable_pictures_are_named_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
         with pytest.raises(UserError, match=f"mask={path}: {words}"):
             read_mask("mask", path, good, SHAPE)
-    with pytest.raises(UserError, match="nothing of it is white"):
+    with pytest.raises(UserError, match="no pixel of it is white"):
         read_mask("mask", black, good, SHAPE)

@@ -147,13 +147,13 @@ def test_digits_are_the_library_s_and_split_once_for_all() -> None:
 
 @pytest.mark.parametrize("size", [0, -4, [8], [8, 0], [8, 8, 8], []])
 def test_an_impossible_size_is_refused(size: int | list[int]) -> None:
-    with pytest.raises(UserError, match="image_size must be a positive integer"):
+    with pytest.raises(ValueError, match=r"image_size=.*must be a positive integer"):
         Digits(image_size=size)
 
 
 @pytest.mark.parametrize("channels", [0, 2, 4])
 def test_an_impossible_number_of_channels_is_refused(channels: int) -> None:
-    with pytest.raises(UserError, match="channels must be 1"):
+    with pytest.raises(ValueError, match=f"channels={channels}: must be 1"):
         Digits(channels=channels)
 
 

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from litdiffusion.data.stores import Batch
-from litdiffusion.diffusion import Denoiser, V, schedules
+from litdiffusion.diffusion import L2, Denoiser, Objective, Uniform, V, schedules
 from litdiffusion.diffusion.likelihood import variational_bound
+from litdiffusion.errors import UserError
+from litdiffusion.evaluation import BitsPerDim, Model
 from litdiffusion.evaluation import bits_per_dim as module
-from litdiffusion.evaluation.bits_per_dim import bits_per_dim, bound_parts, measured_bits, noise, strata
+from litdiffusion.evaluation.bits_per_dim import bound_parts, noise, strata
 from small_worlds import Affine, Spy, affine_denoiser, images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,6 +26,10 @@ def denoiser(net=None, num_steps: int = T) -> Denoiser:
 
 def on_levels(count: int) -> Tensor:
     return ((images(count) + 1) * 127.5).round() / 127.5 - 1
+
+
+def bits_per_dim(*given) -> Tensor:
+    return bound_parts(*given).total
 
 
 def exact(model: Denoiser, x0: Tensor, first: int = 0):
@@ -178,41 +184,57 @@ def test_labels_of_other_data_are_refused():
 # ---------------------------------------------------------------------------------------------- what is reported
 
 
-def batches(x0: Tensor, labels: Tensor | None, *cuts: int):
+def measured(metric: BitsPerDim, model: Denoiser, x0: Tensor, labels: Tensor | None, *cuts: int):
     for index, (start, stop) in enumerate(pairwise([0, *cuts, len(x0)])):
-        yield Batch(x0[start:stop], None if labels is None else labels[start:stop], start, index)
+        batch = Batch(x0[start:stop], None if labels is None else labels[start:stop], start, index)
+        metric.update(Model(model, Objective(L2(), Uniform())), batch)
+    return metric.compute()
 
 
 @pytest.mark.parametrize("cuts", [(), (4,), (3, 6), (5, 7)])
-def test_the_report_is_the_mean_over_the_first_images(cuts):
+def test_the_metric_is_the_mean_over_the_first_images(cuts):
     x0, labels = on_levels(10), torch.arange(10) % 3
-    found = measured_bits(denoiser(Labelled()), batches(x0, labels, *cuts), 5, 7, "beta_tilde")
+    metric = BitsPerDim(5, 7, "beta_tilde")
+    found = measured(metric, denoiser(Labelled()), x0, labels, *cuts)
     parts = bound_parts(denoiser(Labelled()), x0[:5], 0, 7, "beta_tilde", labels[:5])
     assert found == {
-        "val/bits_per_dim": pytest.approx(float(parts.total.mean()), rel=1e-5),
-        "val/bits_per_dim_prior": pytest.approx(float(parts.prior.mean()), rel=1e-5),
-        "val/bits_per_dim_decoder": pytest.approx(float(parts.decoder.mean()), rel=1e-5),
-        "bits_per_dim_images": 5,
-        "bits_per_dim_times": 7,
+        "": pytest.approx(float(parts.total.mean()), rel=1e-5),
+        "_prior": pytest.approx(float(parts.prior.mean()), rel=1e-5),
+        "_decoder": pytest.approx(float(parts.decoder.mean()), rel=1e-5),
     }
+    assert metric.extent() == {"bits_per_dim_images": 5, "bits_per_dim_times": 7}
 
 
 def test_the_report_says_on_what_it_rests():
     x0 = on_levels(4)
-    few = measured_bits(denoiser(), batches(x0, None, 2), 100, None, "beta")
-    assert (few["bits_per_dim_images"], few["bits_per_dim_times"]) == (4, T)
-    assert measured_bits(denoiser(), batches(x0, None), 9, T + 5, "beta")["bits_per_dim_times"] == T
+    every_time, too_many = BitsPerDim(100), BitsPerDim(9, T + 5)
+    measured(every_time, denoiser(), x0, None, 2)
+    assert every_time.extent() == {"bits_per_dim_images": 4, "bits_per_dim_times": T}
+    measured(too_many, denoiser(), x0, None)
+    assert too_many.extent()["bits_per_dim_times"] == T
 
 
 def test_no_images_ask_for_nothing():
-    net = Spy()
-    assert measured_bits(denoiser(net), batches(on_levels(4), None), 0, 5, "beta") == {}
+    net, metric = Spy(), BitsPerDim(0, 5)
+    assert measured(metric, denoiser(net), on_levels(4), None) == {}
+    assert metric.extent() == {}
     assert net.calls == []
 
 
-def test_no_more_images_are_read_than_are_measured():
-    def reading():
-        yield from batches(on_levels(4), None, 2)
-        raise AssertionError("read on")
+def test_the_network_sees_no_more_images_than_are_measured():
+    net, metric = Spy(False), BitsPerDim(2, 2)
+    measured(metric, denoiser(net), on_levels(5), None, 2, 4)
+    assert [len(call.clock) for call in net.calls] == [2, 2]
+    assert metric.extent()["bits_per_dim_images"] == 2
 
-    assert measured_bits(denoiser(), reading(), 2, 2, "beta")["bits_per_dim_images"] == 2
+
+@pytest.mark.parametrize(("num_images", "num_times"), [(-1, 2), (1, 1)])
+def test_what_cannot_be_measured_is_refused(num_images, num_times):
+    with pytest.raises(ValueError, match="must be at least"):
+        BitsPerDim(num_images, num_times)
+
+
+def test_a_variance_that_was_not_learned_is_refused():
+    with pytest.raises(UserError, match="variance=learned: this network"):
+        BitsPerDim(1, variance="learned").check(denoiser())
+    BitsPerDim(1).check(denoiser())

@@ -5,8 +5,8 @@ import torch
 
 from litdiffusion.data.stores import Batch
 from litdiffusion.diffusion import L2, Objective, Uniform, V, schedules
-from litdiffusion.evaluation import held_out_losses
-from litdiffusion.evaluation.held_out import measured_losses
+from litdiffusion.evaluation import HeldOutLoss, Model
+from litdiffusion.evaluation.held_out import held_out_losses
 from small_worlds import Affine, affine_denoiser, images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,9 +49,24 @@ def test_the_report_does_not_depend_on_the_batches(cuts):
         for index, (start, stop) in enumerate(pairwise([0, *cuts, 20]))
     ]
     losses, t = held_out_losses(denoiser, OBJECTIVE, x0, 0, labels)
-    found = measured_losses(denoiser, OBJECTIVE, batches)
-    assert found["num_images"] == 20
-    assert found["val/loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
-    tenths = [found[f"val/loss_t{i:02d}"] for i in range(10)]
+    metric = HeldOutLoss()
+    for batch in batches:
+        metric.update(Model(denoiser, OBJECTIVE), batch)
+    found = metric.compute()
+    assert found[""] == pytest.approx(float(losses.mean()), rel=1e-6)
+    tenths = [found.pop(f"_t{i:02d}") for i in range(10)]
     for i, loss in enumerate(tenths):  # t = 3 i + 1 .. 3 i + 3
         assert loss == pytest.approx(float(losses[(t > 3 * i) & (t <= 3 * i + 3)].mean()), rel=1e-6)
+    assert found.keys() == {""}
+
+
+def test_the_weights_that_are_not_averaged_are_measured_beside_them():
+    averaged, raw = (affine_denoiser(schedules.cosine(30), V()) for _ in range(2))
+    raw.net.gain.data += 0.1
+    metric, batch = HeldOutLoss(), Batch(images(20), None, 0, 0)
+    metric.update(Model(averaged, OBJECTIVE, raw), batch)
+    for denoiser, suffix in ((averaged, ""), (raw, "_raw")):
+        alone = HeldOutLoss()
+        alone.update(Model(denoiser, OBJECTIVE), batch)
+        assert metric.compute()[suffix] == alone.compute()[""]
+    assert metric.compute()[""] != metric.compute()["_raw"]

@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from litdiffusion.diffusion import schedules
 from litdiffusion.errors import UserError
-from litdiffusion.reporting.curves import curves, schedules_figure
-from litdiffusion.reporting.metrics import Series, read_metrics
+from litdiffusion.reporting.curves import Curves, Series, curves, schedules_figure
+from litdiffusion.runs.metrics import read_rows
 
 TENTHS = [f"train/loss_t{tenth:02d}" for tenth in range(10)]
 COLUMNS = [
@@ -72,6 +73,17 @@ def test_each_panel_shows_what_its_columns_hold(tmp_path):
     assert all(drawn > empty + 0.5 for drawn, empty in zip(darkness(full), darkness(bare), strict=True))
 
 
+def test_each_further_metric_that_was_logged_has_a_panel(tmp_path):
+    rows = [row | {"val/fid": row["step"]} for row in run(60)]
+    path, png = write(tmp_path / "metrics.csv", rows, [*COLUMNS, "val/fid"]), tmp_path / "curves.png"
+    curves(path, png, ["loss", "fid", "absent"])
+    with Image.open(png) as image:
+        assert image.size == (1056, 990)
+    curves(path, png, ["loss", "absent"])
+    with Image.open(png) as image:
+        assert image.size == (1056, 660)
+
+
 def test_curves_do_without_pyplot_and_pictures_without_matplotlib(tmp_path):
     path = write(tmp_path / "metrics.csv", run(3), COLUMNS)
     program = f"""
@@ -89,7 +101,7 @@ assert "matplotlib.pyplot" not in sys.modules
 def test_empty_torn_and_infinite_cells_are_left_out(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("images_seen,train/loss,val/loss\n10,0.5,\n20,nan,\n30,0.3,0.4\n40,inf,\n50")
-    metrics = read_metrics(path)
+    metrics = Curves(read_rows(path))
     assert metrics.get("train/loss") == Series([10.0, 30.0], [0.5, 0.3])
     assert metrics.get("val/loss") == Series([30.0], [0.4])
     assert metrics.get("train/lr") is None
@@ -98,7 +110,7 @@ def test_empty_torn_and_infinite_cells_are_left_out(tmp_path):
 def test_what_a_resumed_run_repeats_is_drawn_once(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("images_seen,train/loss\n10,0.5\n20,0.4\n30,0.3\n20,0.45\n30,0.35\n")
-    series = read_metrics(path).get("train/loss")
+    series = Curves(read_rows(path)).get("train/loss")
     assert series is not None
     assert series.x == sorted(series.x)
     assert 0.3 not in series.y
@@ -106,14 +118,14 @@ def test_what_a_resumed_run_repeats_is_drawn_once(tmp_path):
 
 def test_bad_metrics_end_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"gone\.csv does not exist"):
-        read_metrics(tmp_path / "gone.csv")
+        curves(tmp_path / "gone.csv", tmp_path / "curves.png")
     path = tmp_path / "metrics.csv"
     path.write_text("epoch,train/loss\n1,0.5\n")
     with pytest.raises(UserError, match="neither a column images_seen nor a column step"):
-        read_metrics(path)
+        read_rows(path)
     path.write_text("step,train/loss\n1,0.5\n2,half\n")
-    with pytest.raises(UserError, match="line 3: train/loss is 'half'"):
-        read_metrics(path)
+    with pytest.raises(UserError, match=f"{path} is damaged .*line 3: train/loss is 'half'"):
+        read_rows(path)
 
 
 def test_smoothing_keeps_a_constant_and_a_mean():
@@ -130,8 +142,9 @@ def test_schedules_stand_side_by_side():
     tables = {"linear": schedules.linear(300), "cosine": schedules.cosine(100)}
     figure = schedules_figure({name: schedule.alphas_cumprod for name, schedule in tables.items()})
     alpha_bar, log_snr = figure.axes
-    for axes, view in ((alpha_bar, "alphas_cumprod"), (log_snr, "log_snr")):
-        for line, (name, schedule) in zip(axes.lines, tables.items(), strict=True):
+    for name, schedule, *lines in zip(tables, tables.values(), alpha_bar.lines, log_snr.lines, strict=True):
+        t = torch.arange(1, schedule.num_steps + 1, dtype=torch.float64) / schedule.num_steps
+        for line, view in zip(lines, (schedule.alphas_cumprod, schedule.log_snr(t)), strict=True):
             assert line.get_label() == name
-            assert line.get_ydata() == pytest.approx(getattr(schedule, view).numpy(), abs=1e-9)
+            assert line.get_ydata() == pytest.approx(view.numpy(), abs=1e-9)
             assert line.get_xdata()[-1] == 1

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from litdiffusion import load_model
 from litdiffusion.configuration import config_folder
 from litdiffusion.diffusion import DDIM
 from litdiffusion.errors import UserError
-from litdiffusion.files import WriteError
 from litdiffusion.runs.checkpoint import read_checkpoint, write_checkpoint
+from litdiffusion.system.files import WriteError
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,47 @@ def test_truncated(ckpt: Path, keep: int) -> None:
     assert str(ckpt) in str(caught.value)
 
 
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    weights = {"w": torch.arange(40.0), "b": torch.ones(3, 5), "n": torch.arange(7)}
+    content = {"state_dict": weights, "model_config": {}, "data_config": {"name": "x"}, "global_step": 3}
+    write_checkpoint(content, tmp_path / "small.ckpt")
+    return tmp_path / "small.ckpt"
+
+
+def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(small: Path) -> None:
+    whole, expected = small.read_bytes(), read_checkpoint(small)
+    directory = whole.index(b"PK\x01\x02")  # which no checksum covers, so that each of its bits is tried
+    noticed = 0
+    for place in range(len(whole)):
+        for bit in range(8) if place >= directory else [place % 8]:
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << bit
+            small.write_bytes(flipped)
+            try:
+                found = read_checkpoint(small)
+            except UserError:
+                noticed += 1
+                continue
+            weights = found.pop("state_dict")
+            for name, weight in expected["state_dict"].items():
+                assert torch.equal(weights[name], weight), (place, bit)
+            assert found == {key: expected[key] for key in found}, (place, bit)
+    assert noticed > 2000
+
+
+def test_appended_bytes_are_noticed_and_a_comment_is_none_of_them(small: Path) -> None:
+    whole = small.read_bytes()
+    for more in (b"\0", b"x" * 22, b"y" * 10_000):
+        small.write_bytes(whole + more)
+        with pytest.raises(UserError, match="cut short or damaged"):
+            read_checkpoint(small)
+    small.write_bytes(whole)
+    with zipfile.ZipFile(small, "a") as archive:  # as the checkpoints of earlier releases have one
+        archive.comment = b"litdiffusion sha256 0123"
+    assert read_checkpoint(small)["global_step"] == 3
+
+
 def test_foreign(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match="not a litdiffusion checkpoint"):
@@ -94,7 +136,7 @@ def test_a_hostile_pickle_runs_nothing(ckpt: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["os.mkdir", "litdiffusion.files.write_text", "torch.hub.load", "litdiffusion.nn.unet.torch.load"],
+    ["os.mkdir", "litdiffusion.system.files.write_text", "torch.hub.load", "litdiffusion.nn.unet.torch.load"],
 )
 def test_a_hostile_target_is_refused(ckpt: Path, target: str) -> None:
     def spoil(checkpoint: dict[str, Any]) -> None:

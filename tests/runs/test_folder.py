@@ -14,9 +14,9 @@ def names(folder: Path) -> list[str]:
 
 
 def test_checking_leaves_no_trace(tmp_path: Path) -> None:
-    RunFolder(tmp_path / "deep" / "run").check()
+    RunFolder(tmp_path / "deep" / "run").require_usable()
     assert names(tmp_path) == []
-    RunFolder(tmp_path).check()
+    RunFolder(tmp_path).require_usable()
     assert names(tmp_path) == []
 
 
@@ -37,7 +37,7 @@ def test_a_file_in_the_way_is_one_line(place: str, tmp_path: Path) -> None:
         run.prepare()
     if place != "run":
         with pytest.raises(UserError, match=f"run_dir={run.path}.* cannot be written"):
-            run.check()
+            run.require_usable()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -45,7 +45,7 @@ def test_a_folder_without_permission_is_one_line(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     for folder in (tmp_path, tmp_path / "run"):
         with pytest.raises(UserError, match="Permission denied"):
-            RunFolder(folder).check()
+            RunFolder(folder).require_usable()
         with pytest.raises(UserError, match="Permission denied"):
             RunFolder(folder).prepare()
 
@@ -53,6 +53,6 @@ def test_a_folder_without_permission_is_one_line(tmp_path: Path) -> None:
 def test_a_name_that_no_file_system_takes_is_one_line(tmp_path: Path) -> None:
     folder = tmp_path / ("long" * 100)
     with pytest.raises(UserError, match="too long"):
-        RunFolder(folder).check()
+        RunFolder(folder).require_usable()
     with pytest.raises(UserError, match="too long"):
         writable_folder("out", str(folder))

@@ -29,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("net.self_condition=true", "net.self_condition was False and is True"),
         ("denoiser.clip=none", "denoiser.clip was 'static' and is 'none'"),
         ("target=epsilon", "target._target_ was 'litdiffusion.diffusion.targets.V'"),
-        ("ema=none", "averaged."),
+        ("ema=none", "ema_net."),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(

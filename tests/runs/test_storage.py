@@ -20,13 +20,13 @@ from commands import Typed, train_tiny, type_command
 from disks import Disk, small_disk, unwritable
 from interrupted_runs import differences
 from litdiffusion.configuration.messages import user_error
-from litdiffusion.files import WriteError, append_text, whole_file, write_text
 from litdiffusion.reporting.curves import curves
 from litdiffusion.reporting.gif import save_gif
 from litdiffusion.reporting.images import save
 from litdiffusion.runs.checkpoint import read_checkpoint, write_checkpoint
 from litdiffusion.runs.folder import RunFolder
 from litdiffusion.runs.metrics import MetricsTable, read_rows
+from litdiffusion.system.files import WriteError, append_text, whole_file, write_text
 from litdiffusion.training.callbacks import Monitor, SaveCheckpoints
 from offline_wandb import told_wandb
 

@@ -26,6 +26,9 @@ optimizer: {lr: 1e-3}
 trainer: {max_steps: 2, accelerator: cpu, devices: 1}
 run_dir: ${new_run_dir:}
 optimized_metric: val_loss
+metrics:
+  loss: {_target_: litdiffusion.evaluation.HeldOutLoss}
+  bits_per_dim: {_target_: litdiffusion.evaluation.BitsPerDim, num_images: 1}
 """
 """Of the shape of the real one, as far as a sweep can see."""
 
@@ -45,6 +48,8 @@ out.mkdir(parents=True, exist_ok=True)
 seed, behaviour = int(given.get("seed", 0)), given.get("behaviour", "good")
 max_steps = int(given.get("trainer.max_steps", 2))
 settings = {"seed": seed, "behaviour": behaviour, "optimized_metric": "val_loss", "run_dir": str(out),
+            "metrics": {"loss": {"_target_": "litdiffusion.evaluation.HeldOutLoss"}, "bits_per_dim":
+                        {"_target_": "litdiffusion.evaluation.BitsPerDim", "num_images": 1}},
             "loss": given.get("loss", "l2"), "weighting": given.get("weighting", "uniform"),
             "optimizer": {"lr": float(given.get("optimizer.lr", 1e-3))},
             "trainer": {"max_steps": max_steps, "accelerator": "cpu", "devices": 1}}

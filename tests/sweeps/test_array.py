@@ -11,7 +11,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from litdiffusion.configuration import config_folder
 from litdiffusion.errors import UserError
-from litdiffusion.sweeps import slurm
+from litdiffusion.slurm import array as slurm_array
 from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.process import Outcome
 
@@ -87,8 +87,8 @@ class Array:
         self.begun: list[Job] = []
         self.outcomes: dict[int, Outcome] = {}
         self._handles = handles
-        monkeypatch.setattr(slurm, "_executor", lambda cluster, parameters: self)
-        monkeypatch.setattr(slurm, "LOOK_SECONDS", 0.0)
+        monkeypatch.setattr(slurm_array, "_executor", lambda cluster, parameters: self)
+        monkeypatch.setattr(slurm_array, "LOOK_SECONDS", 0.0)
 
     def map_array(self, task, *arguments) -> list[Handle]:
         self.handed_in.extend(zip(*arguments, strict=True))
@@ -96,7 +96,7 @@ class Array:
 
     def run(self, folder: Path, jobs: list[Job]) -> None:
         parameters = {"submitit_folder": str(folder / "%j"), "nodes": 1, "tasks_per_node": 1}
-        slurm.run_array(len, "slurm", parameters, folder, jobs, self.begun.append, self._ended)
+        slurm_array.run_array(len, "slurm", parameters, folder, jobs, self.begun.append, self._ended)
 
     def _ended(self, job: Job, outcome: Outcome) -> None:
         self.outcomes[job.number] = outcome
@@ -204,7 +204,7 @@ def test_a_job_that_leaves_the_queue_without_a_result_has_failed(
     lost = Handle(tmp_path, "7_1", returned(JobStatus.COMPLETED), "error: of its last words\n")
     fine = Handle(tmp_path, "7_0", returned(JobStatus.COMPLETED))
     fine.done, lost.done = lambda: True, lambda: False
-    monkeypatch.setattr(slurm, "QUEUE_SECONDS", -1.0)
+    monkeypatch.setattr(slurm_array, "QUEUE_SECONDS", -1.0)
     asked = tmp_path / "asked"
     answer = f"echo >> {asked}; case $(wc -l < {asked}) in 1|3) echo 7_1;; 5) exit 1;; esac"
     play_squeue(tmp_path, monkeypatch, answer)

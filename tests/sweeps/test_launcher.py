@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from litdiffusion.evaluation import HeldOutLoss
 from litdiffusion.runs.lock import RunLock, is_locked
 
 
@@ -219,6 +220,22 @@ def test_optuna_learns_the_results_and_asks_again_for_the_same(sweeps) -> None:
     sweeps(*command)
     assert [row["optimizer.lr"] for row in sweeps.table()] == [row["optimizer.lr"] for row in rows]
     assert {row["status"] for row in sweeps.table()} == {"skipped-finished", "failed"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its own, at import
+def test_optuna_and_the_table_ask_the_metric_which_way_is_better(
+    sweeps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    monkeypatch.setattr(HeldOutLoss, "higher_is_better", True)
+    code, out, _ = sweeps("sweep=optuna", "hydra.sweeper.n_trials=3", "optimized_metric=val_loss")
+    assert code == 0
+    losses = [float(row["val_loss"]) for row in sweeps.table()]
+    (results,) = sweeps.folder.rglob("optimization_results.yaml")
+    assert f"best_value: {max(losses)}" in results.read_text()
+    header, *lines = out[out.index("\njob  status") + 1 :].splitlines()[:4]
+    shown = [float(line[header.index("val_loss") :].split()[0]) for line in lines]
+    assert shown == pytest.approx(sorted(losses, reverse=True), rel=1e-3)
 
 
 def test_optuna_is_told_of_a_metric_that_is_not_there(sweeps) -> None:

@@ -8,6 +8,7 @@ from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.process import Outcome
 from litdiffusion.sweeps.table import Results
 
+METRICS = {"loss": {}, "bits_per_dim": {}, "accuracy": None, "fid": {}}
 LOSSES = {0: 0.5, 1: None, 2: 0.25, 3: float("nan"), 4: 0.125}
 
 
@@ -19,7 +20,14 @@ def results(tmp_path: Path) -> Results:
         folder = tmp_path / str(number)
         folder.mkdir()
         overrides = ("schedule=linear", f"seed={number}", f"+net.dim={8 * (number % 2 + 1)}")
-        job = Job(number, overrides, folder, folder / "summary.json", (), config={"seed": number})
+        job = Job(
+            number,
+            overrides,
+            folder,
+            folder / "summary.json",
+            (),
+            config={"seed": number, "metrics": METRICS},
+        )
         summary = {
             "val_loss": loss,
             "train_loss": 2.0,
@@ -44,8 +52,8 @@ def test_the_file_holds_what_differs_and_what_has_come_of_it(results: Results) -
             "seed",
             "net.dim",
             "val_loss",
-            "train_loss",
             "val_bits_per_dim",
+            "train_loss",
             "run_dir",
             "reason",
         ),
@@ -68,6 +76,8 @@ def test_the_file_holds_what_differs_and_what_has_come_of_it(results: Results) -
 def test_the_best_comes_first_and_what_has_no_number_last(results: Results) -> None:
     lines = results.table().splitlines()
     assert [line.split()[0] for line in lines[1:] if line[0].isdigit()] == ["4", "2", "0", "1", "3"]
+    highest = results.table("val_loss", higher_is_better=True).splitlines()
+    assert [line.split()[0] for line in highest[1:] if line[0].isdigit()] == ["0", "2", "4", "1", "3"]
     header, best = lines[:2]
     assert best[header.index("val_loss") :].split()[0] == "0.125"
     by_another = results.table("train_loss").splitlines()

@@ -11,14 +11,19 @@ from torch import nn
 from litdiffusion.data.datamodule import Batch
 from litdiffusion.diffusion import (
     L2,
-    ImportanceTimesteps,
+    Denoising,
+    Draws,
+    Importance,
+    NoiseLevels,
     Objective,
-    StratifiedTimesteps,
+    ObjectiveOutput,
     Uniform,
-    UniformTimesteps,
+    UniformLevels,
     V,
+    q_sample,
     schedules,
 )
+from litdiffusion.evaluation import HeldOutLoss
 from litdiffusion.nn import UNet
 from litdiffusion.training.ema import EMA
 from litdiffusion.training.lr import constant
@@ -32,14 +37,18 @@ pytestmark = [
 ]
 
 
+def objective(levels: NoiseLevels | None = None, **kwargs: Any) -> Denoising:
+    return Denoising(L2(), Uniform(), levels or UniformLevels(stratified=True), **kwargs)
+
+
 def module(
     net: nn.Module | None = None, ema: EMA | None = None, seed: int = 0, **kwargs: Any
 ) -> LitDiffusion:
     settings = {
-        "objective": Objective(L2(), Uniform()),
-        "timesteps": StratifiedTimesteps(),
+        "objective": objective(),
         "optimizer": partial(torch.optim.SGD, lr=0.1),
         "lr_scheduler": constant,
+        "metrics": {"loss": HeldOutLoss(), "bits_per_dim": None},
     }
     denoiser = affine_denoiser(schedules.cosine(50), V(), net=net)
     return LitDiffusion(denoiser, **(settings | kwargs), ema=ema, seed=seed)
@@ -77,47 +86,60 @@ def weights(net: nn.Module) -> list[torch.Tensor]:
 # ---------------------------------------------------------------------------------------------- the draws
 
 
-@pytest.mark.parametrize("rule", [UniformTimesteps(), StratifiedTimesteps()], ids=lambda r: type(r).__name__)
-def test_two_processes_draw_what_one_draws(rule):
-    """32 rows, so that the halves meet at a block's edge; 24, so that they meet inside a block."""
-    for size in (32, 24, 10):
-        whole, halves = module(timesteps=rule), module(timesteps=rule)
-        whole.trainer, halves.trainer = trainer(), trainer(devices=2)
-        assert (whole.trainer.world_size, halves.trainer.world_size) == (1, 2)
-        batch, half = images(size), size // 2
-        t, eps = whole.draw(batch, 0, 7)
-        t1, eps1 = halves.draw(batch[:half], 0, 7)
-        t2, eps2 = halves.draw(batch[half:], half, 7)
-        assert torch.equal(torch.cat((t1, t2)), t)
-        assert torch.equal(torch.cat((eps1, eps2)), eps)
+class Remember(Objective):
+    """An objective that keeps its draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws: list[Draws] = []
+
+    def forward(self, denoiser, batch, draws):
+        self.draws.append(draws)
+        return ObjectiveOutput(denoiser.core.net.gain * torch.ones(len(batch.images)))
 
 
-def test_draws_depend_on_seed_and_step_and_row_and_nothing_else():
-    lit = module()
-    lit.trainer = trainer()
-    batch = images(32)
-    t, eps = lit.draw(batch, 0, 3)
-    torch.manual_seed(99)  # the global generator has no say, nor have the images
-    for again in (lit.draw(batch, 0, 3), lit.draw(-batch, 0, 3)):
-        assert torch.equal(again[0], t)
-        assert torch.equal(again[1], eps)
-    assert not torch.equal(lit.draw(batch, 0, 4)[1], eps)
-    other = module(seed=1)
-    other.trainer = trainer()
-    assert not torch.equal(other.draw(batch, 0, 3)[1], eps)
-    assert len({float(row.sum()) for row in eps}) == 32  # no row is another's copy
-    assert eps.shape == batch.shape
-    assert len(t.unique()) > 16
+def drawn(seed: int, devices: int, first: int, size: int, step: int) -> Draws:
+    lit = module(objective=Remember(), seed=seed)
+    lit.trainer = trainer(devices=devices)
+    lit.training_step(Batch(images(size), None, first, step), 0)
+    return lit.objective.draws[0]
 
 
-def test_drawing_leaves_the_global_generator_alone():
-    lit = module()
-    lit.trainer = trainer()
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    lit.draw(images(4), 0, 0)
-    assert torch.equal(torch.rand(3), expected)
+def test_two_processes_draw_what_one_draws():
+    whole = drawn(0, 1, 0, 24, 7)
+    halves = [drawn(0, 2, first, 12, 7) for first in (0, 12)]
+    for draw in (lambda d: d.uniform("t"), lambda d: d.stratified("t"), lambda d: d.normal("eps", (1, 4, 4))):
+        assert torch.equal(torch.cat([draw(half) for half in halves]), draw(whole))
+    assert {d.shared_uniform("coin") for d in (whole, *halves)} == {whole.shared_uniform("coin")}
+
+
+def test_draws_depend_on_seed_and_step_and_nothing_else():
+    eps = drawn(0, 1, 0, 4, 3).normal("eps", (2,))
+    torch.manual_seed(99)  # the global generator has no say
+    assert torch.equal(drawn(0, 1, 0, 4, 3).normal("eps", (2,)), eps)
+    for other in (drawn(1, 1, 0, 4, 3), drawn(0, 1, 0, 4, 4)):
+        assert not torch.equal(other.normal("eps", (2,)), eps)
+
+
+def test_an_objective_of_another_kind_trains_with_the_same_module():
+    """One with two times, and something of its own to log: a class, and not a line elsewhere."""
+
+    class TwoTimes(Objective):
+        def forward(self, denoiser, batch, draws):
+            t = denoiser.schedule.trained_time(draws.uniform("t").double())
+            s = t * draws.uniform("s")
+            eps = draws.normal("eps", tuple(batch.images.shape[1:]))
+            x_t, x_s = (
+                q_sample(denoiser.schedule, batch.images, time, eps) for time in (t, s.clamp(min=0.02))
+            )
+            errors = denoiser(x_t, t).x0 - denoiser(x_s, s.clamp(min=0.02)).x0.detach()
+            losses = errors.square().flatten(1).mean(1)
+            return ObjectiveOutput(losses, logs={"train/distance": (t - s).mean()})
+
+    lit = module(objective=TwoTimes())
+    before = weights(lit.denoiser)
+    fit(lit, 3)
+    assert any(not torch.equal(a, b) for a, b in zip(before, weights(lit.denoiser), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------- labels
@@ -132,78 +154,83 @@ class Labelled(Affine):
         super().__init__()
         self.heard: list[torch.Tensor] = []
 
-    def forward(self, x, clock, self_cond=None, labels=None):
+    def forward(self, x, c_noise, self_cond=None, labels=None):
         self.heard.append(labels)
-        return super().forward(x, clock) + 0.1 * labels[:, None, None, None]
+        return super().forward(x, c_noise) + 0.1 * labels[:, None, None, None]
+
+
+def told(lit: LitDiffusion, batch: Batch) -> torch.Tensor:
+    lit.training_step(batch, 0)
+    return lit.denoiser.core.net.heard[-1]
 
 
 def test_a_share_of_the_labels_is_withheld_the_same_on_any_number_of_processes():
-    net = Labelled()
-    whole, halves = module(net, label_dropout=0.25), module(net, label_dropout=0.25)
+    whole, halves = (module(Labelled(), objective=objective(label_dropout=0.25)) for _ in range(2))
     whole.trainer, halves.trainer = trainer(), trainer(devices=2)
     labels = torch.arange(400) % 3
     batch = Batch(images(400), labels, 0, 7)
-    told = whole.told_labels(batch)
-    withheld = told == 3
+    all_told = told(whole, batch)
+    withheld = all_told == 3
     assert 0.15 * 400 < int(withheld.sum()) < 0.35 * 400
-    assert torch.equal(told[~withheld], labels[~withheld])
-    later = halves.told_labels(Batch(batch.images[200:], labels[200:], 200, 7))
-    assert torch.equal(later, told[200:])
-    assert not torch.equal(whole.told_labels(batch._replace(step=8)), told)
+    assert torch.equal(all_told[~withheld], labels[~withheld])
+    assert torch.equal(told(halves, Batch(batch.images[200:], labels[200:], 200, 7)), all_told[200:])
+    assert not torch.equal(told(whole, batch._replace(step=8)), all_told)
 
 
 def test_training_and_validation_tell_the_network_its_labels():
     net = Labelled()
-    lit = module(net, label_dropout=0.0)
+    lit = module(net, objective=objective(label_dropout=0.0))
     lit.trainer = trainer()
     batch = Batch(images(6), torch.tensor([0, 1, 2, 0, 1, 2]), 0, 0)
     lit.training_step(batch, 0)
+    lit.eval()
+    lit.objective.label_dropout = 1.0  # of training alone
     lit.validation_step(batch, 0)
-    assert [labels.tolist() for labels in net.heard] == [[0, 1, 2, 0, 1, 2]] * 2
-
-
-def test_a_network_without_classes_hears_of_none():
-    lit = module()
-    assert lit.told_labels(Batch(images(2), torch.tensor([0, 1]), 0, 0)) is None
+    assert [labels.tolist() for labels in net.heard] == [[0, 1, 2, 0, 1, 2]] * len(net.heard)
 
 
 @pytest.mark.parametrize("label_dropout", [-0.1, 1.1])
 def test_label_dropout_is_a_share(label_dropout):
     with pytest.raises(ValueError, match="label_dropout"):
-        module(label_dropout=label_dropout)
+        objective(label_dropout=label_dropout)
 
 
 # ---------------------------------------------------------------------------------------------- the steps
 
 
 def test_importance_sampled_times_learn_from_the_losses_and_leave_the_mean_loss_alone():
-    rule = ImportanceTimesteps(50, history=1)
-    lit = module(timesteps=rule)
+    levels = Importance(50, history=1)
+    lit = module(objective=objective(levels))
     lit.trainer = trainer()
-    rule.observe(torch.arange(1, 51), torch.linspace(0.1, 2, 50))
-    output = lit.training_step(Batch(images(64), None, 0, 0), 0)
-    p = rule_before = torch.linspace(0.1, 2, 50, dtype=torch.float64)
-    p = 0.999 * p / p.sum() + 0.001 / 50
-    expected = (output["losses"] / (50 * p[output["t"] - 1])).mean()
-    torch.testing.assert_close(output["loss"].detach().double(), expected)
-    last = {int(t): float(loss) for t, loss in zip(output["t"], output["losses"], strict=True)}
-    for t in range(1, 51):  # what was seen is remembered, what was not is what it was
-        assert float(rule.losses[t - 1, 0]) == pytest.approx(last.get(t, float(rule_before[t - 1])))
-    assert "timesteps.losses" in lit.state_dict()
+    schedule, before = lit.denoiser.schedule, torch.linspace(0.1, 2, 50, dtype=torch.float64)
+    levels.observe(schedule, torch.arange(1, 51) / 50, before)
+    loss, output = lit.training_step(Batch(images(64), None, 0, 0), 0).values()
+    p = 0.999 * before / before.sum() + 0.001 / 50
+    step = (output.t * 50).round().long() - 1
+    torch.testing.assert_close(loss.double(), (output.losses / (50 * p[step])).mean())
+    last = {int(i): float(each) for i, each in zip(step, output.losses.detach(), strict=True)}
+    for i in range(50):  # what was seen is remembered, what was not is what it was
+        assert float(levels.losses[i, 0]) == pytest.approx(last.get(i, float(before[i])))
+    assert "objective.noise_levels.losses" in lit.state_dict()
+
+
+def test_importance_needs_no_more_parts_than_there_are_times():
+    with pytest.raises(ValueError, match=r"noise_levels.bins=51.*50 steps"):
+        module(objective=objective(Importance(51)))
 
 
 def test_a_training_step_is_the_objective_on_the_draws():
     lit = module()
     lit.trainer = trainer()
     batch = Batch(images(6), None, 0, 2)
-    output = lit.training_step(batch, 0)
-    t, eps = lit.draw(batch.images, 0, 2)
-    losses = Objective(L2(), Uniform())(lit.denoiser, batch.images, t, eps)
-    torch.testing.assert_close(output["losses"], losses.detach())
-    torch.testing.assert_close(output["loss"], losses.mean())
-    assert torch.equal(output["t"], t)
-    assert output["loss"].requires_grad
-    assert not output["losses"].requires_grad
+    loss, output = lit.training_step(batch, 0).values()
+    draws = Draws.at(0, "train", 2, start=0, stop=6, batch_size=6)
+    t = ((draws.stratified("t") * 50).floor() + 1) / 50
+    losses = lit.objective.losses(lit.denoiser, batch.images, t, draws.normal("eps", (1, 4, 4)))
+    assert torch.equal(output.t, t)
+    torch.testing.assert_close(output.losses, losses)
+    torch.testing.assert_close(loss, losses.mean())
+    assert loss.requires_grad
 
 
 def test_dropout_is_drawn_from_the_step_too():
@@ -257,14 +284,14 @@ class Weights(Callback):
         self.averaged: list[list[torch.Tensor]] = []
 
     def on_train_batch_end(self, _: Trainer, lit: LitDiffusion, *args: Any) -> None:
-        self.raw.append(weights(lit.denoiser.net))
-        self.averaged.append(weights(lit.averaged))
+        self.raw.append(weights(lit.denoiser.core.net))
+        self.averaged.append(weights(lit.ema_net))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_average_follows_every_optimizer_step(accumulate):
     lit, kept = module(ema=EMA(0.5)), Weights()
-    average = weights(lit.averaged)
+    average = weights(lit.ema_net)
     fit(lit, 12 * accumulate, callbacks=[kept], accumulate_grad_batches=accumulate)
     assert lit.trainer.global_step == 12
     after_steps = slice(accumulate - 1, None, accumulate)
@@ -282,21 +309,21 @@ def test_only_the_network_is_trained():
     fit(lit, 1)
     optimizer = lit.trainer.optimizers[0]
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert trained == {id(p) for p in lit.denoiser.net.parameters()}
-    assert all(p.grad is None for p in lit.averaged.parameters())
+    assert trained == {id(p) for p in lit.denoiser.core.net.parameters()}
+    assert all(p.grad is None for p in lit.ema_net.parameters())
 
 
 def test_one_samples_from_the_average_where_there_is_one():
     lit = module(ema=EMA(0.9))
     fit(lit, 3)
-    best = lit.best_denoiser
-    assert best.net is lit.averaged
+    best = lit.ema_denoiser
+    assert best.core.net is lit.ema_net
     assert best.schedule is lit.denoiser.schedule
     assert best.clip == lit.denoiser.clip
-    assert not torch.equal(best.net.gain, lit.denoiser.net.gain)
+    assert not torch.equal(best.core.net.gain, lit.denoiser.core.net.gain)
     plain = module()
-    assert plain.best_denoiser is plain.denoiser
-    assert plain.averaged is None
+    assert plain.ema_denoiser is plain.denoiser
+    assert plain.ema_net is None
 
 
 def test_the_scheduler_steps_with_the_optimizer():
@@ -328,7 +355,7 @@ def test_validation_loss_does_not_depend_on_the_batches_nor_on_the_seed():
     torch.manual_seed(0)
     net = randomized(Affine())
     whole = validation_losses(module(net))
-    assert whole.keys() == {"val/loss"}
+    assert whole.keys() == {"val/loss", *(f"val/loss_t{i:02d}" for i in range(10))}
     for cuts in ((10,), (7, 19), tuple(range(1, 20))):
         assert validation_losses(module(net, seed=4), *cuts) == pytest.approx(whole, rel=1e-6)
 
@@ -337,9 +364,9 @@ def test_validation_judges_the_average_and_the_raw_weights():
     lit = module(ema=EMA(0.9))
     fit(lit, 3)
     both = validation_losses(lit)
-    assert both.keys() == {"val/loss", "val/loss_raw"}
-    assert both["val/loss"] == pytest.approx(validation_losses(module(lit.averaged))["val/loss"])
-    assert both["val/loss_raw"] == pytest.approx(validation_losses(module(lit.denoiser.net))["val/loss"])
+    assert both.keys() - {f"val/loss_t{i:02d}" for i in range(10)} == {"val/loss", "val/loss_raw"}
+    assert both["val/loss"] == pytest.approx(validation_losses(module(lit.ema_net))["val/loss"])
+    assert both["val/loss_raw"] == pytest.approx(validation_losses(module(lit.denoiser.core.net))["val/loss"])
     assert both["val/loss"] != both["val/loss_raw"]
 
 

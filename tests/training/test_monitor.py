@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from commands import train_tiny, type_command
 from litdiffusion.data.datamodule import TrainLoader
-from litdiffusion.diffusion import L2, Objective, Uniform, UniformTimesteps, schedules
+from litdiffusion.diffusion import L2, Denoising, ObjectiveOutput, Uniform, UniformLevels, schedules
 from litdiffusion.errors import UserError
 from litdiffusion.runs.metrics import read_rows
 from litdiffusion.training import checkpoint_io
@@ -90,7 +91,7 @@ def test_the_device_is_waited_for_once_a_line_and_not_every_step(tmp_path: Path,
 
 def outputs(loss: float) -> Any:
     losses = torch.tensor([loss, loss])
-    return {"loss": losses.mean(), "losses": losses, "t": torch.tensor([1, 50]), "weights": torch.ones(2)}
+    return {"loss": losses.mean(), "output": ObjectiveOutput(losses, torch.tensor([0.02, 1.0]))}
 
 
 def test_the_first_bad_step_is_named_even_if_nobody_looked_then(tmp_path: Path) -> None:
@@ -104,8 +105,7 @@ def test_the_first_bad_step_is_named_even_if_nobody_looked_then(tmp_path: Path) 
     )
     module = LitDiffusion(
         affine_denoiser(schedules.cosine(50)),
-        Objective(L2(), Uniform()),
-        UniformTimesteps(),
+        Denoising(L2(), Uniform(), UniformLevels()),
         torch.optim.SGD,
         constant,
     )
@@ -175,6 +175,64 @@ def test_weights_that_are_no_numbers_are_neither_shown_nor_measured_nor_saved(
     assert not table.exists() or not any("val/loss" in row for row in read_rows(table))
 
 
+class Researcher(LitDiffusion):
+    """Logs what it likes: in every step, in a few of them, in validation, and not into the row."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("train/x", torch.tensor(float(batch_idx)))
+        if batch_idx in (6, 10):
+            self.log("train/seldom", torch.tensor(float(batch_idx)))
+        self.log("train/hidden", 1.0, logger=False)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.log("val/x", batch.images.new_tensor(len(batch.images)))
+
+
+class Beside(Callback):
+    """A callback that logs, too."""
+
+    def on_train_batch_end(self, _: Trainer, module: LitDiffusion, *args: Any) -> None:
+        module.log("train/beside", 2.0)
+
+
+@pytest.mark.filterwarnings("error:.*self.log:UserWarning", "error:.*batch_size:UserWarning")
+def test_what_a_researcher_logs_joins_the_row_and_stays_after_a_resumption(tmp_path: Path) -> None:
+    own = (
+        f"module._target_={__name__}.Researcher",
+        f"+callbacks.beside._target_={__name__}.Beside",
+        *(
+            "callbacks.sample_images=null",
+            "logger=tensorboard",
+            "datamodule.num_val=24",
+            "lr_scheduler=constant",
+        ),
+    )
+    for last in (12, 20):
+        train_tiny(tmp_path, *own, f"trainer.max_steps={last}")
+    table = read_rows(tmp_path / "metrics.csv")
+    trained = [row for row in table if "train/loss" in row]
+    # Rows are due at every fifth step, of which the first batch is number 0.
+    assert [(row["step"], row["images_seen"], row["train/x"]) for row in trained] == [
+        (step, step * BATCH, step - 1) for step in (5, 10, 15, 20)
+    ]
+    assert [row.get("train/seldom") for row in trained] == [None, 6.0, 10.0, None]
+    validated = [row for row in table if "val/loss" in row]
+    # Of batches of 16 and 8 images, weighted by their sizes.
+    assert [(row["step"], row["val/x"]) for row in validated] == [
+        (step, pytest.approx((16 * 16 + 8 * 8) / 24)) for step in (10, 12, 20)
+    ]
+    assert len(table) == len(trained) + len(validated)
+    assert not any("train/hidden" in row or "epoch" in row for row in table)
+    assert {row["train/beside"] for row in trained} == {2.0}
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/x")] == [
+        (row["step"], row["train/x"]) for row in trained
+    ]
+
+
 def test_a_checkpoint_keeps_what_the_summary_tells(tmp_path: Path) -> None:
     train_tiny(tmp_path, "callbacks.sample_images=null")
     (kept,) = (
@@ -185,9 +243,10 @@ def test_a_checkpoint_keeps_what_the_summary_tells(tmp_path: Path) -> None:
         if "Monitor" in name
     )
     assert kept["validated_step"] == 4
-    for name in ("loss", "val_loss", "images_per_second"):
+    for name in ("loss", "images_per_second"):
         assert kept[name] > 0, name
+    assert kept["validated"]["val/loss"] > 0
     restored = Monitor()
     restored.load_state_dict(kept)
     assert restored.state_dict().keys() == kept.keys()
-    assert (restored.loss, restored.val_loss) == (kept["loss"], kept["val_loss"])
+    assert (restored.loss, restored.validated) == (kept["loss"], kept["validated"])

@@ -20,8 +20,8 @@ from wandb.sdk.lib.service.service_port_file import ServicePollForTokenError
 from commands import train_tiny
 from litdiffusion.configuration import resolvers
 from litdiffusion.errors import UserError
-from litdiffusion.processes import STOP_SIGNALS
 from litdiffusion.runs.metrics import MetricsTable, read_rows
+from litdiffusion.system.processes import STOP_SIGNALS
 from litdiffusion.training.loggers import WandB
 from litdiffusion.training.loggers.wandb import STEP, WATERMARK
 from offline_wandb import offline_history, offline_records

@@ -1,7 +1,7 @@
 """Whether a plain value from a configuration fits a constructor's annotation.
 
-beartype decides about single values. Around it stand the places where YAML and Python differ: a list serves for
-a tuple or any sequence, an int for a float, but a bool is never a number; a word serves for an enumeration.
+beartype checks single values. This module handles where YAML and Python differ: a list may stand for a tuple or
+any other sequence, an int for a float, and a string for a member of an enumeration; a bool is never a number.
 """
 
 import collections.abc
@@ -15,7 +15,7 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 from beartype.roar import BeartypeException
 
-from litdiffusion.configuration.nearest import suggestion
+from litdiffusion.configuration.messages import suggestion
 
 _NUMBERS_WIDEN = BeartypeConf(is_pep484_tower=True)
 _LISTS = (
@@ -29,7 +29,7 @@ _LISTS = (
 
 
 def hints_of(target: Callable[..., Any], signature: inspect.Signature) -> dict[str, Any]:
-    """Return the annotations that can be resolved, by parameter and "return"; the others are left out."""
+    """Return the annotations by parameter, and "return"; those that cannot be resolved are left out."""
     function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
     scope = getattr(function, "__globals__", {})
     annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
@@ -47,10 +47,10 @@ def hints_of(target: Callable[..., Any], signature: inspect.Signature) -> dict[s
 
 
 def accepts(value: Any, hint: Any) -> bool:
-    """Whether a plain value (of the kinds YAML knows) fits; where beartype cannot say, it does."""
+    """Whether a plain value (as YAML has them) fits the annotation; True where beartype cannot tell."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any or (isinstance(value, dict) and "_target_" in value):
-        return True  # a node is checked by itself
+        return True  # nodes are checked separately
     if origin is Annotated:
         return accepts(value, arguments[0]) and _bearable(value, hint)
     if origin in (Union, types.UnionType):
@@ -69,7 +69,7 @@ def accepts(value: Any, hint: Any) -> bool:
 
 
 def could_accept(target: Callable[..., Any], hint: Any) -> bool:
-    """Whether what a class or function builds might fit; only plain classes can rule each other out."""
+    """Whether what a class or function returns could fit the annotation; False only between unrelated classes."""
     if get_origin(hint) in (Union, types.UnionType):
         return any(could_accept(target, argument) for argument in get_args(hint))
     built = (

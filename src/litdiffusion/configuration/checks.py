@@ -1,206 +1,152 @@
-"""Combinations that cannot work, found in the configuration alone: before data is read or anything is built."""
+"""What no constructor can see, checked before anything is built or any data is read: how nodes fit together.
+
+A constructor checks its own arguments, and ``nodes.build`` puts their keys in front of what it says.
+"""
 
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeGuard
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from litdiffusion.configuration.choices import check_choices, check_words
+from litdiffusion.configuration.allowlist import trusted_packages
 from litdiffusion.configuration.hardware import machine_memory, num_devices, resolve_hardware
-from litdiffusion.configuration.nodes import arguments_of, check_nodes, locate
+from litdiffusion.configuration.messages import needs_value
+from litdiffusion.configuration.nodes import Supplied, arguments_of, require_arguments, require_values
 from litdiffusion.configuration.resolvers import is_sweep
-from litdiffusion.configuration.slurm import check_tasks, num_tasks
-from litdiffusion.configuration.sweeps import check_sweep
-from litdiffusion.configuration.values import check_values
+from litdiffusion.configuration.sweeps import require_own_folders
 from litdiffusion.errors import UserError
-from litdiffusion.processes import num_started
+from litdiffusion.system.launch import num_started, num_tasks
 
 MAX_SEED = 2**63 - 1
-"""What torch's generators and every file format take."""
+"""The largest seed that torch's generators and every file format take."""
 FLOAT_BYTES = 4
-"""Of a pixel as it is trained on, and drawn."""
+
+BOUNDS: dict[str, tuple[int, int | None]] = {
+    "seed": (0, MAX_SEED),
+    "num_images": (1, None),
+    "batch_size": (1, None),
+    "frames": (2, None),
+    "trainer.num_nodes": (1, None),
+    "trainer.val_check_interval": (1, None),
+    "trainer.accumulate_grad_batches": (1, None),
+}
+"""Whole numbers that no constructor of ours checks: the smallest and the largest value."""
+
+WHOLE_RUN = {
+    "max_time": [],
+    "limit_train_batches": ["1.0"],  # 1 is a single batch
+    "overfit_batches": ["0", "0.0"],
+    "fast_dev_run": ["False", "0"],
+}
+"""Arguments of the trainer that would shorten a run, and the values, besides null, with which they do not."""
 
 
-def validate(cfg: DictConfig, supplied: Mapping[str, Collection[str]] | None = None) -> None:
-    """Check a whole configuration, settle what this machine decides ("auto"), and resolve it, in place.
+def validate(cfg: DictConfig, supplied: Supplied | None = None) -> None:
+    """Check a whole configuration, replace "auto" by what this machine has, and resolve it, in place.
 
-    ``supplied`` as in ``check_nodes``.
+    ``supplied`` as in ``require_arguments``.
 
     Raises:
         UserError: the first thing that cannot work.
     """
-    check_values(cfg)
+    require_values(cfg)
     resolve_hardware(cfg)
-    check_nodes(cfg, supplied)
-    check_config(cfg)
+    require_arguments(cfg, supplied)
+    require_compatible(cfg)
     OmegaConf.resolve(cfg)
 
 
-def check_config(cfg: DictConfig) -> None:
-    """Check what no single constructor can see. Keys that a configuration lacks are not asked for.
+def require_compatible(cfg: DictConfig) -> None:
+    """Check what no single constructor can see. A configuration need not have every key.
 
     Raises:
-        UserError: naming the keys and the way out.
+        UserError: naming the keys and what would work.
     """
     if is_sweep():
         hydra_cfg = HydraConfig.get()
-        check_sweep(hydra_cfg.overrides.task, hydra_cfg.sweeper.get("params") or ())
-    for key, least, most in (
-        *(("seed", 0, MAX_SEED), ("num_images", 1, None)),
-        *(("batch_size", 1, None), ("frames", 2, None)),
-    ):
-        if key in cfg and cfg[key] is None:
-            raise UserError(f"{key}=null: must be a whole number, at least {least}")
-        _check_whole(cfg, key, least, most)
-    if cfg.get("weights") not in (None, "ema", "raw"):
-        raise UserError(f"weights={cfg.weights}: choose ema or raw")
-    check_words(cfg)
-    check_choices(cfg)
-    _check_net(cfg)
-    _check_image_shape(cfg)
-    _check_target(cfg)
-    _check_sampler(cfg)
-    _check_variance(cfg)
-    _check_length(cfg)
-    _check_strategy(cfg)
-    _check_optimizer(cfg)
-    _check_batch(cfg)
-    _check_memory(cfg)
+        require_own_folders(hydra_cfg.overrides.task, hydra_cfg.sweeper.get("params") or ())
+    _require_numbers(cfg)
+    _require_words(cfg)
+    _require_choices(cfg)
+    _require_image_shape(cfg)
+    _require_length(cfg)
+    _require_strategy(cfg)
+    _require_processes(cfg)
+    _require_memory(cfg)
 
 
-def _check_net(cfg: DictConfig) -> None:
-    net = arguments_of(cfg, "net")
-    if not all(_is_whole(net.get(name)) for name in ("dim", "groups")):
-        return
-    mults = list(net.get("dim_mults", ()))
-    if not mults or min(net["dim"], net["groups"], *mults) < 1:
-        raise UserError("net: dim, groups and each of dim_mults must be at least 1, and dim_mults not empty")
-    if net["dim"] % 2:
+def _require_numbers(cfg: DictConfig) -> None:
+    for key, (least, most) in BOUNDS.items():
+        value = OmegaConf.select(cfg, key)
+        if value is None and key not in cfg:  # a dotted key never is: the trainer has defaults for null
+            continue
+        if not _is_whole(value) or value < least or (most is not None and value > most):
+            bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+            raise UserError(f"{key}={_shown(value)}: must be a whole number, {bounds}")
+
+
+def _require_words(cfg: DictConfig) -> None:
+    for key in ("paths.data", "data.path", "data.name"):
+        if OmegaConf.select(cfg, key) == "":  # as a path, it would mean the current folder
+            raise UserError(needs_value(key))
+    if cfg.get("weights", "ema") not in ("ema", "raw"):
+        raise UserError(f"weights={_shown(cfg.weights)}: choose ema or raw")
+    if "trust" in cfg:
+        trusted_packages(cfg.trust)
+    if "resume" in cfg and not (isinstance(cfg.resume, str) and cfg.resume):
+        raise UserError(f"resume={cfg.resume}: choose auto, must, never, or the path of a checkpoint")
+    root = OmegaConf.select(cfg, "trainer.default_root_dir")
+    if root is not None and root != cfg.get("run_dir"):
         raise UserError(
-            f"net.dim={net['dim']}: must be even, for the sines and cosines of the time embedding"
-        )
-    init_dim = net.get("init_dim") or net["dim"]
-    for width in (init_dim, net["dim"], *(net["dim"] * mult for mult in mults)):
-        if width % net["groups"]:
-            fitting = [
-                str(groups)
-                for groups in range(1, net["dim"] + 1)
-                if _fits(groups, init_dim, net["dim"], mults)
-            ]
-            raise UserError(
-                f"net.groups={net['groups']} does not divide a width of {width} channels (net.dim={net['dim']}, "
-                f"net.dim_mults={mults}); these do: {', '.join(fitting)}"
-            )
-    halvings = len(mults) - 1
-    for key, size in _image_sizes(cfg):
-        if size % 2**halvings:
-            below, above = size // 2**halvings * 2**halvings, -(-size // 2**halvings) * 2**halvings
-            sizes = " or ".join(str(other) for other in (below, above) if other)
-            raise UserError(
-                f"{key}: {size} pixels cannot go through {halvings} halvings (net.dim_mults={mults}); "
-                f"use {key}={sizes}, or fewer net.dim_mults"
-            )
-
-
-def _check_image_shape(cfg: DictConfig) -> None:
-    """Data, network and denoiser agree on what an image is."""
-    data = arguments_of(cfg, "data")
-    for key, name in (
-        *(("net.channels", "channels"), ("net.out_channels", "channels")),
-        *(("denoiser.channels", "channels"), ("denoiser.image_size", "image_size")),
-    ):
-        node, _, argument = key.partition(".")
-        value, given = arguments_of(cfg, node).get(argument), data.get(name)
-        if value is not None and given is not None and _sides(value) != _sides(given):
-            raise UserError(
-                f"{key}={value}: the images have data.{name}={given}; set data.{name}, and leave {key} to follow it"
-            )
-
-
-def _sides(size: Any) -> list[Any]:
-    """Return [height, width] of what may be one number for both."""
-    return list(size) if isinstance(size, ListConfig | list | tuple) else [size, size]
-
-
-def _fits(groups: int, init_dim: int, dim: int, mults: list[int]) -> bool:
-    return not any(width % groups for width in (init_dim, *(dim * mult for mult in mults), dim))
-
-
-def _image_sizes(cfg: DictConfig) -> Iterator[tuple[str, int]]:
-    size = arguments_of(cfg, "data").get("image_size")
-    sides = size if isinstance(size, ListConfig | list | tuple) else [size]
-    for side in sides:
-        if _is_whole(side):
-            if side < 1:
-                raise UserError(f"data.image_size={size}: must be at least 1")
-            yield "data.image_size", side
-
-
-def _check_target(cfg: DictConfig) -> None:
-    target = OmegaConf.select(cfg, "target._target_")
-    defined = target is None or getattr(locate("target", target), "defined_at_zero_snr", True)
-    if not defined and arguments_of(cfg, "schedule").get("zero_terminal_snr"):
-        raise UserError(
-            "target=epsilon with schedule.zero_terminal_snr=true: noise says nothing about the image where "
-            "there is only noise; use target=v, or schedule.zero_terminal_snr=false"
+            f"trainer.default_root_dir={root}: all files of a run go to run_dir; set that instead"
         )
 
 
-def _check_sampler(cfg: DictConfig) -> None:
+def _require_choices(cfg: DictConfig) -> None:
+    """Each group builds one object; loggers, callbacks and metrics are any number of them."""
     sampler = cfg.get("sampler")
     if isinstance(sampler, DictConfig) and "_target_" not in sampler:
         given = ", ".join(f"sampler.{name}" for name in map(str, sampler))
         raise UserError(f"{given}: an argument of which sampler? choose one with it, such as sampler=ddim")
-    steps = arguments_of(cfg, "sampler").get("num_steps")
-    most = arguments_of(cfg, "schedule").get("num_steps")
-    if _is_whole(most) and most < 1:
-        raise UserError(f"schedule.num_steps={most}: must be at least 1")
-    if _is_whole(steps) and (steps < 1 or (_is_whole(most) and steps > most)):
-        limit = f"from 1 to schedule.num_steps={most}" if _is_whole(most) else "at least 1"
-        raise UserError(f"sampler.num_steps={steps}: must be {limit}")
+    if HydraConfig.initialized():
+        for override in OverridesParser.create().parse_overrides(HydraConfig.get().overrides.task):
+            group, choice = str(override.key_or_group), override.value()
+            if isinstance(choice, list) and _is_node(cfg.get(group)):
+                names = ",".join(map(str, choice))
+                raise UserError(f"{group}=[{names}]: choose one; to try each in turn: -m {group}={names}")
+    leave_out = "null leaves one out"
+    way_out = {
+        "logger": "logger={} chooses one that comes with it",
+        "callbacks": leave_out,
+        "metrics": leave_out,
+    }
+    for group, advice in way_out.items():
+        for name, node in (cfg.get(group) or {}).items():
+            if node is not None and not _is_node(node):
+                raise UserError(
+                    f"{group}.{name}: needs a _target_, the class to build; {advice.format(name)}"
+                )
 
 
-def _check_variance(cfg: DictConfig) -> None:
-    wanted = arguments_of(cfg, "sampler").get("variance") == "learned"
-    if not wanted or "net" not in cfg:
-        return
-    # An argument says it, or, of a network that always learns one, an attribute of the class.
-    declared = getattr(locate("net", cfg.net.get("_target_")), "learned_variance", False)
-    if not arguments_of(cfg, "net").get("learned_variance", declared):
-        raise UserError(
-            "sampler.variance=learned: the network would learn none; add net.learned_variance=true, or use"
-            " sampler.variance=beta_tilde"
-        )
+def _require_image_shape(cfg: DictConfig) -> None:
+    """Data, network and denoiser agree on the shape of an image."""
+    data = arguments_of(cfg, "data")
+    for node, argument, name in (
+        *(("net", "channels", "channels"), ("net", "out_channels", "channels")),
+        *(("denoiser.inner", "channels", "channels"), ("denoiser.inner", "image_size", "image_size")),
+    ):
+        value, given = arguments_of(cfg, node).get(argument), data.get(name)
+        if value is not None and given is not None and _sides(value) != _sides(given):
+            raise UserError(
+                f"{node}.{argument}={value}: the images have data.{name}={given}; set data.{name}, which"
+                f" {node}.{argument} follows by default"
+            )
 
 
-def _check_strategy(cfg: DictConfig) -> None:
-    """Processes begin as copies of a command; and where each holds a part of the weights, nothing sees them all."""
-    strategy = str(OmegaConf.select(cfg, "trainer.strategy"))
-    if strategy.startswith("ddp_") and strategy.endswith(("spawn", "fork", "notebook")):
-        raise UserError(f"trainer.strategy={strategy}: its processes are no commands of their own; use ddp")
-    if "fsdp" not in strategy.lower():
-        return
-    if OmegaConf.select(cfg, "trainer.accelerator") not in ("gpu", "cuda"):
-        raise UserError("trainer.strategy=fsdp: needs GPUs; use trainer=ddp_cpu on a processor")
-    average = OmegaConf.select(cfg, "ema._target_")
-    if average is not None and not str(average).endswith("no_average"):
-        raise UserError("trainer=fsdp: weights that lie in parts cannot be averaged here; use ema=none")
-    if OmegaConf.select(cfg, "callbacks.sample_images") is not None:
-        raise UserError(
-            "trainer=fsdp: weights that lie in parts cannot be sampled from here; use callbacks.sample_images=null,"
-            " and the sample command afterwards"
-        )
-    if OmegaConf.select(cfg, "trainer.gradient_clip_val") is not None:
-        raise UserError(
-            "trainer.gradient_clip_val: fsdp cannot clip by the norm of all gradients; use"
-            " trainer.gradient_clip_val=null"
-        )
-
-
-def _check_length(cfg: DictConfig) -> None:
+def _require_length(cfg: DictConfig) -> None:
     """A run's length is a number of steps: it means the same on any data set and any number of devices."""
     trainer = cfg.get("trainer")
     if not isinstance(trainer, DictConfig) or "optimizer" not in cfg:
@@ -211,60 +157,62 @@ def _check_length(cfg: DictConfig) -> None:
             f"trainer.max_epochs={trainer.max_epochs}: a run's length is counted in steps; give "
             f"trainer.max_steps = epochs x training images / batch size ({batch_size}) instead"
         )
-    for name, whole in (
-        ("max_time", None),
-        ("limit_train_batches", 1),
-        ("overfit_batches", 0),
-        ("fast_dev_run", 0),
-    ):
+    for name, harmless in WHOLE_RUN.items():
         given = trainer.get(name)
-        one_batch = name == "limit_train_batches" and type(given) is int
-        if given is not None and (given != whole or one_batch):
+        if given is not None and str(given) not in harmless:
             raise UserError(
-                f"trainer.{name}={trainer[name]}: a run's length is counted in steps, or it could not be continued;"
+                f"trainer.{name}={given}: a run's length is counted in steps, or it could not be continued;"
                 " use trainer.max_steps"
             )
-    for name in ("val_check_interval", "accumulate_grad_batches"):
-        _check_whole(cfg, f"trainer.{name}", 1)
     clip = trainer.get("gradient_clip_val")
     if isinstance(clip, int | float) and clip <= 0:
         raise UserError(f"trainer.gradient_clip_val={clip}: must be positive; null does not clip")
     max_steps = trainer.get("max_steps")
     if not _is_whole(max_steps) or max_steps < 1:
         raise UserError(
-            f"trainer.max_steps={'null' if max_steps is None else max_steps}: a run needs an end; "
-            "give a number of steps, at least 1"
+            f"trainer.max_steps={_shown(max_steps)}: a run needs an end; give a number of steps, at least 1"
         )
 
 
-def _check_optimizer(cfg: DictConfig) -> None:
-    """What torch's optimizers accept, and what then ends a training at its first steps."""
-    lr = arguments_of(cfg, "optimizer").get("lr")
-    if isinstance(lr, int | float) and not 0 <= lr < math.inf:
-        raise UserError(f"optimizer.lr={lr}: must be a finite number, at least 0")
+def _require_strategy(cfg: DictConfig) -> None:
+    """Each process runs the command itself; and under FSDP no process holds all the weights."""
+    strategy = str(OmegaConf.select(cfg, "trainer.strategy"))
+    if strategy.startswith("ddp_") and strategy.endswith(("spawn", "fork", "notebook")):
+        raise UserError(f"trainer.strategy={strategy}: its processes do not run the command; use ddp")
+    if "fsdp" not in strategy.lower():
+        return
+    average = OmegaConf.select(cfg, "ema._target_")
+    faults = {
+        "trainer.strategy=fsdp: needs GPUs; use trainer=ddp_cpu on a CPU": (
+            OmegaConf.select(cfg, "trainer.accelerator") not in ("gpu", "cuda")
+        ),
+        "trainer=fsdp: cannot average weights that are divided among processes; use ema=none": (
+            average is not None and not str(average).endswith("no_average")
+        ),
+        "trainer=fsdp: cannot sample from weights that are divided among processes; use"
+        " callbacks.sample_images=null, and the sample command afterwards": (
+            OmegaConf.select(cfg, "callbacks.sample_images") is not None
+        ),
+        "trainer.gradient_clip_val: fsdp cannot clip by the norm of all gradients; use"
+        " trainer.gradient_clip_val=null": OmegaConf.select(cfg, "trainer.gradient_clip_val") is not None,
+    }
+    for line, found in faults.items():
+        if found:
+            raise UserError(line)
 
 
-def _check_batch(cfg: DictConfig) -> None:
-    _check_whole(cfg, "datamodule.batch_size", 1)
-    batch_size = OmegaConf.select(cfg, "datamodule.batch_size")
-    trainer = cfg.get("trainer")
+def _require_processes(cfg: DictConfig) -> None:
+    """The processes that were started are exactly those of the run, and they share the global batch evenly."""
+    trainer, batch_size = cfg.get("trainer"), OmegaConf.select(cfg, "datamodule.batch_size")
     if batch_size is None or not isinstance(trainer, DictConfig):
         return
-    _check_whole(cfg, "trainer.num_nodes", 1)
-    processes = num_devices(trainer.get("devices", 1), str(trainer.get("accelerator", "cpu")))
-    processes *= trainer.get("num_nodes", 1)
-    _check_started(processes, trainer.get("num_nodes", 1))
-    if batch_size % processes:
-        rounded = -(-batch_size // processes) * processes
+    num_nodes = trainer.get("num_nodes", 1)
+    processes = num_nodes * num_devices(trainer.get("devices", 1), str(trainer.get("accelerator", "cpu")))
+    if num_tasks() > 1 and num_tasks() != processes:
         raise UserError(
-            f"datamodule.batch_size={batch_size}: the global batch must divide among {processes} processes "
-            f"(trainer.devices x trainer.num_nodes); use datamodule.batch_size={rounded}"
+            f"srun has started {num_tasks()} tasks, but trainer.devices x trainer.num_nodes is {processes}:"
+            " use trainer=slurm, or srun --ntasks=1"
         )
-
-
-def _check_started(processes: int, num_nodes: int) -> None:
-    """What has started this process has started all processes of the run: not several runs, nor a part of one."""
-    check_tasks(processes)
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if by_torchrun and num_started() != processes:
         raise UserError(
@@ -275,19 +223,25 @@ def _check_started(processes: int, num_nodes: int) -> None:
     by_hand = os.environ.keys() & {"MASTER_ADDR", "NODE_RANK", "LSB_JOBID"}
     if num_nodes > 1 and not (by_torchrun or by_hand or num_tasks() > 1):
         raise UserError(
-            f"trainer.num_nodes={num_nodes}: start the command by torchrun or srun on every node (scripts/slurm), or"
-            " it waits for the others for ever"
+            f"trainer.num_nodes={num_nodes}: start the command by torchrun or srun on every node (scripts/slurm);"
+            " a single process would wait for the others forever"
+        )
+    if batch_size > 0 and batch_size % processes:
+        rounded = -(-batch_size // processes) * processes
+        raise UserError(
+            f"datamodule.batch_size={batch_size}: the global batch must divide among {processes} processes "
+            f"(trainer.devices x trainer.num_nodes); use datamodule.batch_size={rounded}"
         )
 
 
-def _check_memory(cfg: DictConfig) -> None:
-    """A process that asks for far more memory than there is would be ended without a word."""
+def _require_memory(cfg: DictConfig) -> None:
+    """The images of a batch fit into memory: the kernel kills a process that asks for far more, without a word."""
     data = arguments_of(cfg, "data")
     shape = [data.get("channels"), *_sides(data.get("image_size"))]
     image_bytes = FLOAT_BYTES * math.prod(size for size in shape if _is_whole(size))
     memory = machine_memory() * (OmegaConf.select(cfg, "trainer.num_nodes") or 1)
     keys = ["datamodule.batch_size", "batch_size", "callbacks.sample_images.num_images"]
-    if "sampler" in cfg:  # what draws images returns them all; "evaluate" has them batch by batch
+    if "sampler" in cfg:  # "sample" holds all images at once, "evaluate" one batch
         keys.append("num_images")
     for key in keys:
         number = OmegaConf.select(cfg, key)
@@ -298,12 +252,17 @@ def _check_memory(cfg: DictConfig) -> None:
             )
 
 
-def _check_whole(cfg: DictConfig, key: str, least: int, most: int | None = None) -> None:
-    value = OmegaConf.select(cfg, key)
-    if value is None or (_is_whole(value) and least <= value and (most is None or value <= most)):
-        return
-    bounds = f"at least {least}" if most is None else f"from {least} to {most}"
-    raise UserError(f"{key}={value}: must be a whole number, {bounds}")
+def _sides(size: Any) -> list[Any]:
+    """Return [height, width] of what may be one number for both."""
+    return list(size) if isinstance(size, ListConfig | list | tuple) else [size, size]
+
+
+def _shown(value: Any) -> Any:
+    return "null" if value is None else value
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, DictConfig) and "_target_" in value
 
 
 def _is_whole(value: Any) -> TypeGuard[int]:

@@ -1,7 +1,7 @@
-"""Entry points: Hydra's command line, with one readable line and exit code 2 for whatever the user can mend.
+"""Entry points: Hydra's command line, with one line and exit code 2 for every error that the user can fix.
 
-Hydra prints tracebacks or several lines and exits with 1. It raises instead where ``HYDRA_FULL_ERROR`` is set,
-so it is set here. A user who sets it gets the traceback of the one line as well.
+By itself Hydra prints a traceback or several lines and exits with 1. With ``HYDRA_FULL_ERROR`` it raises instead,
+so that is set here. If the user has set it, the traceback is printed before the line.
 """
 
 import functools
@@ -13,8 +13,8 @@ import time
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
@@ -29,16 +29,16 @@ import litdiffusion
 from litdiffusion.configuration.messages import PROCESS_LOST, one_line, user_error
 from litdiffusion.configuration.overrides import CommandLine, find_fault
 from litdiffusion.configuration.resolvers import is_sweep
-from litdiffusion.configuration.slurm import task_rank
-from litdiffusion.configuration.sweeps import check_sweep, sweep_command
+from litdiffusion.configuration.sweeps import require_own_folders, sweep_command
 from litdiffusion.errors import UserError
-from litdiffusion.orphans import end_with_parent
-from litdiffusion.redaction import REDACTED_LOG, redact_tracebacks, redacted
-from litdiffusion.releases import check_releases
+from litdiffusion.system.launch import environment_variable, process_rank
+from litdiffusion.system.parent_death import end_with_parent
+from litdiffusion.system.redaction import REDACTED_LOG, redact_tracebacks, redacted
+from litdiffusion.system.version_check import require_sound_versions
 
 USER_ERROR, INTERRUPTED = 2, 130
 OTHERS_WAIT_SECONDS = 5.0
-"""How long all but the first process of a run keep to themselves what stops them."""
+"""How long every process but the first waits before it reports its error."""
 
 
 def entry_point(
@@ -46,8 +46,8 @@ def entry_point(
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make ``task(cfg)`` a command that composes ``config_name`` of ``config_dir`` (the package's by default).
 
-    Exit codes: 0; 1 for a bug, with its traceback; 2 with one line ``error: ...`` on stderr for what the user
-    can mend; 130 when interrupted. In a sweep the other jobs still run, and the whole then ends with 2.
+    Exit codes: 0; 1 for a bug, with its traceback; 2 for an error that the user can fix, with one line
+    ``error: ...`` on stderr; 130 when interrupted. In a sweep the other jobs still run, and the exit code is 2.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -57,17 +57,17 @@ def entry_point(
             wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
             job = _Job(task, wants_traceback)
             end_with_parent()
-            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of preflight.py
+            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of system/startup.py
                 signal.signal(signal.SIGINT, signal.default_int_handler)
             redact_tracebacks()
             try:
-                check_releases()
-                with _hydra_raises():
+                require_sound_versions()
+                with environment_variable("HYDRA_FULL_ERROR", "1"):
                     _run(job, config_name, str(config_dir or config_folder()))
             except KeyboardInterrupt:
                 sys.exit(INTERRUPTED)
             except SystemExit as leaving:
-                # Lightning answers an interruption by tidying up and leaving with 1.
+                # Lightning handles an interruption itself and exits with 1.
                 sys.exit(INTERRUPTED if isinstance(leaving.__context__, KeyboardInterrupt) else leaving.code)
             except UserError as error:
                 if process_rank() == 0:  # the command line is the same for all
@@ -94,20 +94,8 @@ def config_folder() -> Path:
     raise UserError(f"{package / 'configs'}: the configuration is missing; install litdiffusion again")
 
 
-@contextmanager
-def _hydra_raises() -> Iterator[None]:
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if before is not None:
-            os.environ["HYDRA_FULL_ERROR"] = before
-
-
 class _Job:
-    """The task as Hydra calls it, once or once for each job of a sweep."""
+    """The function that Hydra calls: once, or once for each job of a sweep."""
 
     def __init__(self, task: Callable[[DictConfig], None], wants_traceback: bool) -> None:
         self.task, self.wants_traceback = task, wants_traceback
@@ -116,7 +104,7 @@ class _Job:
     def __call__(self, cfg: DictConfig) -> None:
         if process_rank() > 0:
             logging.disable(logging.INFO)
-        # A line that a log on a full disk cannot take would otherwise be a traceback on the terminal.
+        # Else a log file on a full disk would print a traceback on the terminal.
         logging.raiseExceptions = False
         for handler in logging.getLogger().handlers:
             handler.addFilter(REDACTED_LOG)
@@ -130,15 +118,13 @@ class _Job:
                 complain(line, self.wants_traceback)
                 raise SystemExit(USER_ERROR) from None
             if not _in_this_process():
-                raise UserError(
-                    line
-                ) from error  # the sweeper's to know: it reports, and counts a failed trial
+                raise UserError(line) from error  # the sweeper reports it and counts a failed trial
             self.failed = True
             complain(f"job {_job_title()}: {line}", self.wants_traceback)
 
 
 def _run(job: _Job, config_name: str, config_dir: str) -> None:
-    """Hand over to Hydra; what it raises before any job has started is the user's to mend.
+    """Run Hydra; an error before any job has started is a mistake in the command or the configuration.
 
     Raises:
         UserError: the command line or a file of the configuration is at fault.
@@ -161,7 +147,7 @@ def _run(job: _Job, config_name: str, config_dir: str) -> None:
 
     try:
         if multirun:
-            check_sweep(arguments.overrides)
+            require_own_folders(arguments.overrides)
         with sweep_command(_options(arguments), job.wants_traceback) as sweep:
             hydra.main(version_base="1.3", config_path=config_dir, config_name=config_name)(task)()
         job.failed |= sweep.failed
@@ -175,7 +161,7 @@ def _run(job: _Job, config_name: str, config_dir: str) -> None:
 
 
 def _explained(error: Exception, command: CommandLine) -> str | None:
-    """Return the line of an error from composing the configuration, or None: then it is a bug."""
+    """Return the line for an error in composing the configuration, or None for a bug."""
     # Only what a job raised, here or in another process, comes out of JobReturn.return_value.
     if any(frame.name == "return_value" for frame in traceback.extract_tb(error.__traceback__)):
         return None
@@ -184,16 +170,15 @@ def _explained(error: Exception, command: CommandLine) -> str | None:
         return None
     try:
         fault = find_fault(command)
-    except Exception:  # whatever goes wrong while looking for the fault, the error itself still has a text
+    except Exception:  # then the text of the error itself has to do
         fault = None
     return fault or one_line(error)
 
 
 def _parse_command_line() -> Namespace:
-    """Parse as Hydra will; argparse's complaints become one line.
+    """Parse the command line as Hydra will, and move the options to its end.
 
-    Overrides may stand on both sides of an option (``a=1 -m b=1,2``). Hydra's own parser gives up there, so it finds
-    the options moved to the end.
+    Hydra's own parser refuses overrides on both sides of an option (``a=1 -m b=1,2``).
 
     Raises:
         UserError: an option that does not exist.
@@ -216,13 +201,13 @@ def _parse_command_line() -> Namespace:
 
 
 def _options(arguments: Namespace) -> list[str]:
-    """Return the options that say where the configuration lies, for other processes."""
+    """Return the options that say where the configuration is, for the processes of a sweep."""
     given = {name: getattr(arguments, name) for name in ("config_path", "config_name", "config_dir")}
     return [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value]
 
 
 def _in_this_process() -> bool:
-    """Whether Hydra's own sweeper and launcher run the jobs of a sweep, here and one after the other."""
+    """Whether the jobs of a sweep run in this process, one after the other, by Hydra's own sweeper and launcher."""
     hydra_cfg = HydraConfig.get()
     own = "hydra._internal.core_plugins."
     return all(str(node._target_).startswith(own) for node in (hydra_cfg.sweeper, hydra_cfg.launcher))
@@ -234,7 +219,7 @@ def _job_title() -> str:
 
 
 def _deleted(error: Exception) -> str | None:
-    """Return the line for a key that the task needs and the command line took away (``~key``)."""
+    """Return the line for a key that the task needs and that the command line deleted (``~key``)."""
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         for text in HydraConfig.get().overrides.task:
             if text.startswith("~") and str(error.full_key) in text:
@@ -243,11 +228,10 @@ def _deleted(error: Exception) -> str | None:
 
 
 def complain(line: str, with_traceback: bool = False) -> None:
-    """Print one line on stderr, after the traceback of the error being handled.
+    """Print one line on stderr; with ``with_traceback``, the traceback of the current exception before it.
 
-    Several processes mostly stumble over the same, and the first says it for all. The others wait meanwhile:
-    Lightning and torchrun end them when the first one leaves. What is theirs alone, they say themselves. (Under
-    srun, which waits for all, each says it.)
+    The processes of a run usually fail for the same reason, so the first one reports it. The others wait before
+    they report theirs: Lightning and torchrun end them as soon as the first one exits. (srun does not.)
     """
     rank = process_rank()
     if rank > 0:
@@ -258,8 +242,3 @@ def complain(line: str, with_traceback: bool = False) -> None:
         print(redacted(traceback.format_exc()), file=sys.stderr)
     who = f" (process {rank})" if rank else ""
     print(f"error{who}: {redacted(line)}", file=sys.stderr, flush=True)
-
-
-def process_rank() -> int:
-    """Return this process's rank among those that torchrun, Lightning or srun started; 0 when it is alone."""
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or task_rank())

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig
 
-from litdiffusion.configuration.nearest import suggestion
+from litdiffusion.configuration.messages import suggestion
 from litdiffusion.errors import UserError
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true", "32", "bf16", "16", "64")
-"""What training works in: weights are never kept in half precision, where small updates vanish."""
+"""The precisions that training supports: none keeps the weights in half precision, which loses small updates."""
 FP16 = ("16-mixed", "16")
 
 

@@ -1,8 +1,11 @@
-"""Exceptions of Hydra, OmegaConf, YAML and the disk as one line for the person at the keyboard."""
+"""One line for the user: exceptions of other libraries and of the disk, and what a misspelt word may mean."""
 
 import errno
 import os
 import re
+from collections.abc import Iterable, Iterator
+from difflib import SequenceMatcher
+from typing import Any
 
 from hydra.errors import MissingConfigException
 from omegaconf.errors import (
@@ -12,12 +15,14 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from litdiffusion.configuration.nearest import suggestion
 from litdiffusion.errors import UserError
-from litdiffusion.files import WriteError
+from litdiffusion.system.files import WriteError
 
 PROCESS_LOST = "another process of this run was lost"
-"""How the line begins that says no more than this: the cause is for another process to say."""
+"""The beginning of a line that names no cause, since another process reports it."""
+
+LEAST = 0.65
+"""The least likeness of a word worth suggesting; "dmi" and "dim" share two of three letters."""
 
 _WAYS_OUT = {
     errno.ENOSPC: "free space",
@@ -28,21 +33,21 @@ _WAYS_OUT = {
     errno.EPERM: "make it writable",
 }
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-"""What a system call reports for a disk alone, whoever has made it."""
+"""Errors that only a disk causes, whichever call reports them."""
 
 _EXTRAS = {
     "hydra/sweeper/optuna": ("optuna", "hydra-optuna-sweeper"),
     "hydra/sweeper/sampler/tpe": ("optuna", "hydra-optuna-sweeper"),
     "hydra/launcher/submitit_slurm": ("slurm", "hydra-submitit-launcher"),
 }
-"""Configurations that come with packages, the extras that install them, and their names."""
+"""Configurations that come with optional packages: the extra to install, and the package."""
 
 _WORKER = re.compile(r"\ACaught \w+ in ")
 _LOST_CONNECTION = re.compile(
     r"(?i)(?:gloo|nccl|c10d).*?"
     r"(connection (?:closed|reset|refused|lost)|timed? ?out|remote process exited|socket closed)"
 )
-"""What is left of a process that died: its peers' connections."""
+"""What the other processes see of one that died."""
 _RESOLVER = re.compile(r"\A\w+ raised while resolving interpolation: ")
 _MISSING = re.compile(r"Missing mandatory value: (\S+)")
 _NOISE = re.compile(
@@ -51,10 +56,10 @@ _NOISE = re.compile(
 
 
 def user_error(error: BaseException) -> str | None:
-    """Return the line of an error that the user can mend, or None: then it is a bug, and wants its traceback.
+    """Return the line for an error that the user can fix; None for a bug, which keeps its traceback.
 
-    Counted in: ``UserError``, also as the cause of another exception, values that the configuration lacks, a file
-    that cannot be written, and a process of the run, or one that decodes its images, that was killed.
+    Such errors are ``UserError``, also as the cause of another exception, missing values, a file that cannot be
+    written, and the loss of another process of the run or of one that decodes images.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -79,7 +84,7 @@ def user_error(error: BaseException) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an exception's text without line breaks, references to manuals, or lists of folders."""
+    """Return an exception's text without line breaks, links to manuals, and lists of folders."""
     if isinstance(error, UserError):
         return _of_user_error(error)
     mark = getattr(error, "problem_mark", None)
@@ -112,7 +117,7 @@ def needs_value(key: str) -> str:
 
 
 def _not_written(error: OSError) -> str:
-    way_out = _WAYS_OUT.get(error.errno or 0, "when that is mended")
+    way_out = _WAYS_OUT.get(error.errno or 0, "when that is fixed")
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
     return f"{name} could not be written ({error.strerror}): {way_out}, and the same command continues"
 
@@ -120,16 +125,55 @@ def _not_written(error: OSError) -> str:
 def _of_user_error(error: UserError) -> str:
     text = str(error)
     if _WORKER.match(text):
-        # Loader processes send their traceback along as text; its last line is the error itself.
+        # A loader process sends its traceback as text; the last line is the error.
         text = text.strip().splitlines()[-1].partition("UserError: ")[2]
     return _flat(text)
 
 
 def _flat(text: str) -> str:
-    """Join lines; what Hydra indents as a list becomes one, and what follows "Search path" goes."""
+    """Join lines, with commas where Hydra indents a list; leave out manuals and search paths."""
     lines: list[str] = []
     for line in text.splitlines():
         words = line.strip()
         if words and not _NOISE.match(words):
             lines.append(words + "," if line.startswith("\t") else words)
     return " ".join(lines).rstrip(",")
+
+
+def nearest(word: str, words: Iterable[str], count: int = 3) -> list[str]:
+    """Return up to ``count`` of ``words``, best first; none where nothing is alike.
+
+    Dotted words are compared by their last part too, so that ``batch_size`` finds ``datamodule.batch_size``.
+    """
+    scored = sorted((-_likeness(word, other), other) for other in set(words))
+    return [other for score, other in scored[:count] if -score >= LEAST]
+
+
+def suggestion(word: str, words: Iterable[str], listed: int = 20) -> str:
+    """Return "; nearest: ..." and, where there are few, all the words: what follows "no such thing"."""
+    words = sorted(set(words))
+    close = nearest(word, words)
+    text = f"; nearest: {', '.join(close)}" if close else ""
+    if words and len(words) <= listed and len(words) > len(close):
+        text += f"; there are: {', '.join(words)}"
+    return text
+
+
+def dotted_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every inner node and leaf of a tree of plain containers, with its dotted key, outer before inner."""
+    items = node.items() if isinstance(node, dict) else ()
+    for name, child in enumerate(node) if isinstance(node, list | tuple) else items:
+        key = f"{prefix}{name}"
+        yield key, child
+        yield from dotted_items(child, f"{key}.")
+
+
+def _likeness(word: str, other: str) -> float:
+    parent, _, last = word.rpartition(".")
+    other_parent, _, other_last = other.rpartition(".")
+    part = SequenceMatcher(None, last, other_last).ratio()
+    if parent == other_parent:
+        return part
+    if part < 0.75:
+        return 0.0
+    return 0.8 * part + 0.15 * SequenceMatcher(None, parent, other_parent).ratio()

@@ -1,26 +1,69 @@
-"""Nodes of the configuration: a mapping with ``_target_`` builds one object, and is checked before any is built."""
+"""The values and nodes of a configuration: each is checked where it is written, then a node builds one object.
+
+A node is a mapping with ``_target_``, the class or function to call.
+"""
 
 import inspect
-import re
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pkgutil import resolve_name
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, Node, OmegaConf
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from litdiffusion.configuration.annotations import accepts, could_accept, hints_of, spelled
-from litdiffusion.configuration.messages import one_line
-from litdiffusion.configuration.nearest import suggestion
-from litdiffusion.configuration.values import written
+from litdiffusion.configuration.messages import dotted_items, needs_value, one_line, suggestion
 from litdiffusion.errors import UserError
+
+Supplied = Mapping[str, Collection[str]]
 
 _SPECIAL = {"_target_", "_args_", "_convert_", "_partial_", "_recursive_"}
 _OPEN = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
 
 
-def check_nodes(cfg: DictConfig, supplied: Mapping[str, Collection[str]] | None = None) -> None:
+def require_values(cfg: DictConfig) -> None:
+    """Check that every mandatory value is there, that no number is NaN, and that every interpolation resolves.
+
+    NaN is refused everywhere, since it passes any comparison with a bound.
+
+    Raises:
+        UserError: naming the key.
+    """
+    for key, value in written(cfg):
+        if value == MISSING:
+            raise UserError(needs_value(key))
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"{key}=nan: must be a number")
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except InterpolationKeyError as error:
+        sought = str(error).partition("'")[2].partition("'")[0]
+        keys = dict(dotted_items(OmegaConf.to_container(cfg, resolve=False))).keys() - {error.full_key}
+        raise UserError(f"{one_line(error)}{suggestion(sought, keys, listed=0)}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from error
+
+
+def written(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value by its dotted key, outer before inner; a mandatory one that is not there is ``MISSING``.
+
+    Interpolations are left out: their values are written elsewhere.
+    """
+    for name in range(len(cfg)) if isinstance(cfg, ListConfig) else list(cfg):
+        key = f"{prefix}{name}"
+        if OmegaConf.is_missing(cfg, name):
+            yield key, MISSING
+        elif not OmegaConf.is_interpolation(cfg, name):
+            yield key, cfg[name]
+            if isinstance(cfg[name], DictConfig | ListConfig):
+                yield from written(cfg[name], f"{key}.")
+
+
+def require_arguments(cfg: DictConfig, supplied: Supplied | None = None) -> None:
     """Check every node's arguments against its target's signature: names, presence, types.
 
     Args:
@@ -41,7 +84,8 @@ def build(node: DictConfig, name: str, **overrides: Any) -> Any:
 
     Raises:
         UserError: the constructor refused its arguments (``ValueError``, ``TypeError``), a package is missing, or
-            Lightning found the configuration impossible. The line begins with the node's dotted key.
+            Lightning found the configuration impossible. The line begins with the key: the argument's, where the
+            constructor's text begins with ``argument=``, else the node's.
     """
     try:
         return instantiate(node, _convert_="all", **overrides)
@@ -55,19 +99,39 @@ def build(node: DictConfig, name: str, **overrides: Any) -> Any:
         if cause is not None and not isinstance(cause, mendable):
             raise
         where = str(error).rpartition("full_key: ")[2].strip() if "full_key: " in str(error) else name
-        raise UserError(f"{_where_written(node, where)}: {one_line(cause or error)}") from cause
+        raise UserError(_with_key(node, where, one_line(cause or error))) from cause
 
 
-def _where_written(node: DictConfig, key: str) -> str:
-    """Return the shortest key of what stands at ``key`` because an interpolation has brought it there."""
+@contextmanager
+def refused(node: str = "") -> Iterator[None]:
+    """Show what a ``ValueError`` says of an argument, ``argument=value: ...``, with the node's key in front.
+
+    Raises:
+        UserError: in place of the ``ValueError``.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{node}.{error}" if node else str(error)) from error
+
+
+def _with_key(node: DictConfig, where: str, text: str) -> str:
+    """Put the key in front of what a constructor says of an argument of the node at ``where``, or of the node."""
     root = node._get_root()
-    here = OmegaConf.select(root, key)
-    parts = key.split(".")
-    for first in range(len(parts) - 1, 0, -1):
-        shorter = ".".join(parts[first:])
-        if here is not None and OmegaConf.select(root, shorter) == here:
-            return shorter
-    return key
+    key, refused = _where_written(root, where), OmegaConf.select(root, where)
+    name, _, rest = text.partition("=")
+    if not (isinstance(refused, DictConfig) and takes(refused, name)):
+        return f"{key}: {text}"
+    return f"{_where_written(root, f'{key}.{name}')}={rest}"
+
+
+def _where_written(root: Any, key: str) -> str:
+    """Return the key; where an interpolation has copied a node from the top (``net``), the key there."""
+    here, (parent, _, last) = OmegaConf.select(root, key), key.rpartition(".")
+    for name in map(str, root):
+        if here is not None and isinstance(root._get_node(name), DictConfig) and root[name] == here:
+            return name
+    return f"{_where_written(root, parent)}.{last}" if parent else key
 
 
 def locate(key: str, target: object) -> Callable[..., Any]:
@@ -140,20 +204,11 @@ def _check(key: str, node: DictConfig, supplied: Collection[str]) -> None:
 
 
 def _origin(node: DictConfig, name: str) -> str | None:
-    """Return the key whose value an argument takes over by interpolation, however often passed on; else None."""
-    origin, root = None, node._get_root()
-    while OmegaConf.is_interpolation(node, name):
-        written = OmegaConf.to_container(OmegaConf.masked_copy(node, name), resolve=False)
-        found = re.fullmatch(r"\$\{([\w.]+)\}", str(written[name])) if isinstance(written, dict) else None
-        if found is None or found[1].startswith("."):
-            break
-        origin = found[1]
-        parent, _, name = origin.rpartition(".")
-        above = OmegaConf.select(root, parent) if parent else root
-        if not isinstance(above, DictConfig):
-            break
-        node = above
-    return origin
+    """Return the key of the value that an argument's interpolation leads to; None if it is none."""
+    value = node._get_node(name)
+    if not (isinstance(value, Node) and value._is_interpolation()):
+        return None
+    return str((value._maybe_dereference_node() or value)._get_full_key(None))
 
 
 def _fault(key: str, value: Any, hint: Any, optional: bool) -> str | None:

@@ -1,7 +1,7 @@
 """Which part of a command line is at fault, when Hydra could not compose a configuration from it.
 
-Hydra stops at the first thing it cannot do and says how it failed. Here the command line is read again, part by
-part, against what the configuration really holds, so that the answer can name what was meant.
+Hydra stops at its first error. This module reads the command line again, override by override, and compares it with
+the configuration, so that the message can suggest what was meant.
 """
 
 import itertools
@@ -18,16 +18,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from litdiffusion.configuration.nearest import dotted_keys, nearest, suggestion
+from litdiffusion.configuration.messages import dotted_items, nearest, suggestion
 from litdiffusion.configuration.nodes import takes
 
 MAX_COMBINATIONS = 16
-"""Keys differ between the choices of a sweep; so many combinations of choices are looked at."""
+"""The most combinations of a sweep's choices to look at: the keys differ from one to the next."""
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What was asked for: ``overrides`` of ``config_name`` in ``config_dir``, and folders searched besides."""
+    """``overrides`` of ``config_name`` in ``config_dir``, with ``extra_dir`` as a second folder to search."""
 
     config_dir: str
     config_name: str
@@ -50,7 +50,7 @@ def find_fault(command: CommandLine) -> str | None:
         try:
             base = repository.compose([])
         except (HydraException, OmegaConfBaseException):
-            return None  # the configuration itself is at fault, whatever was asked of it
+            return None  # the error is in the configuration, not in the overrides
         faults = itertools.chain(
             (_choice_fault(override, repository, base) for override in overrides),
             (_sweep_fault(override, command.multirun) for override in overrides),
@@ -144,7 +144,7 @@ def _key_faults(overrides: list[Override], repository: _Repository, base: DictCo
 
 
 def _group_fault(override: Override, cfg: DictConfig, repository: _Repository) -> str | None:
-    """A key of a group of which nothing is chosen."""
+    """A key of a group that has no choice yet."""
     group, _, name = override.key_or_group.partition(".")
     if not name or override.is_delete() or cfg.hydra.runtime.choices.get(group, "") is not None:
         return None
@@ -153,7 +153,7 @@ def _group_fault(override: Override, cfg: DictConfig, repository: _Repository) -
             node = repository.compose([f"{group}={choice}"]).get(group)
         except (HydraException, OmegaConfBaseException):
             continue
-        if isinstance(node, DictConfig) and name in dotted_keys(OmegaConf.to_container(node)):
+        if isinstance(node, DictConfig) and name in dict(dotted_items(OmegaConf.to_container(node))):
             line = str(override.input_line).lstrip("+")
             return f"{override.key_or_group}: choose a {group} with it, for example: {group}={choice} {line}"
     return None
@@ -161,7 +161,7 @@ def _group_fault(override: Override, cfg: DictConfig, repository: _Repository) -
 
 def _key_fault(override: Override, cfg: DictConfig, groups: list[str]) -> str | None:
     key = re.sub(r"\[(\w+)\]", r".\1", override.key_or_group)
-    keys = list(dotted_keys(OmegaConf.to_container(cfg, resolve=False)))
+    keys = list(dict(dotted_items(OmegaConf.to_container(cfg, resolve=False))))
     if override.is_force_add():
         return None
     if override.is_add():
@@ -174,7 +174,7 @@ def _key_fault(override: Override, cfg: DictConfig, groups: list[str]) -> str | 
     if isinstance(node, DictConfig) and takes(node, name):
         return f"{key}: not in the configuration, but {node._target_} takes it; add it with +{override.input_line}"
     own = [other for other in keys if other.startswith("hydra.") == key.startswith("hydra.")]
-    # Not the inside of lists, nor _target_, nor what the key itself goes through.
+    # Suggest no items of lists, no _target_, and no parents of the key.
     own = [other for other in own if other[-1] not in "_0123456789" and not key.startswith(f"{other}.")]
     close = nearest(key, [*own, *(group for group in groups if not key.startswith(f"{group}."))])
     if close:

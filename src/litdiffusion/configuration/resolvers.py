@@ -1,8 +1,8 @@
-"""Where runs and sweeps live when nobody says so. Registered on import.
+"""OmegaConf resolvers, registered on import: default folders of runs and sweeps, and what a search looks for.
 
-``${new_run_dir:}`` and ``${new_run_name:}`` are new each time, ``${sweep_name:}`` and ``${digest:...}`` never. The
-new ones are cached by OmegaConf per configuration, like Hydra's ``${now:}``: all interpolations of one run agree, and
-two runs composed in one process (a notebook) do not share a folder.
+``${new_run_dir:}`` and ``${new_run_name:}`` differ from run to run; ``${sweep_name:}`` and ``${digest:...}`` do not.
+OmegaConf caches the former per configuration, like Hydra's ``${now:}``: all interpolations of one
+run agree, and two runs composed in one process (a notebook) have different folders.
 """
 
 import hashlib
@@ -17,10 +17,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from litdiffusion.configuration.nodes import locate
 from litdiffusion.errors import UserError
+from litdiffusion.system.launch import of_step
 
 _INHERITED = "LITDIFFUSION_RUN_DIR"
-"""Tells the processes that Lightning starts for the other devices which folder their parent chose."""
+"""Passes the folder on to the processes that Lightning starts for the other devices."""
 
 
 def new_run_name() -> str:
@@ -32,7 +34,7 @@ def new_run_dir() -> str:
     """Return ``logs/<experiment, or "default">/<new run name>``; in a sweep, the folder Hydra gives the job.
 
     Raises:
-        UserError: several processes were started from outside, each of which would choose its own.
+        UserError: torchrun or srun has started several processes, and each would choose its own folder.
     """
     if is_sweep():
         sweep = HydraConfig.get().sweep
@@ -48,10 +50,9 @@ def new_run_dir() -> str:
 
 
 def sweep_name(*, _root_: DictConfig) -> str:
-    """Return ``<experiment, or "default">-<8 hex digits>``: the same for the same sweep, which so finds its jobs.
+    """Return ``<experiment, or "default">-<8 hex digits>``: the same for a repeated sweep, which so finds its jobs.
 
-    The digits stand for everything that decides which jobs there are and what each of them does; where and how they
-    run, and how many trials there shall be, may change from one call to the next.
+    The digits depend on which jobs there are and what each does, not on where they run or on the number of trials.
     """
     hydra = _root_.hydra
     decisive = [hydra.job.config_name, _plain(hydra.overrides.task), _plain(hydra.sweeper.get("params"))]
@@ -59,7 +60,7 @@ def sweep_name(*, _root_: DictConfig) -> str:
 
 
 def digest(value: object) -> str:
-    """Return 8 hexadecimal digits that stand for plain values, interpolations taken as they are written."""
+    """Return 8 hexadecimal digits of a hash of plain values, interpolations unresolved."""
     return hashlib.sha256(json.dumps(_plain(value)).encode()).hexdigest()[:8]
 
 
@@ -76,8 +77,8 @@ def chosen_experiment(hydra: Any = None) -> str | None:
         return None
     hydra = hydra or HydraConfig.get()
     chosen = hydra.runtime.choices.get("experiment")
-    # A list of choices is written down nowhere but in the override itself.
-    task: Any = _plain(hydra.overrides.task)  # an override may hold an interpolation that is not for here
+    # Hydra records a list of choices in the override alone.
+    task: Any = _plain(hydra.overrides.task)  # unresolved: an override may hold any interpolation
     typed = [text for text in task if text.startswith("experiment=[")]
     if typed:
         chosen = OverridesParser.create().parse_override(typed[-1]).value()
@@ -90,6 +91,21 @@ def experiment_tags() -> ListConfig:
     return ListConfig(chosen.split("+") if chosen else [])
 
 
+def direction(number: Any, *, _root_: DictConfig) -> Any:
+    """Return ``maximize`` for a number of ``summary.json`` whose metric is better the higher, else ``minimize``.
+
+    For a list of numbers, a list.
+    """
+    if isinstance(number, ListConfig):
+        return ListConfig([direction(each, _root_=_root_) for each in number])
+    name = str(number).removeprefix("val_")
+    node = (_root_.get("metrics") or {}).get(name) or {}
+    if "_target_" not in node:
+        return "minimize"
+    higher = getattr(locate(f"metrics.{name}", node["_target_"]), "higher_is_better", False)
+    return "maximize" if higher else "minimize"
+
+
 def is_sweep() -> bool:
     """Whether this is a job of a Hydra multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
@@ -99,4 +115,6 @@ OmegaConf.register_new_resolver("new_run_name", new_run_name, use_cache=True, re
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
 OmegaConf.register_new_resolver("digest", digest, replace=True)
+OmegaConf.register_new_resolver("slurm", of_step, replace=True)
 OmegaConf.register_new_resolver("experiment_tags", experiment_tags, replace=True)
+OmegaConf.register_new_resolver("direction", direction, replace=True)

@@ -1,4 +1,4 @@
-"""Sweeps as the command line sees them: a folder for every job, and what a launcher tells of how its jobs went."""
+"""Sweeps on the command line: one folder for each job, and what a launcher reports at the end."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -14,18 +14,18 @@ from omegaconf import DictConfig
 from litdiffusion.errors import UserError
 
 FOLDERS = ("run_dir", "out")
-"""Keys that say where a command writes, of which each configuration has one."""
+"""The key that says where a command writes: each configuration has one of them."""
 
 
 @dataclass
 class SweepCommand:
-    """A command that runs jobs, as a launcher needs to know it, and what the launcher has to say.
+    """A command that runs jobs: what a launcher needs to know of it, and what the launcher reports.
 
     Args:
-        options: of the command line, that its jobs need too: ``--config-dir DIR``.
+        options: options of the command line that the jobs need too, such as ``--config-dir DIR``.
         wants_traceback: whether the user has set HYDRA_FULL_ERROR.
         failed: whether a job has failed.
-        report: called when the sweep is over, however it ended.
+        report: called at the end of the sweep, also after an error.
     """
 
     options: list[str] = field(default_factory=list)
@@ -39,7 +39,7 @@ _CURRENT: ContextVar[SweepCommand] = ContextVar("sweep")
 
 @contextmanager
 def sweep_command(options: list[str], wants_traceback: bool) -> Iterator[SweepCommand]:
-    """Be the command that launchers find; report at the end."""
+    """Make this the current command for launchers; call its report at the end."""
     command = SweepCommand(options, wants_traceback)
     token = _CURRENT.set(command)
     try:
@@ -51,10 +51,10 @@ def sweep_command(options: list[str], wants_traceback: bool) -> Iterator[SweepCo
 
 
 def current_sweep() -> SweepCommand:
-    """Return the command that this launcher works for.
+    """Return the current command.
 
     Raises:
-        UserError: there is none: Hydra was called by other means than ``entry_point``.
+        UserError: there is none, since Hydra was not started by ``entry_point``.
     """
     command = _CURRENT.get(None)
     if command is None:
@@ -65,24 +65,24 @@ def current_sweep() -> SweepCommand:
 
 
 class OneFolder(Callback):
-    """Settle where a sweep lives, before its jobs are composed: ``${sweep_name:}`` looks at the whole of it."""
+    """Resolve the folder of a sweep before its jobs are composed: ``${sweep_name:}`` needs the whole sweep."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Give the jobs the folder as a value."""
+        """Pass the folder to the jobs as an override."""
         folder = str(config.hydra.sweep.dir)
         config.hydra.sweep.dir = folder
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(folder)}")
 
 
 def quoted(value: str) -> str:
-    """Return a value as Hydra's command line reads it back."""
+    """Quote a value for Hydra's command line."""
     if re.fullmatch(r"[\w./-]+", value, re.ASCII):
         return value
     escaped = value.replace("'", "\\'")
     return f"'{escaped}'"
 
 
-def check_sweep(overrides: Iterable[str], params: Iterable[str] = ()) -> None:
+def require_own_folders(overrides: Iterable[str], params: Iterable[str] = ()) -> None:
     """Check a sweep's overrides, and the keys ``params`` that the sweeper's own configuration varies.
 
     Raises:
@@ -91,7 +91,7 @@ def check_sweep(overrides: Iterable[str], params: Iterable[str] = ()) -> None:
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     varied = {override.key_or_group for override in parsed if override.is_sweep_override()} | set(params)
-    # A choice of the group "sweep" brings its own parameters.
+    # A choice of the group "sweep" varies its own parameters.
     varied |= {override.key_or_group for override in parsed if override.key_or_group == "sweep"}
     for override in parsed:
         text, key = str(override.input_line), override.key_or_group

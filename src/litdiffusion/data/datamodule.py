@@ -1,4 +1,4 @@
-"""Batches for Lightning: the same images in the same order on any number of processes, from any step on."""
+"""Batches for Lightning: the same images in the same order on any number of processes, and after a resume."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -9,8 +9,8 @@ from jaxtyping import Float
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from litdiffusion.data.data_order import DataOrder
 from litdiffusion.data.fingerprint import Fingerprint, fingerprint
-from litdiffusion.data.sampling_order import SamplingOrder
 from litdiffusion.data.sources import Source
 from litdiffusion.data.stores import ArrowStore, Batch, ImageStore, MemoryStore, Request, to_float
 from litdiffusion.diffusion.draws import Draws
@@ -21,19 +21,19 @@ __all__ = ["Batch", "ImageDataModule", "TrainLoader", "ValidationLoader", "to_fl
 log = logging.getLogger(__name__)
 
 FEW = 16
-"""Held-out images by which a checkpoint's data is known again."""
+"""Held-out images behind the fingerprint in a checkpoint."""
 
 
 class TrainLoader:
-    """The endless training stream from global batch ``first_step()`` on, restricted to one process's rows.
+    """The endless training stream from global batch ``first_step()`` on: this process's rows of each batch.
 
-    It has no length: training ends by its step count, and an epoch is only where the permutation changes.
+    It has no length: a number of steps ends the training, and an epoch only changes the permutation.
     """
 
     def __init__(
         self,
         store: ImageStore,
-        order: SamplingOrder,
+        order: DataOrder,
         batch_size: int,
         rank: int,
         world_size: int,
@@ -66,7 +66,7 @@ class ValidationLoader:
         for step, first in enumerate(range(0, size, batch_size)):
             rows = min(batch_size, size - first)
             start, stop = first + rows * rank // world_size, first + rows * (rank + 1) // world_size
-            if start < stop:  # a last batch with fewer rows than processes has none for some of them
+            if start < stop:  # the last batch may have fewer rows than there are processes
                 requests.append(Request(list(range(start, stop)), start, step))
         self._requests = requests
 
@@ -85,11 +85,12 @@ class ImageDataModule(LightningDataModule):
         batch_size: size of the global batch, all processes together; divisible by their number.
         seed: decides the order and the flips.
         num_val: validation uses the first ``num_val`` images of the test split; 0 switches it off.
-        num_workers: processes that decode a split too large for memory.
-        memory_limit_mb: a split whose decoded pixels need no more than this (in MiB) is held in memory.
+        num_workers: processes that decode images, for a split too large for memory.
+        memory_limit_mb: a split of at most this size, decoded, in MiB, is held in memory.
 
     Raises:
-        UserError: a value is out of range, or (in ``setup``) the data cannot be had or read.
+        ValueError: a value is out of range.
+        UserError: the data cannot be had or read (in ``setup``).
     """
 
     allow_zero_length_dataloader_with_multiple_devices = True
@@ -104,16 +105,10 @@ class ImageDataModule(LightningDataModule):
         memory_limit_mb: int = 1024,
     ) -> None:
         super().__init__()
-        smallest = {"batch_size": 1, "num_val": 0, "num_workers": 0, "memory_limit_mb": 0}
-        given = {
-            "batch_size": batch_size,
-            "num_val": num_val,
-            "num_workers": num_workers,
-            "memory_limit_mb": memory_limit_mb,
-        }
-        for name, value in given.items():
-            if value < smallest[name]:
-                raise UserError(f"datamodule.{name} must be at least {smallest[name]}, not {value}")
+        counts = {"num_val": num_val, "num_workers": num_workers, "memory_limit_mb": memory_limit_mb}
+        for name, value, least in (("batch_size", batch_size, 1), *((*item, 0) for item in counts.items())):
+            if value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
         self.source = source
         self.batch_size = batch_size
         self.seed = seed
@@ -149,7 +144,7 @@ class ImageDataModule(LightningDataModule):
         self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Load what the stage needs and is not yet there; a second call does nothing."""
+        """Load the splits of a stage that are not loaded yet."""
         self._shares()
         if stage in (None, "fit") and self._train is None:
             train = self.source.load("train")
@@ -160,14 +155,14 @@ class ImageDataModule(LightningDataModule):
             self._val = self._open(test.select(range(min(self.num_val, len(test)))), "validation")
 
     def train_dataloader(self) -> TrainLoader:
-        """The endless stream; each iteration begins at the trainer's step, so a resumed run goes on mid-epoch."""
+        """Return the endless stream; it begins at the trainer's step, so that a resumed run continues mid-epoch."""
         rank, world_size = self._shares()
         store = self._store("fit")
-        order = SamplingOrder(len(store), self.seed)
+        order = DataOrder(len(store), self.seed)
         return TrainLoader(store, order, self.batch_size, rank, world_size, self._first_step)
 
     def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:
-        """The held-out images, unflipped and in fixed order; an empty list where ``num_val`` is 0."""
+        """Return the held-out images, unflipped, in fixed order; an empty list where ``num_val`` is 0."""
         if self.num_val == 0:
             return []
         return ValidationLoader(self._store("validate"), self.batch_size, *self._shares())
@@ -178,24 +173,24 @@ class ImageDataModule(LightningDataModule):
         return self.finish(store.read(list(range(min(count, len(store))))), training=False).images
 
     def fingerprint(self) -> Fingerprint:
-        """Return what the training images are known by, after ``setup``: the same on every process."""
+        """Return the fingerprint of the training images, after ``setup``: the same on every process."""
         return self._fingerprint
 
     def held_out_fingerprint(self) -> Fingerprint:
-        """Return what the first few images of the test split are known by, whatever ``num_val`` is."""
+        """Return the fingerprint of the first few images of the test split, whatever ``num_val`` is."""
         test = self.source.load("test")
         few = test.select(range(min(FEW, len(test))))
         _, height, width = self.image_shape
         return fingerprint(MemoryStore(few, (height, width), self.image_shape[0]), few)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Lightning's hook: finish the batch where it now lies."""
+        """Flip and scale the batch on its device (a hook of Lightning)."""
         return self.finish(batch, training=self.trainer is not None and bool(self.trainer.training))
 
     def finish(self, batch: Batch, *, training: bool) -> Batch:
         """Mirror a random half of the images (in training, where the source allows it) and scale to [-1, 1].
 
-        The coin of a row depends on (seed, step, position in the global batch) alone.
+        Whether a row is mirrored depends on (seed, step, position in the global batch) alone.
         """
         images = batch.images
         if training and self.source.flip:
@@ -213,7 +208,7 @@ class ImageDataModule(LightningDataModule):
         return int(self.trainer.global_step) * int(self.trainer.accumulate_grad_batches)
 
     def _shares(self) -> tuple[int, int]:
-        """Rank of this process and the number of processes.
+        """Return the rank of this process and the number of processes.
 
         Raises:
             UserError: the global batch cannot be shared evenly.

@@ -1,6 +1,6 @@
-"""From what a data set stores (files, encoded bytes, arrays) to uint8 pixels of one size.
+"""Decode what a data set stores (files, encoded bytes, arrays) to uint8 pixels of one size.
 
-Both kinds of store (``stores.py``) decode with these functions, so they hold the same images bit for bit.
+Both stores (``stores.py``) use these functions, so their images are the same bit for bit.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import pyarrow as pa
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from litdiffusion.errors import UserError
+from litdiffusion.errors import UserError, short_text
 
 Pixels = UInt8[np.ndarray, "batch channels height width"]
 
@@ -50,7 +50,7 @@ def decode_column(
         column: images as ``datasets.Image`` stores them ({bytes, path}), or as ``Array3D`` uint8 [C, H, W].
         image_size: (height, width) of the result.
         channels: 1 (luma) or 3 (RGB).
-        row_number: from a place in the column to the row of the data set, to name an image that has no file.
+        row_number: maps a position in the column to the row of the data set, for messages.
 
     Raises:
         UserError: an image cannot be read; the text names its file or its row.
@@ -70,7 +70,7 @@ def decode_column(
 
 
 def _arrays(column: pa.ChunkedArray) -> Pixels:
-    """The pixels of an ``Array3D`` column, straight from Arrow's buffer."""
+    """Return the pixels of an ``Array3D`` column, from Arrow's buffer."""
     values = pa.chunked_array([chunk.storage for chunk in column.chunks]).combine_chunks()
     while pa.types.is_list(values.type):
         values = values.flatten()
@@ -92,11 +92,11 @@ def _decode(
     except Exception as error:  # Pillow's plugins raise a dozen unrelated types on damaged files
         name = record["path"] or f"in row {row()} of the data set (the first is 0)"
         reason = "not an image Pillow can open" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"cannot read image {name}: {one_line(reason)}; repair or remove it") from error
+        raise UserError(f"cannot read image {name}: {short_text(reason)}; repair or remove it") from error
 
 
 def to_pixels(picture: Image.Image, image_size: tuple[int, int], channels: int) -> UInt8[np.ndarray, "c h w"]:
-    """Turn upright, convert, then resize the shorter side and crop the centre (antialiased bicubic)."""
+    """Apply the EXIF rotation, convert, resize the shorter side (antialiased bicubic), crop the centre."""
     height, width = image_size
     picture = _eight_bit(ImageOps.exif_transpose(picture))
     picture = picture.convert("L" if channels == 1 else "RGB")
@@ -107,12 +107,12 @@ def to_pixels(picture: Image.Image, image_size: tuple[int, int], channels: int) 
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:
-    """Bring the rarer modes to 8 bits a channel: deep gray by its full range, transparency onto white."""
+    """Convert rare modes to 8 bits: 16-bit gray by its full range, transparency onto white."""
     mode = picture.mode
     if mode.startswith("I"):  # 16-bit gray; Pillow's own conversion to "L" cuts everything above 255 to white
         deep = np.asarray(picture).astype(np.int64).clip(0, 65535)
         return Image.fromarray(((deep + 128) // 257).astype(np.uint8))
-    if mode == "F":  # floats have no agreed range: 0..1 where they stay inside it, else 0..255
+    if mode == "F":  # the range of floats is a convention: 0..1 if none is above 1, else 0..255
         values = np.nan_to_num(np.asarray(picture))
         scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
         return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
@@ -120,9 +120,3 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
         layer = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return picture
-
-
-def one_line(error: object) -> str:
-    """The text of a foreign error on one line of bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

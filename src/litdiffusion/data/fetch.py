@@ -1,7 +1,7 @@
 """Fetch Fashion-MNIST without root: ``python -m litdiffusion.data.fetch [DIR]``.
 
 DIR is by default where ``data=fashion_mnist`` looks: ``$LITDIFFUSION_DATA/fashion-mnist``, else
-``data/fashion-mnist``. It takes the first that works: files already here, Debian's package (downloaded and unpacked,
+``data/fashion-mnist``. It tries, in this order: files already there, Debian's package (downloaded and unpacked,
 not installed), the Hub. Each of the four files appears in DIR whole or not at all.
 """
 
@@ -28,13 +28,13 @@ from litdiffusion.data.sources.fashion_mnist import (
 )
 from litdiffusion.data.sources.hub import load_from_hub
 from litdiffusion.errors import UserError
-from litdiffusion.files import whole_file
+from litdiffusion.system.files import whole_file
 
 PACKAGE = "dataset-fashion-mnist"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Fetch the data, say what is done, and return the exit code: 0, or 2 after one line that says why."""
+    """Fetch the data and return the exit code: 0, or 2 after one line that says why."""
     parser = argparse.ArgumentParser(
         prog="python -m litdiffusion.data.fetch", description="Fetch Fashion-MNIST."
     )
@@ -89,13 +89,13 @@ def _is_there(folder: Path) -> bool:
 
 
 def _check(folder: Path) -> None:
-    """Read everything once: raises UserError naming a damaged file."""
+    """Read all files; raise UserError naming one that is damaged."""
     read_split(folder, "train")
     read_split(folder, "test")
 
 
 def _first_that_works(work: Path) -> Path:
-    """Return a folder in ``work`` that holds nothing but the four files, checked."""
+    """Return a folder in ``work`` that holds just the four files, checked."""
     ways: list[Callable[[Path], Path]] = [_from_debian, _from_hub]
     for way in ways:
         try:
@@ -129,7 +129,7 @@ def _from_debian(work: Path) -> Path:
 
 
 def _run(command: list[str], folder: Path) -> None:
-    """Run a command in ``folder``; raises UserError with the last line it wrote if it fails."""
+    """Run a command in ``folder``; raise UserError with its last line if it fails."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip() or "no message").splitlines()[-1]

@@ -1,4 +1,4 @@
-"""What a set of images is known by, so that a run does not go on with other images unawares.
+"""Fingerprints of image sets, so that a run is not continued on other images by mistake.
 
 A fingerprint names the number of images, their labels, some images pixel by pixel, all of them where they are held
 in memory, and what is stored of them (the names and sizes of files, or the sizes of encoded images). It depends
@@ -21,21 +21,21 @@ from litdiffusion.data.stores import ImageStore, MemoryStore
 Fingerprint = dict[str, Any]
 
 SOME = 64
-"""Images that are looked at where not all can be."""
+"""How many images to hash where not all are in memory."""
 
 MOST_FILES = 10_000
-"""Files whose sizes are looked at; the names count in any case."""
+"""How many files to ask for their sizes; all names are hashed."""
 
 
 def fingerprint(store: ImageStore, dataset: datasets.Dataset) -> Fingerprint:
-    """Return the fingerprint of a split, given as it is served and as it is stored."""
+    """Return the fingerprint of a split, from its store and its data set."""
     found: Fingerprint = {"images": len(store), "decoder": _decoder()}
     if "label" in dataset.column_names:
         labels = dataset.select_columns(["label"]).with_format("arrow")[:]["label"]
         found["labels"] = _digest(labels.to_numpy().astype(np.int64))
     column = dataset.data.column("image")
     if pa.types.is_struct(column.type):
-        rows = dataset._indices  # the rows that ``select`` has left, by their numbers in the table
+        rows = dataset._indices  # the selected rows' numbers in the table
         found["stored"] = _of_storage(column, None if rows is None else rows.column(0).combine_chunks())
     found["some"] = _digest(store.read(_spread(len(store), SOME)).images.numpy())
     if isinstance(store, MemoryStore):
@@ -44,11 +44,13 @@ def fingerprint(store: ImageStore, dataset: datasets.Dataset) -> Fingerprint:
 
 
 def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """Return in what respects two fingerprints tell different images; [] where they tell the same."""
+    """Return the names of the parts that differ; [] if both fingerprints are of the same images."""
     both = before.keys() & now.keys()
-    if before.get("decoder") != now.get("decoder"):  # other releases of a decoder round a JPEG otherwise
+    if before.get("decoder") != now.get(
+        "decoder"
+    ):  # another release of the decoder may round a JPEG differently
         both -= {"some", "pixels"}
-    if "pixels" in both:  # then how they are stored is of no importance
+    if "pixels" in both:  # then it does not matter how they are stored
         both -= {"stored"}
     return sorted(name for name in both - {"decoder"} if before[name] != now[name])
 
@@ -69,7 +71,7 @@ def _of_storage(column: pa.ChunkedArray, rows: pa.Array | None) -> str:
 
 
 def _size(path: str) -> int:
-    """The size of a file; whoever decodes it will say that it is missing."""
+    """Return the size of a file, -1 if it is missing: decoding it will report that."""
     try:
         return os.stat(path).st_size  # noqa: PTH116  (a Path for each file of a large set would take longer)
     except OSError:
@@ -77,7 +79,7 @@ def _size(path: str) -> int:
 
 
 def _spread(size: int, count: int) -> list[int]:
-    """At most ``count`` of ``range(size)``, at equal distances."""
+    """Return at most ``count`` numbers of ``range(size)``, evenly spaced."""
     return [index * size // count for index in range(count)] if size > count else list(range(size))
 
 

@@ -1,6 +1,6 @@
 """The IDX file format of MNIST and its successors.
 
-A file is: two zero bytes, a type byte (8: uint8), the number of dimensions, each dimension as a big-endian
+A file holds two zero bytes, a type byte (8: uint8), the number of dimensions, each dimension as a big-endian
 32-bit number, then the values. It may be gzipped.
 """
 

@@ -1,4 +1,4 @@
-"""Single pictures, named on the command line and seen as a model sees images: what editing starts from."""
+"""Read the pictures that edits start from, at a model's size and in [-1, 1]."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from litdiffusion.data.decoding import one_line, to_pixels
-from litdiffusion.errors import UserError
+from litdiffusion.data.decoding import to_pixels
+from litdiffusion.errors import UserError, short_text
 
 Shape = tuple[int, int, int]
 """Channels, height, width."""
@@ -19,7 +19,7 @@ WHITE = 128
 
 
 def read_given(paths: Mapping[str, Sequence[Path]], shape: Shape) -> dict[str, Tensor]:
-    """Read what an edit is given: each key's pictures as one tensor [pictures, C, H, W].
+    """Read the pictures of an edit: for each key one tensor [pictures, C, H, W].
 
     ``mask`` becomes true or false, one for each ``image``; all others are images.
 
@@ -44,7 +44,7 @@ def read_image(key: str, path: Path, shape: Shape) -> Float[Tensor, "channels h 
     """Read a picture, and bring it to ``shape`` and [-1, 1] as data sources do.
 
     Raises:
-        UserError: there is no such file, or it cannot be read; the line begins with ``key=path``.
+        UserError: the file is missing or cannot be read; the line begins with ``key=path``.
     """
     channels, height, width = shape
     return torch.tensor(to_pixels(_open(key, path), (height, width), channels)) / 127.5 - 1
@@ -53,10 +53,10 @@ def read_image(key: str, path: Path, shape: Shape) -> Float[Tensor, "channels h 
 def read_mask(key: str, path: Path, over: Path, shape: Shape) -> Bool[Tensor, "1 h w"]:
     """Read the mask of the picture ``over``: true where it is white.
 
-    Whatever its own size, it is stretched over the whole of that picture before the two are cropped.
+    It is stretched to the size of that picture first, then both are cropped alike.
 
     Raises:
-        UserError: as for ``read_image``; or nothing of it is white.
+        UserError: as for ``read_image``; or no pixel is white.
     """
     _, height, width = shape
     mask = _open(key, path)
@@ -64,16 +64,16 @@ def read_mask(key: str, path: Path, over: Path, shape: Shape) -> Bool[Tensor, "1
     gray = gray.resize(_open("image", over).size, Image.Resampling.BILINEAR)
     white = torch.tensor(to_pixels(gray, (height, width), 1) >= WHITE)
     if not bool(white.any()):
-        raise UserError(f"{key}={path}: nothing of it is white, so nothing would be drawn anew")
+        raise UserError(f"{key}={path}: no pixel of it is white, so nothing would be redrawn")
     return white
 
 
 def _open(key: str, path: Path) -> Image.Image:
-    """A picture in memory, upright."""
+    """Return a picture in memory, rotated as its EXIF data says."""
     if not path.is_file():
         raise UserError(f"{key}={path}: there is no such file")
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture)
     except Exception as error:  # Pillow's plugins raise a dozen unrelated types on damaged files
-        raise UserError(f"{key}={path}: cannot be read as a picture: {one_line(error)}") from error
+        raise UserError(f"{key}={path}: cannot be read as a picture: {short_text(error)}") from error

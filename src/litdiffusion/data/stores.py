@@ -1,4 +1,4 @@
-"""Decoded images behind one interface: all of them in memory, or read from memory-mapped Arrow by workers."""
+"""Two stores of images with one interface: all decoded in memory, or decoded by workers from memory-mapped Arrow."""
 
 import os
 import signal
@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from litdiffusion.data.decoding import decode_column
 from litdiffusion.errors import UserError
-from litdiffusion.processes import STOP_SIGNALS
+from litdiffusion.system.processes import STOP_SIGNALS, usable_cores
 
 CHUNK = 256
 """Images decoded together by one thread."""
 
 
 class Request(NamedTuple):
-    """Which images make the next batch, and where it stands (see ``Batch``)."""
+    """The images of the next batch, and its position (see ``Batch``)."""
 
     indices: list[int]
     start: int
@@ -51,7 +51,7 @@ def to_float(images: UInt8[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
 
 
 class MemoryStore:
-    """A small split: decoded once, one contiguous uint8 tensor [N, C, H, W]; a batch is one gather.
+    """A small split, decoded once to one contiguous uint8 tensor [N, C, H, W]; a batch is one gather.
 
     Args:
         dataset: columns "image" and, where there are labels, "label".
@@ -79,7 +79,7 @@ class MemoryStore:
             if self.labels is not None and batch.labels is not None:
                 self.labels[first : first + CHUNK] = batch.labels
 
-        # Pillow lets go of the interpreter lock while it decodes, so threads are enough.
+        # Pillow releases the interpreter lock while it decodes, so threads suffice.
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             try:
                 for _ in pool.map(decode, range(0, size, CHUNK)):
@@ -111,7 +111,7 @@ def _page_locked(batch: Batch) -> Batch:
 
 
 class ArrowStore:
-    """A large split: stays in memory-mapped Arrow or in its files; worker processes decode ahead.
+    """A large split, left in memory-mapped Arrow or in its files; worker processes decode ahead.
 
     Args:
         dataset: columns "image" and, where there are labels, "label".
@@ -131,14 +131,14 @@ class ArrowStore:
     ) -> None:
         self.dataset = dataset
         self._reader = _Reader(dataset.with_format("arrow"), image_size, channels)
-        self._num_workers = min(num_workers, _cores())
+        self._num_workers = min(num_workers, len(usable_cores()))
         self._pin_memory = pin_memory
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def batches(self, requests: Iterator[Request]) -> Iterator[Batch]:
-        """Worker processes read ahead; the batches come in the order of the requests.
+        """Yield the batches in the order of the requests; worker processes read ahead.
 
         Raises:
             UserError: an image cannot be read.
@@ -151,7 +151,7 @@ class ArrowStore:
             collate_fn=_as_is,
             worker_init_fn=_leave_signals_to_the_run,
             pin_memory=self._pin_memory,
-            # Its own generator, or the workers' seeds would be drawn from the global one.
+            # Otherwise the workers' seeds would be drawn from the global generator.
             generator=torch.Generator().manual_seed(0),
         )
         for batch in loader:
@@ -175,7 +175,7 @@ ImageStore = MemoryStore | ArrowStore
 
 
 class _Requests:
-    """Gives a one-way stream of requests the form of a sampler."""
+    """Wraps a stream of requests as a sampler."""
 
     def __init__(self, requests: Iterator[Request]) -> None:
         self.requests = requests
@@ -185,7 +185,7 @@ class _Requests:
 
 
 class _Reader(Dataset[Batch | UserError]):
-    """Answers a request in a worker. An error is returned: raised there, it would arrive wrapped in a traceback."""
+    """Reads a batch in a worker. An error is returned: raised, it would arrive as the text of a traceback."""
 
     def __init__(self, rows: datasets.Dataset, image_size: tuple[int, int], channels: int) -> None:
         self.rows = rows
@@ -217,9 +217,9 @@ def _read(
 
 
 def _row_number(rows: datasets.Dataset, where: slice | list[int], place: int) -> int:
-    """Return the number that a row of some has in the data set they were all chosen from."""
+    """Return a row's number in the data set that the rows were selected from."""
     index = range(len(rows))[where][place] if isinstance(where, slice) else where[place]
-    origin = rows._indices  # where rows have been selected; the library has no other name for it
+    origin = rows._indices  # the selected rows; the library has no public name for them
     return index if origin is None else origin.column(0)[index].as_py()
 
 
@@ -230,8 +230,3 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 def _as_is(item: Any) -> Any:
     return item
-
-
-def _cores() -> int:
-    """Cores this process may use; fewer than the machine has under a job scheduler."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -114,13 +114,18 @@ class Preconditioned(Denoiser):
         if schedule.has_zero_terminal_snr and not target.defined_at_zero_snr:
             name = type(target).__name__.lower()
             raise ValueError(
-                f"target={name} cannot be used with a schedule that ends in pure noise: choose target=v"
+                f"target={name}: says nothing about the image where there is only noise, as at the end of this"
+                " schedule; use target=v, or schedule.zero_terminal_snr=false"
             )
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         multiple = int(getattr(net, "size_multiple", Network.size_multiple))
         if height % multiple or width % multiple:
+            size = max(height if height % multiple else width, multiple)
+            near = sorted({size // multiple * multiple, -(-size // multiple) * multiple})
             raise ValueError(
-                f"image_size={height}x{width}: this network takes only sides that are multiples of {multiple}"
+                f"image_size={height}x{width}: this network takes sides that are multiples of {multiple}; use"
+                f" data.image_size={' or '.join(map(str, near))}, or divide the image less (fewer net.dim_mults, a"
+                " smaller net.patch_size)"
             )
         self.net = net
         self.schedule = schedule

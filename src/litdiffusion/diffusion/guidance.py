@@ -32,8 +32,8 @@ class Guidance:
         ValueError: a value is out of range.
     """
 
-    labels: Any = "all"  # as a user types them, of any type: checked below and by ``classes``
-    scale: Any = 1.0
+    labels: Labels = "all"
+    scale: Any = 1.0  # of any type, as a user types it: checked below
     interval: Any = (0.0, 1.0)
     guide: Denoiser | None = None
 

@@ -47,6 +47,9 @@ class NoiseLevels(nn.Module, ABC):
     def quantile(self, u: Times, schedule: Schedule) -> Times:
         """Return the times in [0, 1] below which the share u in [0, 1) of the distribution lies."""
 
+    def require_support(self, schedule: Schedule) -> None:
+        """Raise ValueError if the times of this schedule cannot be drawn; most can."""
+
     def weights(self, schedule: Schedule, t: Times) -> Times:
         """Return what each image's loss is multiplied by; 1 for a distribution that is part of the objective."""
         return torch.ones_like(t)
@@ -126,6 +129,14 @@ class Importance(NoiseLevels):
         self.uniform_share = uniform_share
         self.register_buffer("losses", torch.zeros(bins, history))
         self.register_buffer("counts", torch.zeros(bins, dtype=torch.int64))
+
+    def require_support(self, schedule: Schedule) -> None:
+        """Raise ValueError if some parts hold none of a discrete schedule's times, so that nothing is ever known."""
+        bins = len(self.losses)
+        if schedule.discrete and bins > schedule.num_steps:
+            raise ValueError(
+                f"noise_levels.bins={bins}: the schedule has {schedule.num_steps} steps; use at most as many"
+            )
 
     def probabilities(self) -> Float[Tensor, " bins"]:
         """Return the probability of each part."""

@@ -75,6 +75,9 @@ class Objective(nn.Module, ABC):
             draws: the random numbers of these images.
         """
 
+    def require_support(self, denoiser: Denoiser) -> None:
+        """Raise ValueError if this denoiser cannot be trained so."""
+
     def observe(self, denoiser: Denoiser, t: Times | None, losses: Float[Tensor, " batch"]) -> None:
         """Learn from the times and losses of a global batch; called where ``learns`` is true."""
 
@@ -160,6 +163,10 @@ class Denoising(Objective):
             return losses
         fixed = core.estimate(output.detach(), x_t, t, variance)
         return losses + self.vlb_weight * schedule.num_steps * reverse_bits(schedule, fixed, x0, x_t, t)
+
+    def require_support(self, denoiser: Denoiser) -> None:
+        """Raise ValueError if the noise levels cannot be drawn."""
+        self.noise_levels.require_support(denoiser.schedule)
 
     @property
     def learns(self) -> bool:

@@ -46,7 +46,8 @@ class DDPM(Sampler):
         super().require_support(denoiser)
         if self.variance == "learned" and not denoiser.learned_variance:
             raise ValueError(
-                "variance=learned: this network was not trained to give its variance; use beta_tilde"
+                "variance=learned: this network does not learn its variance; use beta_tilde, or train one with"
+                " net.learned_variance=true"
             )
 
     def step(self, state: SamplerState) -> Images:

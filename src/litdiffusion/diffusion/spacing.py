@@ -67,7 +67,7 @@ def _whole_steps(ideal: list[float], T: int) -> list[float]:
     """
     count = len(ideal) - 1
     if count > T:
-        raise ValueError(f"num_steps={count}: the schedule has only {T} steps")
+        raise ValueError(f"num_steps={count}: must be from 1 to schedule.num_steps={T}")
     steps = [0]
     for i, time in enumerate(ideal[1:], start=1):
         steps.append(min(max(int(time * T + 0.5 + 1e-9), steps[-1] + 1), T - (count - i)))

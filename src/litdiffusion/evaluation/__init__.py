@@ -1,9 +1,8 @@
-"""How good a model is: each module measures one thing, and returns flat names and numbers for ``evaluate`` to merge.
+"""How good a model is: metrics, one class each, which ``configs/metrics`` lists."""
 
-Image metrics join here: features in ``features.py``, scores in ``metrics.py``.
-"""
+from litdiffusion.evaluation.bits_per_dim import BitsPerDim
+from litdiffusion.evaluation.held_out import HeldOutLoss
+from litdiffusion.evaluation.metric import Mean, Metric, Model, listed, numbers
+from litdiffusion.evaluation.x0_error import X0MeanAbsoluteError
 
-from litdiffusion.evaluation.bits_per_dim import bound_parts
-from litdiffusion.evaluation.held_out import held_out_losses
-
-__all__ = ["held_out_losses", "bound_parts"]
+__all__ = ["BitsPerDim", "HeldOutLoss", "Mean", "Metric", "Model", "X0MeanAbsoluteError", "listed", "numbers"]

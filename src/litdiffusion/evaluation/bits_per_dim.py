@@ -10,7 +10,6 @@ prior and decoder exactly, and one step i (t = i / T) from each of n equal strat
 neighbouring images spread theirs evenly. With N = T nothing is left out.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,8 @@ from litdiffusion.data.stores import Batch
 from litdiffusion.diffusion import Denoiser, Draws, Labelled
 from litdiffusion.diffusion.devices import precise_dtype
 from litdiffusion.diffusion.likelihood import Variance, bound_term, prior_bits
+from litdiffusion.errors import UserError
+from litdiffusion.evaluation.metric import Mean, Model
 
 Images = Float[Tensor, "batch channels h w"]
 PerImage = Float[Tensor, " batch"]
@@ -40,16 +41,54 @@ class BoundParts(NamedTuple):
     decoder: PerImage
 
 
-def bits_per_dim(
-    denoiser: Denoiser,
-    images: Images,
-    first: int,
-    num_times: int | None,
-    variance: Variance,
-    labels: Int[Tensor, " batch"] | None = None,
-) -> PerImage:
-    """Return the bound of each image; see ``bound_parts``."""
-    return bound_parts(denoiser, images, first, num_times, variance, labels).total
+class BitsPerDim(Mean):
+    """The mean bound; ``_prior`` and ``_decoder``: the means of these parts.
+
+    Args:
+        num_images: how many of the held-out images it is measured on, the first ones; 0 for none.
+        num_times: at how many times each; None for all T.
+        variance: of the model's steps; None for the learned one where there is one, else beta.
+    """
+
+    higher_is_better = False
+
+    def __init__(
+        self, num_images: int, num_times: int | None = None, variance: Variance | None = None
+    ) -> None:
+        super().__init__("_prior", "_decoder")
+        if num_images < 0:
+            raise ValueError(f"num_images={num_images}: must be at least 0")
+        if num_times is not None and num_times < 2:
+            raise ValueError(f"num_times={num_times}: must be at least 2, or null for all times")
+        self.num_images = num_images
+        self.num_times = num_times
+        self.variance = variance
+        self.measured_times = 0
+
+    def check(self, denoiser: Denoiser) -> None:
+        """See ``Metric``."""
+        if self.variance == "learned" and not denoiser.learned_variance:
+            raise UserError(
+                "metrics.bits_per_dim.variance=learned: this network was trained without; choose beta or beta_tilde"
+            )
+
+    def update(self, model: Model, batch: Batch) -> None:
+        """See ``Metric``."""
+        denoiser, count = model.denoiser, max(0, self.num_images - batch.start)
+        images, labels = batch.images[:count], None if batch.labels is None else batch.labels[:count]
+        if not len(images):
+            return
+        variance: Variance = self.variance or ("learned" if denoiser.learned_variance else "beta")
+        parts = bound_parts(denoiser, images, batch.start, self.num_times, variance, labels)
+        for suffix, values in zip(self.suffixes, parts, strict=False):
+            self.add(values, suffix)
+        num_steps = denoiser.schedule.num_steps
+        self.measured_times = min(self.num_times or num_steps, num_steps)
+
+    def extent(self) -> dict[str, int]:
+        """See ``Metric``."""
+        count = int(self.counts[0])
+        return {"bits_per_dim_images": count, "bits_per_dim_times": self.measured_times} if count else {}
 
 
 @torch.no_grad()
@@ -110,31 +149,3 @@ def strata(draws: Draws, num_steps: int, num_times: int | None) -> list[Int[Tens
         return []
     offset = (draws.stratified("offset") * others).long().clamp(max=others - 1)
     return [2 + (j * others + offset) // n for j in range(n)]
-
-
-def measured_bits(
-    denoiser: Denoiser, batches: Iterable[Batch], num_images: int, num_times: int | None, variance: Variance
-) -> dict[str, float]:
-    """Return the mean of the bound, of its prior and of its decoder term, and over what they were taken.
-
-    It is measured on the first ``num_images``; with 0 nothing is, and nothing returned. ``batches`` are the held-out
-    split in order, finished and on the denoiser's device; the other arguments are those of ``bound_parts``.
-    """
-    parts = []
-    for images, labels, start, _ in batches:
-        count = min(len(images), num_images - start)
-        if count <= 0:
-            break
-        told = None if labels is None else labels[:count]
-        parts.append(bound_parts(denoiser, images[:count], start, num_times, variance, told))
-    if not parts:
-        return {}
-    total, prior, decoder = (torch.cat(each) for each in zip(*parts, strict=True))
-    num_steps = denoiser.schedule.num_steps
-    return {
-        "val/bits_per_dim": float(total.mean()),
-        "val/bits_per_dim_prior": float(prior.mean()),
-        "val/bits_per_dim_decoder": float(decoder.mean()),
-        "bits_per_dim_images": len(total),
-        "bits_per_dim_times": num_steps if num_times is None else min(num_times, num_steps),
-    }

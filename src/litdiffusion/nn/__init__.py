@@ -1,4 +1,4 @@
-"""Networks: tensors in, tensors out. They know nothing of diffusion beyond a batch of times."""
+"""Networks, as plain ``nn.Module`` classes."""
 
 from litdiffusion.nn.dit import DiT
 from litdiffusion.nn.unet import UNet

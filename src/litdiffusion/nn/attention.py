@@ -1,8 +1,7 @@
 """Self-attention over the pixels of a feature map, full and linear.
 
-Both work on rows (batch, position, channel): a free view of a channels-last feature map, so nothing is
-transposed. Their 1x1 convolutions are kept as such, since that is what the blog's checkpoints hold, and
-applied as matrix products.
+Both work on rows (batch, position, channel), a view of a channels-last feature map, so nothing is copied. Their 1x1
+convolutions keep their names and shapes from the blog's checkpoints, and are applied as matrix products.
 """
 
 import torch
@@ -49,14 +48,14 @@ class Attention(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Attention whose cost grows with h w (Shen et al., 1812.01243).
+    """Linear attention: the cost grows with h w (Shen et al., 1812.01243).
 
         y_n = W_o . sum_m  softmax_d(q_n) softmax_m(k_m)^T  v_m,          v_m = W_v x_m
 
-    Everything after the two softmaxes is linear, so the sums are taken in the cheapest order: keys meet the
-    ``dim`` input channels before W_v, and W_o is folded into each image's (d x d) context. Where ``dim`` is
-    smaller than ``heads * head_dim``, as at the U-Net's full resolution, that saves a third of the work and
-    the two largest intermediate tensors.
+    Everything after the two softmaxes is linear, so the products are taken in the cheapest order: keys times the
+    ``dim`` input channels before W_v, and W_o times each image's (d x d) context. Where ``dim`` is smaller than
+    ``heads * head_dim``, as at the U-Net's full resolution, this saves a third of the operations and the two
+    largest intermediate tensors.
     """
 
     def __init__(self, dim: int, heads: int = 4, head_dim: int = 32) -> None:
@@ -76,8 +75,8 @@ class LinearAttention(nn.Module):
 
         q = rearrange(F.linear(rows, w_q), "b n (heads d) -> b n heads d", heads=self.heads).softmax(-1)
         q = rearrange(q, "b n heads d -> b n (heads d)")
-        # Positions last, so that each softmax over them runs along memory; the view of w_k keeps matmul from
-        # computing the transpose of that, which it prefers for one matrix against many.
+        # Positions last, so that the softmax over them reads contiguous memory. Without the expanded view of w_k,
+        # matmul would compute the transpose.
         k = (w_k.expand(len(rows), -1, -1) @ rows.mT).softmax(-1)
         context = rearrange(k @ rows, "b (heads d) c -> b heads d c", heads=self.heads) @ (w_v @ w_o)
         out = q @ (rearrange(context, "b heads d c -> b (heads d) c") * self.scale) + self.to_out.bias

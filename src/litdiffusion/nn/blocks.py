@@ -1,6 +1,6 @@
-"""The bricks of the U-Net: weight-standardized convolutions, residual blocks, resampling.
+"""The layers of the U-Net: weight-standardized convolutions, residual blocks, resampling.
 
-All of them keep feature maps channels-last in memory, as the U-Net gives them.
+All of them keep feature maps channels-last in memory.
 """
 
 from typing import Any
@@ -13,13 +13,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+def require_positive(**sizes: int | None) -> None:
+    """Check that sizes are at least 1; None is one that is not given.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name}={size}: must be at least 1")
+
+
 class WeightStandardizedConv2d(nn.Conv2d):
     """A convolution whose filters have mean 0 and variance 1 (Qiao et al., 1903.10520).
 
         W_hat = (W - mean(W)) / sqrt(var(W) + eps)         mean and variance over each output filter
 
-    That is a layer norm of the flattened filters. It is computed in float32 with one eps under any autocast:
-    under bfloat16 the filters' small variances would drown in rounding.
+    This is a layer norm of the flattened filters. It is computed in float32 under any autocast: bfloat16 would
+    round the small variances of the filters too coarsely.
     """
 
     eps = 1e-5
@@ -36,7 +47,7 @@ class WeightStandardizedConv2d(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
     def folded(self) -> nn.Conv2d:
-        """Return a plain convolution that computes the same: for inference, where the weights stand still."""
+        """Return a plain convolution that computes the same, for inference, where the weights are constant."""
         names = ["in_channels", "out_channels", "kernel_size", "stride"]
         names += ["padding", "dilation", "groups", "padding_mode"]
         arguments: dict[str, Any] = {name: getattr(self, name) for name in names}
@@ -49,10 +60,10 @@ class WeightStandardizedConv2d(nn.Conv2d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm (Wu & He, 1803.08494), on the CPU in float32 where x has half precision, and returned as x came.
+    """Group norm (Wu & He, 1803.08494); on the CPU, half precision is computed in float32 and converted back.
 
-    There torch's bfloat16 kernel takes twice as long as its float32 one with both conversions. On GPUs autocast
-    computes it in float32 by itself.
+    On the CPU torch's bfloat16 kernel takes twice as long as its float32 kernel with both conversions. On GPUs
+    autocast itself chooses float32.
     """
 
     def forward(self, x: Float[Tensor, "batch dim h w"]) -> Float[Tensor, "batch dim h w"]:
@@ -87,9 +98,9 @@ class Block(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two blocks and a shortcut (He et al., 1512.03385); the time scales and shifts the first one's output.
+    """Two blocks and a shortcut (He et al., 1512.03385); the time scales and shifts the output of the first.
 
-    ``checkpoint`` keeps only the input for the backward pass, which then computes the rest again.
+    With ``checkpoint``, only the input is kept for the backward pass, which recomputes the rest.
     """
 
     def __init__(
@@ -126,7 +137,7 @@ class ResnetBlock(nn.Module):
 
 
 class PatchesToChannels(nn.Module):
-    """Pixel unshuffling by 2 that leaves its result channels-last; torch's own does so on the CPU only."""
+    """Pixel unshuffling by 2 with a channels-last result, which torch's own has on the CPU only."""
 
     def forward(self, x: Float[Tensor, "batch in h w"]) -> Float[Tensor, "batch out h2 w2"]:
         """Turn each 2x2 patch into channels."""
@@ -144,9 +155,9 @@ class Downsample(nn.Sequential):
 class Upsample(nn.Conv2d):
     """Double height and width by repeating pixels, then smooth with a 3x3 convolution.
 
-    Repeating pixels is a transposed convolution with a 2x2 box of ones. The two are run as one transposed
-    convolution of stride 2, whose 4x4 filters are the 3x3 ones widened by that box: the same sums in 4/9 of the
-    multiplications, without the repeated pixels in memory.
+    Repeating pixels is a transposed convolution with a 2x2 box of ones. Both are computed as one transposed
+    convolution of stride 2, whose 4x4 filters are the 3x3 ones convolved with that box: the same sums with 4/9
+    of the multiplications, and without the repeated pixels in memory.
     """
 
     def __init__(self, dim: int, dim_out: int) -> None:
@@ -155,13 +166,13 @@ class Upsample(nn.Conv2d):
     def forward(self, x: Float[Tensor, "batch in h w"]) -> Float[Tensor, "batch out h2 w2"]:
         """Return twice the height and width."""
         widened = 4 * F.avg_pool2d(F.pad(self.weight, (1, 1, 1, 1)), kernel_size=2, stride=1)
-        # A transposed convolution turns its filters round and keeps the input channels first.
+        # A transposed convolution mirrors its filters and has the input channels first.
         weight = rearrange(widened.flip(2, 3), "o i kh kw -> i o kh kw")
         return F.conv_transpose2d(x, weight, self.bias, stride=2, padding=1)
 
 
 def fold_weight_standardization(net: nn.Module) -> nn.Module:
-    """Replace, in place, every weight-standardized convolution in ``net`` by its plain equal; return ``net``."""
+    """Replace every weight-standardized convolution in ``net`` by a plain one, in place; return ``net``."""
     for name, child in net.named_children():
         if isinstance(child, WeightStandardizedConv2d):
             setattr(net, name, child.folded())

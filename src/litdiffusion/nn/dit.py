@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from litdiffusion.nn.attention import softmax_attention
+from litdiffusion.nn.blocks import require_positive
 from litdiffusion.nn.embeddings import TimeEmbedding
 
 Tokens = Float[Tensor, "batch n dim"]
@@ -27,7 +28,7 @@ def patchify(
 def unpatchify(
     patches: Float[Tensor, "batch n patch_channels"], size: int, height: int
 ) -> Float[Tensor, "batch channels h w"]:
-    """Put patches together again: the inverse of ``patchify`` for images of ``height`` pixels."""
+    """Join patches to images of ``height`` pixels: the inverse of ``patchify``."""
     rows = height // size
     return rearrange(patches, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=rows, p1=size, p2=size)
 
@@ -119,9 +120,9 @@ class DiT(nn.Module):
         patch_size: side in pixels of the square that becomes one token; the cost grows with its inverse 4th power.
         mlp_ratio: hidden features of each perceptron, in multiples of ``dim``.
         self_condition: take an earlier estimate of x0 as further input channels (2208.04202).
-        num_classes: take a class label in 0..num_classes, of which the last says "none"; None for no labels.
+        num_classes: take a class label in 0..num_classes, the last one for "no class"; None for no labels.
         learned_variance: return twice the channels: the target, then the variance (2102.09672).
-        dropout: probability, of what attention and perceptron add to each token.
+        dropout: probability, on the outputs of attention and perceptron.
 
     Raises:
         ValueError: a number is out of range.
@@ -141,17 +142,8 @@ class DiT(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        positive = {
-            "channels": channels,
-            "dim": dim,
-            "depth": depth,
-            "heads": heads,
-            "patch_size": patch_size,
-            "num_classes": 1 if num_classes is None else num_classes,
-        }
-        for name, value in positive.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+        require_positive(channels=channels, dim=dim, depth=depth, heads=heads)
+        require_positive(patch_size=patch_size, num_classes=num_classes)
         if dim % 4 or dim % heads:
             raise ValueError(f"dim={dim}: must be a multiple of 4, for the positions, and of heads={heads}")
         if not dim * mlp_ratio >= 1:
@@ -196,7 +188,7 @@ class DiT(nn.Module):
         self_cond: Float[Tensor, "batch channels h w"] | None = None,
         labels: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch out_channels h w"]:
-        """Predict from images ``x`` at times ``t`` (counted from 0), perhaps an estimate of x0, perhaps labels.
+        """Predict from images ``x`` at times ``t`` (counted from 0), and optionally an estimate of x0 and labels.
 
         Raises:
             ValueError: height or width is no multiple of ``patch_size``.

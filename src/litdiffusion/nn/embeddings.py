@@ -1,4 +1,4 @@
-"""What the network is told beside the image: the time."""
+"""Embeddings of the time."""
 
 import math
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class SinusoidalEmbedding(nn.Module):
     """Sines, then cosines, of the time at geometrically spaced frequencies (Vaswani et al., 1706.03762).
 
-    The frequencies run from 1 down to 1 / ``max_period`` inclusive, as the blog and Tensor2Tensor have them:
+    The frequencies run from 1 down to 1 / ``max_period`` inclusive, as in the blog and Tensor2Tensor:
     the exponent is divided by ``dim / 2 - 1``. OpenAI's code divides by ``dim / 2`` and puts cosines first.
     """
 

@@ -1,10 +1,11 @@
-"""The U-Net of The Annotated Diffusion Model, part for part.
+"""The U-Net of The Annotated Diffusion Model.
 
-At ``dim=28, dim_mults=(1, 2, 4), channels=1`` it has 2,020,257 parameters. What it can do beyond the blog is off
-by default: class labels, learned variance, dropout, other attention, gradient checkpointing. To change a brick, see
-``blocks.py``; to change how bricks are stacked, this is the file.
+At ``dim=28, dim_mults=(1, 2, 4), channels=1`` it has the blog's 2,020,257 parameters. Class labels, learned variance,
+dropout, other kinds of attention and gradient checkpointing are additions, off by default. Its layers are in
+``blocks.py`` and ``attention.py``.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from litdiffusion.nn.attention import Attention, LinearAttention
-from litdiffusion.nn.blocks import Downsample, GroupNorm, ResnetBlock, Upsample
+from litdiffusion.nn.blocks import Downsample, GroupNorm, ResnetBlock, Upsample, require_positive
 from litdiffusion.nn.embeddings import TimeEmbedding
 
 AttentionKind = Literal["linear", "full", "none"]
@@ -44,7 +45,7 @@ class Residual(nn.Module):
 
 
 class Stage(nn.Module):
-    """One resolution: two residual blocks, linear attention, and the way to the next resolution."""
+    """One resolution: two residual blocks, attention, and the resampling to the next resolution."""
 
     def __init__(
         self, block1: nn.Module, block2: nn.Module, attention: nn.Module, resample: nn.Module
@@ -57,7 +58,7 @@ class Stage(nn.Module):
 
 
 class DownStage(Stage):
-    """On the way down, each residual block leaves a skip for the way up."""
+    """A stage of the encoder; each residual block adds a skip connection."""
 
     def forward(self, x: Images, time: Times) -> tuple[Resampled, Skips]:
         """Return the input of the next resolution, and the two skips."""
@@ -67,7 +68,7 @@ class DownStage(Stage):
 
 
 class UpStage(Stage):
-    """On the way up, each residual block takes a skip as further channels, last in first out."""
+    """A stage of the decoder; each residual block takes a skip as further channels, last in, first out."""
 
     def forward(self, x: Images, time: Times, skips: Skips) -> Resampled:
         """Return the input of the next resolution."""
@@ -78,7 +79,7 @@ class UpStage(Stage):
 
 
 class UNet(nn.Module):
-    """Predict one image from another: noisy image and time in, the target's image out.
+    """Predict an image, such as the noise, from a noisy image and its time.
 
     Args:
         dim: channels of the first resolution, and of the sinusoidal embedding. Even.
@@ -91,10 +92,10 @@ class UNet(nn.Module):
         dropout: probability, in the second block of each residual block.
         heads, head_dim: shape of every attention.
         attention: the kind at each resolution, ``linear``, ``full`` or ``none``; one word for all of them.
-        num_classes: take a class label in 0..num_classes, of which the last says "none"; None for no labels.
+        num_classes: take a class label in 0..num_classes, the last one for "no class"; None for no labels.
         learned_variance: return twice the output channels: the target, then the variance (2102.09672).
-        checkpoint_gradients: in training, keep only the input of each residual block and compute the rest again
-            in the backward pass: a third more time for a fraction of the memory.
+        checkpoint_gradients: in training, keep only the input of each residual block and recompute the rest in the
+            backward pass: a third more time for a fraction of the memory.
 
     Raises:
         ValueError: a number is out of range, or ``groups`` does not divide a width.
@@ -125,18 +126,10 @@ class UNet(nn.Module):
             raise ValueError(
                 f"attention={attention}: give one of {', '.join(ATTENTION)}, or one for each of dim_mults"
             )
-        positive = {
-            "channels": channels,
-            "init_dim": init_dim,
-            "out_channels": out_channels,
-            "groups": groups,
-        }
-        positive |= {"heads": heads, "head_dim": head_dim}
-        if num_classes is not None:
-            positive["num_classes"] = num_classes
-        for name, value in positive.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+        require_positive(
+            dim=dim, channels=channels, init_dim=init_dim, out_channels=out_channels, groups=groups
+        )
+        require_positive(heads=heads, head_dim=head_dim, num_classes=num_classes)
         if not dim_mults or min(dim_mults) < 1:
             raise ValueError(f"dim_mults={list(dim_mults)}: give at least one, each at least 1")
         if not 0 <= dropout < 1:
@@ -144,7 +137,12 @@ class UNet(nn.Module):
         widths = [init_dim, *(dim * mult for mult in dim_mults)]
         for width in (*widths, dim):
             if width % groups:
-                raise ValueError(f"groups={groups} does not divide a width of {width} channels")
+                common = math.gcd(*widths, dim)
+                fitting = [str(number) for number in range(1, common + 1) if common % number == 0]
+                raise ValueError(
+                    f"groups={groups} does not divide a width of {width} channels (dim={dim},"
+                    f" dim_mults={list(dim_mults)}); these do: {', '.join(fitting)}"
+                )
         self.channels = channels
         self.self_condition = self_condition
         self.num_classes = num_classes
@@ -201,7 +199,7 @@ class UNet(nn.Module):
         self_cond: Float[Tensor, "batch channels h w"] | None = None,
         labels: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch out_channels h w"]:
-        """Predict from images ``x`` at times ``t`` (counted from 0), perhaps an estimate of x0, perhaps labels.
+        """Predict from images ``x`` at times ``t`` (counted from 0), and optionally an estimate of x0 and labels.
 
         Raises:
             ValueError: height or width cannot be halved ``len(dim_mults) - 1`` times.
@@ -213,7 +211,7 @@ class UNet(nn.Module):
         if self.self_condition:
             x = torch.cat((torch.zeros_like(x) if self_cond is None else self_cond, x), dim=1)
 
-        # A one-channel image fits both memory formats: the first feature map is where channels-last begins.
+        # A one-channel image is in both memory formats; from the first feature map on, all is channels-last.
         x = self.init_conv(x).contiguous(memory_format=torch.channels_last)
         first = x
         time = self.time_embedding(t)

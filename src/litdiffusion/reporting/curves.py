@@ -1,6 +1,9 @@
 """A run's curves, and schedules side by side, as matplotlib figures without pyplot and its global state."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -12,28 +15,92 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 from torch import Tensor
 
-from litdiffusion.files import whole_file
-from litdiffusion.reporting.metrics import Metrics, Series, read_metrics
+from litdiffusion.runs.metrics import Row, read_rows
+from litdiffusion.system.files import whole_file
 
 BLUE, ORANGE, GRAY = "#2b6cb0", "#dd6b20", "#718096"
 LABELS = {"images_seen": "training images seen", "step": "training steps"}
 
 
-def curves(metrics_csv: Path, png: Path) -> None:
-    """Draw loss, loss by timestep, learning rate and gradient norm from ``metrics.csv`` into ``png``.
+@dataclass(frozen=True)
+class Series:
+    """One metric where it was logged: ``y[i]`` at ``x[i]``, x rising."""
 
-    What was not logged leaves its panel empty, in so many words.
+    x: list[float]
+    y: list[float]
+
+    def smoothed(self, share: float = 0.05) -> "Series":
+        """Average over a window of ``share`` of the points; centred, so that the line does not lag behind.
+
+        At the steep start the window shrinks to stay centred; at the flat end it is cut off on one side, so
+        that the line does not end in the noise of its last point.
+        """
+        half = round(share * len(self.y) / 2)
+        sums = list(accumulate(self.y, initial=0.0))
+        means = []
+        for i in range(len(self.y)):
+            before = min(half, i)
+            after = min(before, len(self.y) - 1 - i)
+            means.append((sums[i + after + 1] - sums[i - before]) / (before + after + 1))
+        return Series(self.x, means)
+
+    def final(self, share: float = 0.1) -> float:
+        """The mean over the last ``share`` of the points."""
+        last = self.y[-max(1, round(share * len(self.y))) :]
+        return sum(last) / len(last)
+
+
+class Curves(dict[str, Series]):
+    """The finite values of rows, by name, over ``images_seen``, or ``step`` where that is not there (``axis``).
+
+    A run that resumed from an earlier checkpoint repeats some of its way; what it had logged beyond the point it went
+    back to is dropped.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        super().__init__()
+        self.axis = "images_seen" if any("images_seen" in row for row in rows) else "step"
+        kept: list[Row] = []
+        for row in rows:
+            if self.axis in row:
+                while kept and kept[-1][self.axis] > row[self.axis]:
+                    kept.pop()
+                kept.append(row)
+        for row in kept:
+            for name, value in row.items():
+                if math.isfinite(value):
+                    series = self.setdefault(name, Series([], []))
+                    series.x.append(row[self.axis])
+                    series.y.append(value)
+
+
+def curves(metrics_csv: Path, png: Path, metrics: Iterable[str] = ()) -> None:
+    """Draw what ``metrics.csv`` holds into ``png``.
+
+    Panels are loss, loss by timestep, learning rate and gradient norm, and one for each further metric that was
+    logged. What was not logged leaves its panel empty, in so many words.
+
+    Args:
+        metrics_csv: the table.
+        png: the picture.
+        metrics: the names of the run's metrics.
 
     Raises:
         UserError: the file is missing or is no table of metrics.
     """
-    metrics = read_metrics(metrics_csv)
-    figure = _figure(9.6, 6.0)
-    loss, by_time, rate, norm = figure.subplots(2, 2).flat
-    _draw_loss(loss, metrics)
-    _draw_loss_by_time(by_time, metrics)
-    _draw_one(rate, metrics, "train/lr", "learning rate", smooth=False)
-    _draw_one(norm, metrics, "train/grad_norm", "gradient norm", smooth=True)
+    logged = Curves(read_rows(metrics_csv))
+    further = [name for name in metrics if name != "loss" and logged.get(f"val/{name}")]
+    rows = 2 + -(-len(further) // 2)
+    figure = _figure(9.6, 3.0 * rows)
+    loss, by_time, rate, norm, *others = figure.subplots(rows, 2).flat
+    _draw_loss(loss, logged)
+    _draw_loss_by_time(by_time, logged)
+    _draw_one(rate, logged, "train/lr", "learning rate", smooth=False)
+    _draw_one(norm, logged, "train/grad_norm", "gradient norm", smooth=True)
+    for name, axes in zip(further, others, strict=False):
+        _draw_one(axes, logged, f"val/{name}", f"{name}, held out", smooth=False)
+    for axes in others[len(further) :]:
+        axes.set_visible(False)
     with whole_file(png) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -84,7 +151,7 @@ def _empty(axes: Axes, title: str) -> None:
     axes.set_yticks([])
 
 
-def _over_images(axes: Axes, metrics: Metrics, title: str) -> None:
+def _over_images(axes: Axes, metrics: Curves, title: str) -> None:
     _dress(axes, title, LABELS[metrics.axis])
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -107,7 +174,7 @@ def _line(axes: Axes, series: Series, color: str, label: str) -> None:
     )
 
 
-def _draw_loss(axes: Axes, metrics: Metrics) -> None:
+def _draw_loss(axes: Axes, metrics: Curves) -> None:
     train = metrics.get("train/loss")
     held_out, raw = metrics.get("val/loss"), metrics.get("val/loss_raw")
     if train is None and held_out is None and raw is None:
@@ -126,7 +193,7 @@ def _draw_loss(axes: Axes, metrics: Metrics) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _draw_loss_by_time(axes: Axes, metrics: Metrics) -> None:
+def _draw_loss_by_time(axes: Axes, metrics: Curves) -> None:
     tenths = [metrics.get(f"train/loss_t{tenth:02d}") for tenth in range(10)]
     title = "training loss by timestep, at the end"
     if not any(tenths):
@@ -141,7 +208,7 @@ def _draw_loss_by_time(axes: Axes, metrics: Metrics) -> None:
     axes.grid(visible=False, axis="x")
 
 
-def _draw_one(axes: Axes, metrics: Metrics, name: str, title: str, smooth: bool) -> None:
+def _draw_one(axes: Axes, metrics: Curves, name: str, title: str, smooth: bool) -> None:
     series = metrics.get(name)
     if series is None:
         _empty(axes, title)

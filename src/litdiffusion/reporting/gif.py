@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from litdiffusion.diffusion import SamplerOutput
-from litdiffusion.files import whole_file
-from litdiffusion.processes import gathered
 from litdiffusion.reporting.images import PAPER, grid
+from litdiffusion.system.files import whole_file
+from litdiffusion.system.processes import gathered
 
 GRAYS = (256, 128, 64, 48, 32, 24, 16, 12, 8, 6, 4)
 COLOURS = (256, 128, 64, 48, 32)

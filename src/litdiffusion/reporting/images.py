@@ -17,7 +17,7 @@ from torch import Tensor
 from litdiffusion.diffusion.draws import Draws
 from litdiffusion.diffusion.process import q_sample
 from litdiffusion.diffusion.schedules import Schedule
-from litdiffusion.files import whole_file
+from litdiffusion.system.files import whole_file
 
 GUTTER = 2
 PAPER, INK = 255, 60

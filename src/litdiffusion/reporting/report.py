@@ -1,9 +1,10 @@
 """The end of a run in one paragraph: what was trained, how well, and where everything lies."""
 
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+
+from litdiffusion.configuration.sweeps import quoted
 
 PICTURES = {
     "grid": "a grid of samples",
@@ -26,7 +27,9 @@ def paragraph(summary: Mapping[str, object], run_dir: Path) -> str:
     sentences = [_trained(summary), _losses(summary), _places(summary, run_dir)]
     checkpoint = summary.get("checkpoint")
     if checkpoint is not None:
-        command = f"python -m litdiffusion.sample {_override('ckpt', str(checkpoint))} num_images=64"
+        command = (
+            f"python -m litdiffusion.sample {shlex.quote(f'ckpt={quoted(str(checkpoint))}')} num_images=64"
+        )
         trust = summary.get("trust")
         if isinstance(trust, list) and trust:
             command += f" trust=[{','.join(trust)}]"
@@ -93,11 +96,3 @@ def _within(path: Path, run_dir: Path) -> Path:
 def _number(summary: Mapping[str, object], key: str) -> float | None:
     value = summary.get(key)
     return float(value) if isinstance(value, int | float) else None
-
-
-def _override(key: str, value: str) -> str:
-    """A Hydra override as one shell word; Hydra itself wants quotes round anything beyond plain names."""
-    if re.fullmatch(r"[\w./-]+", value):
-        return f"{key}={value}"
-    escaped = value.replace("'", "\\'")
-    return shlex.quote(f"{key}='{escaped}'")

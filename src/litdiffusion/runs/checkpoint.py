@@ -1,4 +1,4 @@
-"""Checkpoint files: self-contained, inert, written whole, sealed.
+"""Checkpoint files: self-contained, inert, written whole, verified when they are read.
 
 A checkpoint is Lightning's dictionary (``state_dict``, ``optimizer_states``, ``global_step``, ...) and our
 ``model_config``: the resolved configuration of denoiser and sampler as plain values. It is only ever opened
@@ -6,17 +6,21 @@ under ``weights_only``, so opening one runs no code from it.
 """
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from litdiffusion.errors import UserError
-from litdiffusion.files import WriteError, second_name, whole_file
-from litdiffusion.runs.seal import fault, seal
+from litdiffusion.errors import UserError, short_text
+from litdiffusion.system.files import WriteError, hardlink, whole_file
 
 CONTENT = {"state_dict": dict, "model_config": dict, "data_config": dict, "global_step": int}
 """What every checkpoint holds."""
+
+
+END = b"PK\x05\x06"
+"""The first bytes of the record that closes a zip archive: 22 bytes and a comment."""
 
 
 class DamagedCheckpointError(UserError):
@@ -36,9 +40,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, previous: Path | No
         with whole_file(path) as temporary:
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
-            seal(temporary)
             if previous is not None and path.exists():
-                second_name(path, previous)
+                hardlink(path, previous)
     except WriteError:
         raise
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
@@ -57,8 +60,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         way_out = f": that is a run folder, whose newest is {inside}" if inside.is_file() else ""
         raise UserError(f"there is no checkpoint at {path}{way_out}")
     try:
-        reason = fault(path)
-        if reason is not None:
+        if reason := verify(path):
             raise _damaged(path, reason)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (UserError, MemoryError):
@@ -76,6 +78,37 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     ):
         raise UserError(f"{path} is not a litdiffusion checkpoint: it lacks {', '.join(CONTENT)}")
     return checkpoint
+
+
+def verify(path: Path) -> str | None:
+    """Return what is wrong with a file of ``torch.save``, or None: then it holds what was written.
+
+    Such a file is a zip archive with the CRC-32 of each of its members, which ``torch.load`` does not compare.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members, size = archive.infolist(), path.stat().st_size
+            with path.open("rb") as file:
+                file.seek(-len(END) - 18 - len(archive.comment), 2)
+                if file.read(len(END)) != END:
+                    return "its end is missing"
+            # torch.save packs nothing, so that nothing can expand; torch reads what is marked as a folder as empty.
+            if any(
+                member.compress_type != zipfile.ZIP_STORED or member.external_attr & 0x10
+                for member in members
+            ):
+                return "its members are not those of a checkpoint"
+            if sum(member.file_size for member in members) > size:
+                return "its members are larger than the whole"
+            bad = archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # a damaged directory can trip the reader in any way
+        return short_text(error)
+    return None if bad is None else f"the checksum of {bad} does not fit"
 
 
 def _damaged(path: Path, reason: str) -> DamagedCheckpointError:

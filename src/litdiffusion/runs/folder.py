@@ -6,92 +6,51 @@ provenance.json   code, versions, hardware, seed      samples/        grids, noi
 data.json         fingerprint of the images           curves.png, wandb/, tensorboard/
 summary.json      how it ended                        .lock           which job is at work here
 
-Of secrets that reach the configuration, the command or the code, nothing of this holds a word.
+None of these files holds a secret from the configuration, the command or the code.
 """
 
 import json
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
 from litdiffusion.errors import UserError
-from litdiffusion.files import UNFINISHED, write_text
-from litdiffusion.redaction import redacted_override, without_secrets
+from litdiffusion.system.files import UNFINISHED, write_text
+from litdiffusion.system.redaction import redacted_override, without_secrets
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Names of everything in a run folder."""
+    """Names of everything in a run folder, as the head of this file explains them."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.overrides = path / "overrides.txt"
+        self.provenance = path / "provenance.json"
+        self.data = path / "data.json"
+        self.summary = path / "summary.json"
+        self.metrics = path / "metrics.csv"
+        self.curves = path / "curves.png"
+        self.checkpoints = path / "checkpoints"
+        self.last_checkpoint = self.checkpoints / "last.ckpt"
+        self.samples = path / "samples"
 
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def overrides(self) -> Path:
-        """The overrides of the command, one a line."""
-        return self.path / "overrides.txt"
-
-    @property
-    def provenance(self) -> Path:
-        """Where the run came from: appended to by each start of it."""
-        return self.path / "provenance.json"
-
-    @property
-    def data(self) -> Path:
-        """What the training images are known by."""
-        return self.path / "data.json"
-
-    @property
-    def summary(self) -> Path:
-        """How the run ended."""
-        return self.path / "summary.json"
-
-    @property
-    def metrics(self) -> Path:
-        """The table of numbers."""
-        return self.path / "metrics.csv"
-
-    @property
-    def curves(self) -> Path:
-        """The picture of the numbers."""
-        return self.path / "curves.png"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def last_checkpoint(self) -> Path:
-        """The newest checkpoint."""
-        return self.checkpoints / "last.ckpt"
-
-    @property
-    def samples(self) -> Path:
-        """The folder of pictures."""
-        return self.path / "samples"
-
-    def check(self) -> None:
-        """Make sure that the folder can be made and written, and leave no trace.
+    def require_usable(self) -> None:
+        """Require that the folder can be made and written; nothing is left in it.
 
         Raises:
-            UserError: it cannot, or it holds files of somebody else's that a run would write over.
+            UserError: it cannot, or it holds files that a run would overwrite and no run has made.
         """
         try:
             there = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
         except OSError as error:
             raise _unwritable("run_dir", self.path, error) from error
-        _check_writable("run_dir", self.path, there)
+        _require_writable("run_dir", self.path, there)
         own = (self.overrides, self.provenance, self.data, self.summary, self.metrics, self.curves)
         foreign = next((file for file in own if file.exists()), None)
         if foreign and not self.config.exists():
@@ -117,29 +76,29 @@ class RunFolder:
             writable_folder("run_dir", str(folder))
 
     def tidy(self) -> None:
-        """Remove what files a killed job was writing when it died; nobody else may be writing now."""
+        """Remove the unfinished files of a killed job; only the holder of the lock may."""
         for folder in (self.path, self.checkpoints, self.samples):
             for file in folder.iterdir():
                 if file.name.startswith(UNFINISHED) and file.is_file():
                     file.unlink(missing_ok=True)
 
     def describe(self, config: dict[str, Any], overrides: Iterable[str], provenance: dict[str, Any]) -> None:
-        """Write down what is about to run."""
+        """Write configuration, overrides and provenance of this start."""
         write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(without_secrets(config))))
         write_text(self.overrides, "".join(f"{redacted_override(override)}\n" for override in overrides))
         starts = read_json(self.provenance, list) if self.provenance.exists() else []
         write_text(self.provenance, json.dumps([*starts, provenance], indent=2) + "\n")
 
     def remember_data(self, fingerprint: dict[str, Any]) -> None:
-        """Write down what the training images are known by."""
+        """Write the fingerprint of the training images."""
         write_text(self.data, json.dumps(fingerprint, indent=2) + "\n")
 
     def forget_summary(self) -> None:
-        """Remove what was said of an earlier end of the run, before its pictures are drawn over."""
+        """Remove the summary of an earlier end of the run, before its pictures are overwritten."""
         self.summary.unlink(missing_ok=True)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write down how the run ended."""
+        """Write how the run ended."""
         write_text(self.summary, json.dumps(summary, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any]:
@@ -166,14 +125,23 @@ class RunFolder:
             if (number := path.stem.removeprefix("step-")).isdecimal():
                 drawn.append((int(number), path))
         summary = self.read_summary()
-        ends = {"grid": self.samples / "grid.png", "gif": self.samples / "denoising.gif"}
-        drawn += [(summary["steps"], path) for name, path in ends.items() if name in summary]
+        ends = self.pictures_of_end()
+        drawn += [(summary["steps"], ends[name]) for name in ("grid", "gif") if name in summary]
         return [(step, path) for step, path in drawn if path.is_file() and not path.is_symlink()]
 
-    def has_ended_at(self, step: int) -> bool:
-        """Whether the run has been brought to an end, at this step or a later one.
+    def pictures_of_end(self, sampled: bool = True) -> dict[str, Path]:
+        """Return the pictures that a summary names, where they would lie.
 
-        A run that is continued for longer keeps the summary of its earlier end until it comes to the next one.
+        Args:
+            sampled: whether the end was sampled; otherwise what lies there is of an earlier end.
+        """
+        drawn = {"grid": self.samples / "grid.png", "gif": self.samples / "denoising.gif"} if sampled else {}
+        return {**drawn, "noised_strip": self.samples / "noised_strip.png", "curves": self.curves}
+
+    def has_ended_at(self, step: int) -> bool:
+        """Whether the run has ended, at this step or a later one.
+
+        A run that is continued beyond its end keeps the summary of it until the next end.
 
         Raises:
             UserError: the summary is damaged.
@@ -212,11 +180,11 @@ def writable_folder(key: str, path: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(key, folder, error) from error
-    _check_writable(key, folder, folder)
+    _require_writable(key, folder, folder)
     return folder
 
 
-def _check_writable(key: str, folder: Path, where: Path) -> None:
+def _require_writable(key: str, folder: Path, where: Path) -> None:
     try:
         with tempfile.TemporaryFile(dir=where):
             pass

@@ -1,8 +1,10 @@
 """One job at a time in a run folder.
 
-The kernel keeps the lock (``flock``), and drops it when the job dies, however it dies. The locked file says whose it
-is. Some network file systems have no locks, or have them on each machine for itself: there the file is all there is
-to go by. Its holder touches it every few seconds, and a newcomer from elsewhere watches whether that happens.
+The kernel keeps the lock (``flock``), and drops it when the job dies, however it dies. The locked file names its
+holder. Some network file systems have no locks, or keep them on each machine separately. Therefore the holder also
+touches the file every few seconds, and a job on another machine watches whether that happens before it takes over.
+
+``filelock`` has the first half of this alone: it neither names the holder nor sees one on another machine.
 """
 
 import errno
@@ -19,7 +21,7 @@ from threading import Event, Thread
 from types import TracebackType
 
 from litdiffusion.errors import UserError
-from litdiffusion.files import WriteError
+from litdiffusion.system.files import WriteError
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +35,15 @@ Holder = dict[str, str | int]
 _held: set[int] = set()
 
 
-def _let_go() -> None:
-    """A forked worker that outlives a killed job must not go on holding its lock."""
+def _close_in_child() -> None:
+    """A forked worker that outlives a killed job must not keep its lock."""
     for descriptor in _held:
         with suppress(OSError):
             os.close(descriptor)
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 class RunLock:
@@ -51,7 +53,7 @@ class RunLock:
 
     Args:
         folder: the run folder.
-        first: this is the first process of its job, which takes the lock; the others share it and do nothing here.
+        first: whether this is the first process of its job, which takes the lock; the others share it and do nothing.
         key: of the configuration that names the folder.
     """
 
@@ -60,7 +62,7 @@ class RunLock:
         self._first, self._key = first, key
         self._descriptor: int | None = None
         self._released = Event()
-        self._heart: Thread | None = None
+        self._heartbeat: Thread | None = None
 
     def __enter__(self) -> "RunLock":
         if self.path.parent.is_dir():
@@ -73,9 +75,9 @@ class RunLock:
         self.release()
 
     def take(self) -> bool:
-        """Take the lock, unless it is ours already; return whether it was free and is ours from now on.
+        """Take the lock; return whether this call has taken it: False where it was ours already.
 
-        A folder that cannot be written is left to fail by itself.
+        Where the folder cannot be written, nothing is taken: what writes there says so.
 
         Raises:
             UserError: another job has it; the line names its host, process and start.
@@ -92,16 +94,16 @@ class RunLock:
         _held.add(descriptor)
         self._descriptor = descriptor
         self._released.clear()
-        self._heart = Thread(target=self._beat, args=(descriptor,), daemon=True)
-        self._heart.start()
+        self._heartbeat = Thread(target=self._beat, args=(descriptor,), daemon=True)
+        self._heartbeat.start()
         return True
 
     def release(self) -> None:
-        """Let the next job in. The file stays, empty: removing it could remove that job's."""
-        if self._descriptor is None or self._heart is None:
+        """Release the lock. The file stays, empty: removing it could remove the next holder's."""
+        if self._descriptor is None or self._heartbeat is None:
             return
         self._released.set()
-        self._heart.join()
+        self._heartbeat.join()
         with suppress(OSError):  # the folder may have become read-only meanwhile
             os.ftruncate(self._descriptor, 0)
         _held.discard(self._descriptor)
@@ -121,12 +123,12 @@ class RunLock:
             return None
 
     def _lock(self, descriptor: int) -> None:
-        """Take the kernel's lock, or find out in some other way that nobody has it."""
+        """Take the kernel's lock, and make sure that no job on another machine is at work."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             locks = True
         except BlockingIOError:
-            raise self._in_use(_read_patiently(descriptor)) from None
+            raise self._in_use(_read(descriptor, tries=20)) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise WriteError.at(self.path, error) from error
@@ -134,8 +136,8 @@ class RunLock:
             log.warning("%s: this file system has no locks; start no two jobs on it at once", self.path)
         before = _read(descriptor)
         if before is None or (locks and before.get("host") == socket.gethostname()):
-            return  # released, or dead: on this machine the kernel would know
-        log.info("%s was left by %s: watching whether it lives", self.path, _named(before))
+            return  # released, or of a dead process: on this machine, a living one would have the kernel's lock
+        log.info("%s names %s: waiting to see whether it is at work", self.path, _named(before))
         if _is_touched(descriptor):
             raise self._in_use(before)
 
@@ -152,7 +154,7 @@ class RunLock:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a job is at work in a run folder, as far as the kernel knows."""
+    """Whether a job on this machine, or on any where the file system's locks are shared, is at work in a folder."""
     try:
         descriptor = os.open(folder / ".lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -169,7 +171,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def _write(descriptor: int, path: Path) -> None:
-    """Write this job's name into the file.
+    """Write host, process and time of start into the file.
 
     Raises:
         WriteError: the disk is full.
@@ -183,22 +185,14 @@ def _write(descriptor: int, path: Path) -> None:
         raise WriteError.at(path, error) from error
 
 
-def _read(descriptor: int) -> Holder | None:
-    """Return what the file says; None where it says nothing."""
-    try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
-    except (ValueError, RecursionError):
-        return None
-    return holder if isinstance(holder, dict) else None
-
-
-def _read_patiently(descriptor: int) -> Holder | None:
-    """Read what a job that has the lock may be about to write."""
-    for _ in range(20):
-        holder = _read(descriptor)
-        if holder is not None:
-            return holder
-        time.sleep(0.05)
+def _read(descriptor: int, tries: int = 1) -> Holder | None:
+    """Return the holder that the file names, or None; with several tries, wait for the holder to write its name."""
+    for attempt in range(tries):
+        time.sleep(0.05 if attempt else 0)
+        with suppress(ValueError, RecursionError):
+            holder = json.loads(os.pread(descriptor, 4096, 0))
+            if isinstance(holder, dict):
+                return holder
     return None
 
 
@@ -206,7 +200,7 @@ def _is_touched(descriptor: int) -> bool:
     before, deadline = os.fstat(descriptor).st_mtime_ns, time.monotonic() + WATCH_SECONDS
     while time.monotonic() < deadline:
         time.sleep(WATCH_SECONDS / 60)
-        os.pread(descriptor, 1, 0)  # network file systems look again when a file is read
+        os.pread(descriptor, 1, 0)  # a network file system refreshes its times when a file is read
         if os.fstat(descriptor).st_mtime_ns != before:
             return True
     return False

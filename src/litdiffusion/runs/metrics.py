@@ -5,9 +5,11 @@ import io
 from pathlib import Path
 
 from litdiffusion.errors import UserError
-from litdiffusion.files import append_text, write_text
+from litdiffusion.system.files import append_text, write_text
 
 Row = dict[str, float]
+
+COUNTS = ("step", "images_seen")
 
 
 class MetricsTable:
@@ -57,25 +59,38 @@ class MetricsTable:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the whole rows of the table; empty cells are left out, and so is a row without its line's end.
+    """Return the rows of a table with a column ``step`` or ``images_seen``, or both, as they lie in the file.
+
+    Empty cells are left out, and so are a row without its line's end, which a kill has cut short, and a row that
+    says neither when it was logged.
 
     Raises:
-        UserError: it is no such table.
+        UserError: the file cannot be read, or is no such table.
     """
-    try:
-        return _rows(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, OverflowError, csv.Error) as error:
-        raise UserError(f"{path} is damaged or no table of numbers: mend it, or move it away") from error
-
-
-def _rows(text: str) -> list[Row]:
-    whole = text[: text.rfind("\n") + 1]
     rows = []
-    for cells in csv.DictReader(io.StringIO(whole)):
-        row = {name: float(cell) for name, cell in cells.items() if name and cell}
-        for name in ("step", "images_seen"):
-            if name in row:
-                row[name] = int(row[name])
-        if "step" in row:
-            rows.append(row)
+    try:
+        text = path.read_text(encoding="utf-8")
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+        if not set(COUNTS) & set(reader.fieldnames or COUNTS):
+            raise ValueError("it has neither a column images_seen nor a column step")
+        for cells in reader:
+            row = {
+                name: _number(cell, name, reader.line_num) for name, cell in cells.items() if name and cell
+            }
+            counts = {name: int(row[name]) for name in COUNTS if name in row}
+            if counts:
+                rows.append(row | counts)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError, OverflowError, csv.Error) as error:
+        raise UserError(
+            f"{path} is damaged or no table of numbers ({error}): mend it, or move it away"
+        ) from error
     return rows
+
+
+def _number(cell: str, name: str, line: int) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        raise ValueError(f"line {line}: {name} is {cell!r}") from None

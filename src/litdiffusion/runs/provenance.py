@@ -7,13 +7,13 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from litdiffusion.redaction import redacted_code
+from litdiffusion.system.redaction import redacted_code
+from litdiffusion.system.version_check import installed_version
 
 PACKAGES = ("litdiffusion", "torch", "lightning", "hydra-core", "datasets", "wandb", "numpy")
 MAX_DIFF = 200_000  # characters
@@ -26,7 +26,7 @@ def provenance(seed: int) -> dict[str, Any]:
         "seed": seed,
         "git": _git(),
         "python": sys.version.split()[0],
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: installed_version(name) for name in PACKAGES},
         "hardware": _hardware(),
     }
 
@@ -46,13 +46,6 @@ def _git() -> dict[str, str] | None:
         diff = redacted_code(ask("diff", "HEAD"))
         return {"commit": ask("rev-parse", "HEAD").strip(), "diff": diff[:MAX_DIFF]}
     except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
         return None
 
 

@@ -1,4 +1,4 @@
-"""Whether a command starts a run, continues one, or is about to spoil somebody else's."""
+"""Whether a command starts a run, continues one, or would overwrite a run of another configuration."""
 
 import logging
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from litdiffusion.data.fingerprint import Fingerprint, changes
 from litdiffusion.errors import UserError
-from litdiffusion.redaction import without_secrets
 from litdiffusion.runs.checkpoint import DamagedCheckpointError, read_checkpoint
 from litdiffusion.runs.folder import RunFolder, read_json
+from litdiffusion.system.redaction import without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ FREE_TO_CHANGE = (
     "paths",
     "logger",
     "callbacks",
+    "metrics",
+    "module.metrics",
     "sampler",
     "data.path",
     "datamodule.num_workers",
@@ -58,8 +60,8 @@ class Resumption:
     settings: tuple[frozenset[str], ...]  # the names that each group of parameters has in its optimizer
     damaged: Path | None = None
 
-    def check_model(self, config: dict[str, Any]) -> None:
-        """Check that the checkpoint is one of the model that the present configuration describes.
+    def require_same_model(self, config: dict[str, Any]) -> None:
+        """Require that the checkpoint is of the model that this configuration describes.
 
         Raises:
             UserError: it is not.
@@ -67,15 +69,17 @@ class Resumption:
         changed = differences(self.model_config, {name: config.get(name) for name in self.model_config})
         if changed:
             raise UserError(
-                f"checkpoint {self.checkpoint} is of another model: {_told(changed)}; repeat the checkpoint's own"
+                f"checkpoint {self.checkpoint} is of another model: {_listed(changed)}; repeat the checkpoint's own"
                 " choices, or start in a new run_dir"
             )
 
-    def check_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Check that what is built from the present configuration can take the checkpoint's weights.
+    def require_fitting(self, state_dict: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+        """Require weights of the checkpoint's names and shapes, and an optimizer of its kind.
+
+        The optimizer's settings may be others.
 
         Raises:
-            UserError: it cannot.
+            UserError: what was built from this configuration does not fit the checkpoint.
         """
         present = _shapes(state_dict)
         for name in {**present, **self.weights}:
@@ -86,15 +90,7 @@ class Resumption:
                     f" is {_spelled(now)}; repeat the checkpoint's own choices (net, ema, timesteps), or start in a"
                     " new run_dir"
                 )
-
-    def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Check that the optimizer is of the kind whose state the checkpoint holds; its settings may be others.
-
-        Raises:
-            UserError: it is not.
-        """
-        present = tuple(frozenset(group) for group in optimizer.param_groups)
-        if present != self.settings:
+        if tuple(frozenset(group) for group in optimizer.param_groups) != self.settings:
             raise UserError(
                 f"checkpoint {self.checkpoint} holds the state of another kind of optimizer than optimizer._target_:"
                 " repeat the checkpoint's own"
@@ -120,7 +116,7 @@ def find_resumption(run: RunFolder, config: dict[str, Any], resume: str) -> Resu
             raise UserError(f"run_dir {run.path} already holds a run: with resume=never choose a new run_dir")
         return None
     if run.config.exists():
-        _check_same_run(run, config, started)
+        _require_same_run(run, config, started)
     if resume not in ("auto", "must"):
         path = Path(resume).expanduser().absolute()
         # A run that has begun from another one's checkpoint goes on from its own.
@@ -157,8 +153,8 @@ def set_damaged_aside(resumption: Resumption) -> None:
     )
 
 
-def check_same_data(run: RunFolder, fingerprint: Fingerprint) -> None:
-    """Check that a run goes on with the images that it began with.
+def require_same_data(run: RunFolder, fingerprint: Fingerprint) -> None:
+    """Require that a run continues with the images that it began with.
 
     Raises:
         UserError: the images have changed.
@@ -170,8 +166,8 @@ def check_same_data(run: RunFolder, fingerprint: Fingerprint) -> None:
     if "images" in changed:
         what = f"{before['images']} images then, {fingerprint['images']} now"
     else:
-        told = {"some": "pixels", "pixels": "pixels", "labels": "labels", "stored": "files"}
-        what = f"other {' and '.join(dict.fromkeys(told[name] for name in changed))}"
+        names = {"some": "pixels", "pixels": "pixels", "labels": "labels", "stored": "files"}
+        what = f"other {' and '.join(dict.fromkeys(names[name] for name in changed))}"
     if changed:
         raise UserError(
             f"the training data is not what run_dir {run.path} began with ({what}): restore it, or choose a"
@@ -219,7 +215,7 @@ def _from(path: Path, damaged: Path | None = None) -> Resumption:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the keys that decide what is trained and differ, with both values."""
-    before, after = _flat(old), _flat(new)
+    before, after = flat(old), flat(new)
     keys = [key for key in {**before, **after} if not _is_free(key)]
     missing = "(absent)"
     return {
@@ -229,7 +225,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
     }
 
 
-def _check_same_run(run: RunFolder, config: dict[str, Any], started: bool) -> None:
+def _require_same_run(run: RunFolder, config: dict[str, Any], started: bool) -> None:
     before = read_config(run.config)
     if not {"run_dir", "module", "datamodule"} <= before.keys():
         raise UserError(
@@ -238,16 +234,16 @@ def _check_same_run(run: RunFolder, config: dict[str, Any], started: bool) -> No
     changed = differences(before, without_secrets(config))
     if changed and started:
         raise UserError(
-            f"run_dir {run.path} belongs to another configuration: {_told(changed)};"
+            f"run_dir {run.path} belongs to another configuration: {_listed(changed)};"
             " choose a new run_dir, or repeat the command as it was"
         )
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read what a run was; interpolations in it stay text.
+    """Read the configuration of a run; interpolations stay text.
 
     Raises:
-        UserError: it is no plain YAML, or uses references, by which a few lines can mean gigabytes.
+        UserError: it is not plain YAML, or uses aliases, by which a few lines can expand to gigabytes.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -267,22 +263,27 @@ def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, keys joined by dots; an empty mapping is a value."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
-    parts = [_flat(child, f"{prefix}.{key}" if prefix else str(key)) for key, child in value.items()]
+    parts = [flat(child, f"{prefix}.{key}" if prefix else str(key)) for key, child in value.items()]
     return {key: leaf for part in parts for key, leaf in part.items()}
 
 
-def _told(changed: dict[str, tuple[Any, Any]]) -> str:
-    """Name the first few; what other nodes repeat by interpolation is told once, under its shortest name."""
-    told: dict[str, tuple[Any, Any]] = {}
+def _listed(changed: dict[str, tuple[Any, Any]]) -> str:
+    """Name the first few; a value that several nodes share by interpolation appears once, under its shortest key."""
+    listed: dict[str, tuple[Any, Any]] = {}
     for key in sorted(changed, key=lambda key: key.count(".")):
-        name = key.removeprefix("denoiser.").removeprefix("objective.") if key.count(".") > 1 else key
-        if not any(f".{name}".endswith(f".{other}") for other in told):
-            told[name] = changed[key]
-    shown = ", ".join(f"{key} was {before!r} and is {now!r}" for key, (before, now) in list(told.items())[:3])
-    return f"{shown} and {len(told) - 3} more" if len(told) > 3 else shown
+        name = key
+        if key.count(".") > 1:
+            name = key.removeprefix("denoiser.").removeprefix("inner.").removeprefix("objective.")
+        if not any(f".{name}".endswith(f".{other}") for other in listed):
+            listed[name] = changed[key]
+    shown = ", ".join(
+        f"{key} was {before!r} and is {now!r}" for key, (before, now) in list(listed.items())[:3]
+    )
+    return f"{shown} and {len(listed) - 3} more" if len(listed) > 3 else shown
 
 
 def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

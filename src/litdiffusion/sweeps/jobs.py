@@ -1,6 +1,5 @@
-"""A job of a sweep: one command with one folder, and how to see that it is finished already."""
+"""A job of a sweep: one command with one folder, and whether it is finished already."""
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -16,16 +15,16 @@ from omegaconf.errors import OmegaConfBaseException
 from litdiffusion.configuration.hardware import native_accelerator, num_devices
 from litdiffusion.configuration.sweeps import FOLDERS, quoted
 from litdiffusion.errors import UserError
-from litdiffusion.files import write_text
-from litdiffusion.redaction import redacted_override, without_secrets
-from litdiffusion.runs.folder import RunFolder, absolute
+from litdiffusion.runs.folder import RunFolder, absolute, read_json
 from litdiffusion.runs.resume import differences, read_config
+from litdiffusion.system.files import write_text
+from litdiffusion.system.redaction import redacted_override, without_secrets
 
 RESULTS = {"sample": "sample.json", "evaluate": "metrics.json"}
-"""What commands that write into ``out`` leave there."""
+"""The result files of commands that write into ``out``."""
 
 OF_THE_SWEEP = re.compile(r"[+~]*hydra(\.(mode|sweep|sweeper|launcher)\b|/(sweeper|launcher)\b)")
-"""Overrides that say how jobs are chosen and run, and mean nothing to one of them."""
+"""Overrides that choose and run the jobs, and are not passed on to them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +35,12 @@ class Job:
         number: within the sweep.
         overrides: as the sweeper has put them together.
         folder: where the job writes.
-        result: the file in it that holds what came of the job.
+        result: the file in it that holds the job's results.
         command: the whole command line.
         wanted: names of the numbers in ``result`` that a sweeper asks for.
         num_processes: how many the job starts on this machine.
         on_gpu: whether it computes on GPUs.
-        config: of a training run, all of its configuration; None for other commands, or where it makes no sense.
+        config: of a training run, its whole configuration; None for other commands, or where it cannot be resolved.
     """
 
     number: int
@@ -55,19 +54,18 @@ class Job:
     config: dict[str, Any] | None = None
 
     def results(self) -> dict[str, Any]:
-        """Return what the job has left; {} where there is nothing, or nothing legible."""
+        """Return the job's results; {} where there are none, or the file is damaged."""
         try:
-            found = json.loads(self.result.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            return read_json(self.result, dict)
+        except UserError:
             return {}
-        return found if isinstance(found, dict) else {}
 
     def is_finished(self) -> bool:
-        """Whether the folder holds the end of this very job; where in doubt, the job itself shall look."""
+        """Whether the folder holds the end of this very job; False where in doubt, and the job itself decides."""
         return self._is_trained() if self.config else self._is_written()
 
     def note_start(self) -> None:
-        """Write down what the job is about to do, as a training run does by itself."""
+        """Write the overrides of a job that does not do so itself, as a training run does."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.config is None:
             write_text(self._note, self._text)
@@ -94,7 +92,7 @@ class Job:
             if not run.has_ended_at(config["trainer"]["max_steps"]):
                 return False
             return not differences(read_config(run.config), without_secrets(config))
-        except Exception:  # damaged, or another's: the job refuses in so many words
+        except Exception:  # damaged, or of another run: the job itself reports it
             return False
 
     def _is_written(self) -> bool:
@@ -148,7 +146,7 @@ def make_job(
         HydraConfig.instance().cfg = before
     hydra_overrides: Any = OmegaConf.to_container(master.hydra.overrides.hydra)
     kept = [text for text in hydra_overrides if not OF_THE_SWEEP.match(text)]
-    # A preset of the group "sweep" may say anything about a job, and that it is a sweep.
+    # A preset of the group "sweep" may set anything, hydra.mode as well: our own values come last.
     task = [text for text in overrides if text.partition("=")[0].lstrip("+") != key]
     ours = [f"{key}={quoted(str(folder))}", f"hydra.job.num={number}", "hydra.mode=RUN"]
     wanted = cfg.get("optimized_metric") or ()
@@ -184,7 +182,7 @@ def _folder(cfg: DictConfig, key: str) -> Path:
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any] | None:
-    """Return a configuration with every interpolation resolved; None where that cannot be: the job will say why."""
+    """Return a configuration with every interpolation resolved; None where that fails: the job itself reports it."""
     task = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     task._set_parent(cfg)
     try:
@@ -203,7 +201,7 @@ def _devices(cfg: DictConfig) -> tuple[int, bool]:
         accelerator = str(trainer.get("accelerator", "auto"))
         accelerator = native_accelerator() if accelerator == "auto" else accelerator
         return num_devices(trainer.get("devices", 1), accelerator), accelerator in ("gpu", "cuda")
-    except (OmegaConfBaseException, UserError):  # the job will say so
+    except (OmegaConfBaseException, UserError):  # the job itself reports it
         return 1, False
 
 

@@ -1,4 +1,4 @@
-"""What each of several jobs gets of one machine: its share of the cores, or of the GPUs."""
+"""The share of a machine's cores or GPUs that each of several jobs gets."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,24 +8,25 @@ from typing import TypeVar
 import torch
 
 from litdiffusion.errors import UserError
-from litdiffusion.orphans import PARENT
+from litdiffusion.system.parent_death import PARENT
+from litdiffusion.system.processes import usable_cores
 
 T = TypeVar("T")
 
 SWEEP = "LITDIFFUSION_SWEEP"
-"""Tells a job the name of its sweep: the group of its run on a dashboard."""
+"""The variable that holds the name of a job's sweep: the group of its run on a dashboard."""
 
 OF_ANOTHER_GROUP = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "ROLE_RANK", "ROLE_NAME"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "LITDIFFUSION_RUN_DIR", "HYDRA_FULL_ERROR"),
 )
-"""Variables, with all that begin with TORCHELASTIC_, that tell of a group of processes which a job is not in."""
+"""Variables, with all that begin with TORCHELASTIC_, that describe a group of processes which a job is not in."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Cores and GPUs, by their names; None for all that there are."""
+    """Cores and GPUs, by their names; None for all of them."""
 
     cores: tuple[int, ...] | None = None
     gpus: tuple[str, ...] | None = None
@@ -68,13 +69,6 @@ def environment(share: Share, num_processes: int, sweep: str, wants_traceback: b
     return variables
 
 
-def usable_cores() -> list[int]:
-    """Return the cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
 def visible_gpus(variables: Mapping[str, str] = os.environ) -> list[str]:
     """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     chosen = variables.get("CUDA_VISIBLE_DEVICES")
@@ -84,7 +78,7 @@ def visible_gpus(variables: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def bind(pid: int, share: Share) -> None:
-    """Keep a process that has just begun, and all that it will start, on the share's cores, where the system can."""
+    """Restrict a new process, and all that it starts, to the share's cores, where the system can."""
     if share.cores is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(pid, share.cores)
 

@@ -1,4 +1,4 @@
-"""A job at work: a process group of its own, what it says, and how it ended."""
+"""A running job: a process group of its own, its output, and how it ended."""
 
 import codecs
 import os
@@ -13,13 +13,13 @@ from threading import Thread
 from typing import Any, Protocol, runtime_checkable
 
 from litdiffusion.configuration.messages import PROCESS_LOST
-from litdiffusion.redaction import redacted
 from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.machine import Share, bind
+from litdiffusion.system.redaction import redacted
 
 TAIL_CHARACTERS = 2**16
 GRACE_SECONDS = 5.0
-"""For what a job leaves behind (a logger's process that sends its last lines), and for its last words."""
+"""How long what a job leaves behind (a logger's process, the last of its output) may take to finish."""
 
 _ERROR = re.compile(r"error(?: \(process \d+\))?: ")
 
@@ -28,19 +28,19 @@ FINISHED, SKIPPED, FAILED, STOPPED, WAITING = "finished", "skipped-finished", "f
 
 @runtime_checkable
 class Stream(Protocol):
-    """Where a job's words are passed on to: ``sys.stdout``, or what stands for it."""
+    """Where a job's output is passed on to: ``sys.stdout``, or its replacement."""
 
     def write(self, text: str, /) -> int:
-        """Show text."""
+        """Write text."""
 
     def flush(self) -> None:
-        """Show it now."""
+        """Flush it."""
 
     def isatty(self) -> bool:
-        """Whether somebody watches."""
+        """Whether it is a terminal."""
 
     def fileno(self) -> int:
-        """The descriptor, where there is one."""
+        """Return the file descriptor."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Outcome:
 
 
 def _no_link(path: str, flags: int) -> int:
-    """Open a file of a run folder, which may come from elsewhere: nothing is written through a link in it."""
+    """Open a file, but no symbolic link: a run folder may come from elsewhere."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
@@ -95,7 +95,7 @@ class RunningJob:
             bind(self._process.pid, share)
 
     def ask_to_stop(self, signum: int) -> None:
-        """Pass a signal on, to the job's first process: it saves and stops, and the others with it."""
+        """Send a signal to the job's first process: it saves and stops, and the others with it."""
         self.asked_to_stop = signum
         self._process.send_signal(signum)
 
@@ -112,7 +112,7 @@ class RunningJob:
         self._end_group()
         for echo in self._echoes:
             echo.finish()
-        if code == 0 or (self.asked_to_stop and self.job.is_finished()):  # it was about to leave
+        if code == 0 or (self.asked_to_stop and self.job.is_finished()):  # it had ended when the signal came
             return Outcome(FINISHED)
         signum = -code if code < 0 else code - 128
         if self.asked_to_stop and signum == self.asked_to_stop:
@@ -120,7 +120,7 @@ class RunningJob:
         return Outcome(FAILED, redacted(reason(code, self._tail())))
 
     def _end_group(self) -> None:
-        """What outlives the first process, such as the others of a killed one, would hold cores and GPUs."""
+        """End what outlives the first process, such as the others of a killed run: it holds cores and GPUs."""
         deadline = time.monotonic() + GRACE_SECONDS
         with suppress(ProcessLookupError, PermissionError):
             while time.monotonic() < deadline:
@@ -137,10 +137,10 @@ class RunningJob:
 
 
 def reason(code: int, output: str) -> str:
-    """Say in one line why a process has ended with ``code``, from the last of what it said.
+    """Return in one line why a process has ended with ``code``, from the end of its output.
 
-    That is its last line ``error: ...``, or else what its last traceback ends with; a signal is named in any case.
-    That another process of the run was lost is the reason only where that one has left no other.
+    That is its last line ``error: ...``, or else the exception of its last traceback; a signal is named in any case.
+    The loss of another process of the run is the reason only where there is no other.
     """
     lines = [re.sub(r"\A\[rank\d+\]: ", "", line.rstrip()) for line in re.split(r"[\r\n]+", output)]
     errors = [line[match.end() :] for line in lines if (match := _ERROR.match(line))]
@@ -172,9 +172,9 @@ def _signal_name(signum: int) -> str:
 
 
 class _Echo:
-    """One end for a job to write to; what comes is passed on to ``stream`` at once, and the last of it kept.
+    """A pipe for a job's output, which is passed on to ``stream`` at once; the last of it is kept.
 
-    The end is a terminal where the stream is one, so that a progress bar moves.
+    It is a pseudo-terminal where the stream is a terminal, so that a progress bar moves.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -184,12 +184,12 @@ class _Echo:
         self._thread = Thread(target=self._pass_on, daemon=True)
 
     def start(self) -> None:
-        """Leave the end to the job alone, and listen."""
+        """Close this process's copy of the writing end, and start reading."""
         os.close(self.writer)
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait for the last words."""
+        """Wait for the last of the output."""
         self._thread.join(GRACE_SECONDS)
 
     def _pass_on(self) -> None:
@@ -205,12 +205,12 @@ class _Echo:
     def _read(self) -> bytes:
         try:
             return os.read(self._reader, 2**16)
-        except OSError:  # how a terminal says that nobody writes any more
+        except OSError:  # a pseudo-terminal without a writer
             return b""
 
 
 def _terminal_like(stream: Stream) -> tuple[int, int]:
-    """Return the two ends of a new terminal of the same size, which changes nothing of what passes through."""
+    """Return the two ends of a new pseudo-terminal of the same size, which passes the output on unchanged."""
     import pty
     import termios
 

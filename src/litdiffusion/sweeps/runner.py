@@ -1,31 +1,31 @@
-"""Jobs one after the other, or several at once; a signal to the sweep is a signal to them."""
+"""Jobs one after the other, or several at once; signals to the sweep are passed on to them."""
 
 import logging
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.machine import Share, environment
 from litdiffusion.sweeps.process import FAILED, Outcome, RunningJob
+from litdiffusion.system.processes import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
 
-SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 LOOK_SECONDS = 0.1
 PATIENCE = 3
-"""So many signals, and the jobs are killed."""
+"""After this many signals the jobs are killed."""
 
 
 class Runner:
     """Run jobs, each in its share of the machine.
 
     Args:
-        places: one for each job that runs at a time. The jobs of a single place have the terminal to themselves.
+        places: one for each job that runs at a time. Where there is one, its jobs write to the terminal.
         sweep: the name of the sweep.
         wants_traceback: whether the user has set HYDRA_FULL_ERROR.
     """
@@ -69,7 +69,7 @@ class Runner:
             started.ask_to_stop(self._signals[-1])
 
     def _look(self, ended: Callable[[Job, Outcome], None]) -> None:
-        """See which jobs have ended; where none has, wait a little."""
+        """Report a job that has ended; where none has, wait a little."""
         for place, job in list(self._running.items()):
             outcome = job.outcome()
             if outcome is not None:
@@ -80,12 +80,10 @@ class Runner:
 
     @contextmanager
     def _forwarding(self) -> Iterator[None]:
-        before: dict[int, Any] = {}
-        try:
-            for signum in SIGNALS:
+        before: dict[signal.Signals, Any] = {}
+        with suppress(ValueError):  # only the main thread receives signals
+            for signum in STOP_SIGNALS:
                 before[signum] = signal.signal(signum, self._forward)
-        except ValueError:  # not in the main thread, which alone hears signals
-            pass
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""A sweep: its jobs, which of them are left to do, and what their sweeper is told."""
+"""A sweep: its jobs, which of them are unfinished, and what the sweeper gets to know of each."""
 
 import logging
 import sys
@@ -11,18 +11,18 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from omegaconf import DictConfig, OmegaConf
 
-from litdiffusion.configuration.slurm import num_tasks
+from litdiffusion.configuration.resolvers import direction
 from litdiffusion.configuration.sweeps import SweepCommand, current_sweep
 from litdiffusion.errors import UserError
-from litdiffusion.files import write_text
-from litdiffusion.processes import num_started
-from litdiffusion.redaction import redacted_override, without_secrets
 from litdiffusion.reporting.report import duration
 from litdiffusion.runs.folder import absolute, writable_folder
 from litdiffusion.runs.lock import RunLock, is_locked
 from litdiffusion.sweeps.jobs import Job, make_job, program_of
 from litdiffusion.sweeps.process import FAILED, FINISHED, SKIPPED, WAITING, Outcome
 from litdiffusion.sweeps.table import Results
+from litdiffusion.system.files import write_text
+from litdiffusion.system.launch import num_started, num_tasks
+from litdiffusion.system.redaction import redacted_override, without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +30,12 @@ BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 
 Perform = Callable[[Sequence[Job], Callable[[Job], None], Callable[[Job, Outcome], None]], int | None]
-"""Runs jobs. It calls the one function when a job begins and the other when it has ended, and returns the signal that
-has stopped it, if one has."""
+"""Runs jobs. It calls the first function when a job begins and the second when it has ended, and returns the signal
+that has stopped it, if one has."""
 
 
-ORPHAN_SECONDS = 60.0
-"""For a job of a killed sweep to save and stop; a folder in use for longer is somebody else's."""
+KILLED_SWEEP_SECONDS = 60.0
+"""How long a job of a killed sweep may take to save and stop; a folder in use for longer is another job's."""
 
 
 class Sweep:
@@ -77,12 +77,12 @@ class Sweep:
         ]
 
     def run(self, jobs: Sequence[Job], perform: Perform, on_this_machine: bool = True) -> list[JobReturn]:
-        """Have those of the jobs run that are not finished.
+        """Run those of the jobs that are not finished.
 
         Args:
             jobs: of the sweep.
             perform: runs them.
-            on_this_machine: whether what is still at work in a job's folder can only be left from a killed sweep.
+            on_this_machine: whether only a job of a killed sweep can be at work in a job's folder.
 
         Raises:
             SystemExit: a signal has stopped the sweep; the code is 128 + the signal.
@@ -90,7 +90,7 @@ class Sweep:
         """
         self._begin()
         if on_this_machine:
-            self._await_orphans(job for job in jobs if not job.is_finished())
+            self._await_jobs_of_killed_sweep(job for job in jobs if not job.is_finished())
         signum = perform(self._left_of(jobs), self._say_begun, self._note_end)
         if signum:
             sys.exit(128 + signum)
@@ -102,13 +102,13 @@ class Sweep:
         self._command.report = self._report
 
     def _hide_secrets(self) -> None:
-        """Hydra's sweeper has written the command by now, whoever has the lock, and whatever will be refused."""
+        """Mask secrets in the command, which Hydra's sweeper has written by now, before anything is refused."""
         written = self.folder / "multirun.yaml"
         if written.exists():
             cfg: Any = OmegaConf.to_container(self._config)
             typed = cfg["hydra"]["overrides"]["task"]
             cfg["hydra"]["overrides"]["task"] = [redacted_override(text) for text in typed]
-            cfg["hydra"]["job"].pop("override_dirname", None)  # the same once more, in one word
+            cfg["hydra"]["job"].pop("override_dirname", None)  # holds the same overrides
             write_text(written, OmegaConf.to_yaml(OmegaConf.create(without_secrets(cfg))))
 
     def _left_of(self, jobs: Sequence[Job]) -> list[Job]:
@@ -123,9 +123,9 @@ class Sweep:
         self.results.write()
         return left
 
-    def _await_orphans(self, jobs: Iterable[Job]) -> None:
-        """Jobs of a sweep that was killed may be about to save what they have, or to finish."""
-        deadline = time.monotonic() + ORPHAN_SECONDS
+    def _await_jobs_of_killed_sweep(self, jobs: Iterable[Job]) -> None:
+        """Wait for jobs of a killed sweep, which may be about to save or to finish."""
+        deadline = time.monotonic() + KILLED_SWEEP_SECONDS
         for job in jobs:
             if is_locked(job.folder):
                 print(f"Job {job.number}: waiting for a process to leave {job.folder}", flush=True)
@@ -152,7 +152,7 @@ class Sweep:
         return f"Job {job.number} ({special})" if special else f"Job {job.number}"
 
     def _returned(self, job: Job) -> JobReturn:
-        """Return what a sweeper knows of a job. Hydra's own would end at the first that it knew to have failed."""
+        """Return a job's result to the sweeper. Hydra's own gets no failure, at which it would end the sweep."""
         returned = JobReturn(
             overrides=list(job.overrides), working_dir=str(Path.cwd()), status=JobStatus.COMPLETED
         )
@@ -169,11 +169,10 @@ class Sweep:
         return returned
 
     def _report(self) -> None:
-        """Print the table; let the next sweep in."""
+        """Release the folder, and print the table."""
         self._lock.release()
         self._command.failed |= self.results.failed()
-        print(f"\n{self.results.table(self._metric())}\n{self.results.path} holds this table.", flush=True)
-
-    def _metric(self) -> str:
         metric = self._config.get("optimized_metric")
-        return metric if isinstance(metric, str) else "val_loss"
+        metric = metric if isinstance(metric, str) else "val_loss"
+        table = self.results.table(metric, direction(metric, _root_=self._config) == "maximize")
+        print(f"\n{table}\n{self.results.path} holds this table.", flush=True)

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from litdiffusion.files import write_text
-from litdiffusion.redaction import redacted_override
 from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.process import FAILED, Outcome
+from litdiffusion.system.files import write_text
+from litdiffusion.system.redaction import redacted_override
 
-NUMBERS = ("val_loss", "train_loss", "val_bits_per_dim", "images_per_second", "wall_seconds")
-"""Of a training run, in this order; of other commands, all that their results hold."""
+NUMBERS = ("train_loss", "images_per_second", "wall_seconds")
+"""What of a training run is shown beside its metrics; of other commands, all that their results hold is."""
 
 Row = dict[str, Any]
 
@@ -71,15 +71,14 @@ class Results:
         choices = _choices(job.overrides)
         return " ".join(f"{key}={choices[key]}" for key in self.varied() if key in choices)
 
-    def table(self, metric: str = "val_loss") -> str:
-        """Return a table for the terminal, the least of ``metric`` first, and the rest in order."""
+    def table(self, metric: str = "val_loss", higher_is_better: bool = False) -> str:
+        """Return a table for the terminal, the best by ``metric`` first, and the rest in order."""
 
         def place(row: Row) -> tuple[float, int]:
             value = row.get(metric)
-            return (
-                value if isinstance(value, int | float) and math.isfinite(value) else math.inf,
-                row["job"],
-            )
+            if not (isinstance(value, int | float) and math.isfinite(value)):
+                return math.inf, row["job"]
+            return -value if higher_is_better else value, row["job"]
 
         rows = sorted(self.rows(), key=place)
         columns = [name for name in _columns(rows) if any(row.get(name, "") != "" for row in rows)]
@@ -101,7 +100,10 @@ def _numbers(job: Job) -> Row:
         for key, value in job.results().items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-    return {key: found[key] for key in NUMBERS if key in found} if job.config else found
+    if not job.config:
+        return found
+    shown = (*(f"val_{name}" for name in job.config.get("metrics") or ()), *NUMBERS)
+    return {key: found[key] for key in shown if key in found}
 
 
 def _choices(overrides: Iterable[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""One setting of the C library that CPU training gains much by."""
+"""A setting of the C library that speeds up training on the CPU."""
 
 import ctypes
 import platform

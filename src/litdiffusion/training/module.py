@@ -3,7 +3,8 @@
 The mathematics is in ``diffusion``; what is logged, saved and shown is in ``callbacks``.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 import torch
@@ -12,14 +13,11 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
 
 from litdiffusion.data.datamodule import Batch
 from litdiffusion.diffusion import Denoiser, Draws, Objective, ObjectiveOutput
-from litdiffusion.diffusion.likelihood import Variance
 from litdiffusion.errors import UserError
-from litdiffusion.evaluation.bits_per_dim import bits_per_dim
-from litdiffusion.evaluation.held_out import held_out_losses
+from litdiffusion.evaluation import Metric, Model, listed, numbers
 from litdiffusion.training.ema import EMA
 
 
@@ -39,8 +37,7 @@ class LitDiffusion(LightningModule):
         optimizer: from parameters to an optimizer.
         lr_scheduler: from an optimizer to its schedule, stepped every optimizer step.
         ema: how weights are averaged; None for no average.
-        bits_per_dim_images: how many of the held-out images ``val/bits_per_dim`` is measured on; 0 for none.
-        bits_per_dim_times: at how many times each; None for all T.
+        metrics: what validation measures, by name; None leaves one out.
         seed: every random number of the training is a function of it (see ``diffusion.draws``).
     """
 
@@ -51,28 +48,23 @@ class LitDiffusion(LightningModule):
         optimizer: Callable[..., Optimizer],
         lr_scheduler: Callable[[Optimizer], LRScheduler],
         ema: EMA | None = None,
-        bits_per_dim_images: int = 0,
-        bits_per_dim_times: int | None = 10,
+        metrics: Mapping[str, Metric | None] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if bits_per_dim_images < 0 or (bits_per_dim_times or 2) < 2:
-            raise ValueError(
-                f"bits_per_dim_images={bits_per_dim_images}, bits_per_dim_times={bits_per_dim_times}: must be at"
-                " least 0 and at least 2, or null for all times"
-            )
+        objective.require_support(denoiser)
         self.denoiser = denoiser
         self.ema_net: nn.Module | None = ema.copy_of(denoiser.core.net) if ema else None
         self.objective = objective
         self.optimizer_factory = optimizer
         self.lr_scheduler_factory = lr_scheduler
         self.ema = ema
-        self.bits_per_dim_images = bits_per_dim_images
-        self.bits_per_dim_times = bits_per_dim_times
+        # In a plain dictionary, since they are no part of the model, nor of its checkpoints.
+        self.metrics = listed(metrics)
+        for metric in self.metrics.values():
+            metric.check(denoiser)
         self.seed = seed
-        self.val_loss = MeanMetric()
-        self.val_loss_raw = MeanMetric()
-        self.val_bits = MeanMetric()
+        self.to_log: dict[bool, set[str]] = {True: set(), False: set()}
 
     @property
     def ema_denoiser(self) -> Denoiser:
@@ -100,6 +92,7 @@ class LitDiffusion(LightningModule):
         draws = self.draws(batch)
         torch.manual_seed(draws.seed("network", self.global_rank))  # dropout, the one thing drawn globally
         output: ObjectiveOutput = self.objective(self.denoiser, batch, draws)
+        self.log_dict({name: value.detach() for name, value in (output.logs or {}).items()})
         if self.objective.learns:
             self.objective.observe(self.denoiser, *self._of_all_processes(output))
         return StepOutput(loss=output.loss, output=output)
@@ -111,27 +104,45 @@ class LitDiffusion(LightningModule):
         place = (self.seed, "train", batch.step)
         return Draws.at(*place, start=start, stop=stop, device=batch.images.device, batch_size=batch_size)
 
+    def on_validation_epoch_start(self) -> None:
+        """Measure from the beginning."""
+        for metric in self.metrics.values():
+            metric.to(self.device).reset()
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add to the validation loss and to the bound."""
-        images, first, labels = batch.images, batch.start, batch.labels
-        best = self.ema_denoiser
-        self.val_loss.update(held_out_losses(best, self.objective, images, first, labels)[0])
-        if self.ema_net is not None:
-            self.val_loss_raw.update(held_out_losses(self.denoiser, self.objective, images, first, labels)[0])
-        measured = images[: max(0, self.bits_per_dim_images - first)]
-        if len(measured):
-            few = None if labels is None else labels[: len(measured)]
-            variance: Variance = "learned" if best.learned_variance else "beta"
-            bits = bits_per_dim(best, measured, first, self.bits_per_dim_times, variance, few)
-            self.val_bits.update(bits)
+        """Measure a batch of held-out images."""
+        model = Model(self.ema_denoiser, self.objective, None if self.ema_net is None else self.denoiser)
+        for metric in self.metrics.values():
+            metric.update(model, batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Publish the validation loss to callbacks; they hand it to the loggers."""
-        self.log("val/loss", self.val_loss, logger=False)
-        if self.ema_net is not None:
-            self.log("val/loss_raw", self.val_loss_raw, logger=False)
-        if self.bits_per_dim_images:
-            self.log("val/bits_per_dim", self.val_bits, logger=False)
+        """Publish what was measured, the same on every process."""
+        self.log_dict(numbers(self.metrics), sync_dist=True, batch_size=1)
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Log a number as Lightning does; the monitor adds it to its next row, of training or of validation.
+
+        Lightning itself would hand it to the loggers in a row of its own, without ``images_seen``.
+        """
+        super().log(name, value, prog_bar, False, *args, **kwargs)
+        if logger is not False:
+            self.to_log[self.training].add(name)
+
+    def take_logged(self) -> dict[str, Tensor]:
+        """Return the latest values of what was logged since the last call, in training or in validation."""
+        if not (names := self.to_log[self.training]):
+            return {}
+        found = {name: value for name, value in self.trainer.callback_metrics.items() if name in names}
+        names -= found.keys()
+        return found
 
     def _of_all_processes(self, output: ObjectiveOutput) -> tuple[Tensor | None, Tensor]:
         t, losses = self.all_gather((output.t, output.losses.detach()))
@@ -147,6 +158,8 @@ class LitDiffusion(LightningModule):
             optimizer = self.optimizer_factory(self.denoiser.core.net.parameters())
         except ValueError as error:
             raise UserError(f"optimizer: {error}") from error
+        if not math.isfinite(lr := optimizer.defaults.get("lr", 0)):
+            raise UserError(f"optimizer.lr={lr}: must be a finite number")
         try:
             scheduler = self.lr_scheduler_factory(optimizer)
         except ValueError as error:

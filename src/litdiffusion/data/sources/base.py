@@ -1,12 +1,10 @@
-"""What every source of images promises."""
+"""The interface of every source of images."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
 import datasets
-
-from litdiffusion.errors import UserError
 
 Split = Literal["train", "test"]
 
@@ -17,26 +15,26 @@ class Source(ABC):
     Args:
         image_size: a side in pixels, or [height, width]; images of another size are resized and cropped.
         channels: 1 (gray) or 3 (RGB); images of the other kind are converted.
-        flip: a mirror image is as plausible as the image, so training may show both.
+        flip: mirror a random half of the training images.
 
     Raises:
-        UserError: a value is out of range.
+        ValueError: a value is out of range.
     """
 
     name: str
-    """How messages call this source."""
+    """The name of this source in messages."""
     class_names: list[str] | None = None
     """Names of the labels 0, 1, ... once a split is loaded; None where there are no labels."""
 
     def __init__(self, image_size: int | Sequence[int], channels: int, flip: bool) -> None:
         self.image_size = _height_width(image_size)
         if channels not in (1, 3):
-            raise UserError(f"data.channels must be 1 (gray) or 3 (RGB), not {channels}")
+            raise ValueError(f"channels={channels}: must be 1 (gray) or 3 (RGB)")
         self.channels = channels
         self.flip = flip
 
-    def prepare(self) -> None:  # noqa: B027  (most sources have nothing to fetch)
-        """Fetch what ``load`` needs and this machine lacks; called by one process only."""
+    def prepare(self) -> None:  # noqa: B027  (optional)
+        """Download what ``load`` needs and this machine lacks; called by one process of each machine."""
 
     @abstractmethod
     def load(self, split: Split) -> datasets.Dataset:
@@ -47,18 +45,18 @@ class Source(ABC):
             "label" (int, an index into ``class_names``).
 
         Raises:
-            UserError: the data is not there or is damaged.
+            UserError: the data is missing or damaged.
         """
 
 
 def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     sides = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise UserError(f"data.image_size must be a positive integer or [height, width], not {image_size}")
+        raise ValueError(f"image_size={image_size}: must be a positive integer, or [height, width]")
     return sides[0], sides[1]
 
 
-def check_holdout(holdout: float) -> None:
-    """Raise UserError unless a fraction leaves images on both sides."""
+def require_holdout(holdout: float) -> None:
+    """Raise ValueError unless a fraction leaves images on both sides."""
     if not 0.0 < holdout < 1.0:
-        raise UserError(f"data.holdout must lie between 0 and 1, both excluded, not {holdout}")
+        raise ValueError(f"holdout={holdout}: must lie between 0 and 1, both excluded")

@@ -1,4 +1,4 @@
-"""Which columns of a table are the images and the labels, and their passage to our own form of them."""
+"""Find the columns of images and labels in a data set, and convert them to the form of ``Source.load``."""
 
 import datasets
 import numpy as np
@@ -9,7 +9,7 @@ from litdiffusion.errors import UserError
 
 
 def find_image_column(features: datasets.Features, wanted: str, source: str) -> str:
-    """Name the column of images: the one asked for, else by type, an "image" or "img" before others."""
+    """Return the column of images: ``wanted``, else the one of that type, preferably "image" or "img"."""
     if wanted != "auto":
         if wanted not in features:
             raise UserError(f"{source} has no column {wanted!r}; it has {', '.join(features)}")
@@ -28,7 +28,7 @@ def find_image_column(features: datasets.Features, wanted: str, source: str) -> 
 
 
 def find_label_column(features: datasets.Features, wanted: str | None, source: str) -> str | None:
-    """Name the column of labels: the one asked for, else one of class labels, else integers called "label"."""
+    """Return the column of labels: ``wanted``, else one of class labels, else one of integers called "label"."""
     if wanted is None:
         return None
     if wanted != "auto":
@@ -49,7 +49,7 @@ def find_label_column(features: datasets.Features, wanted: str | None, source: s
 
 
 def _holds_images(feature: object) -> bool:
-    """Also {bytes, path} without the library's own metadata, as other tools write Parquet."""
+    """Whether a column holds images; also {bytes, path} without the library's metadata, as other tools write it."""
     return isinstance(feature, datasets.Image) or (
         isinstance(feature, dict) and set(feature) == {"bytes", "path"}
     )
@@ -64,7 +64,7 @@ def is_labelled(dataset: datasets.Dataset, column: str) -> bool:
 
 
 def renamed(dataset: datasets.Dataset, columns: dict[str, str]) -> datasets.Dataset:
-    """Only the columns that matter, under our names; images typed as such."""
+    """Return the given columns under their new names, with the type of images set."""
     chosen = dataset.select_columns(list(columns)).rename_columns(
         {a: b for a, b in columns.items() if a != b}
     )
@@ -82,7 +82,7 @@ def renamed(dataset: datasets.Dataset, columns: dict[str, str]) -> datasets.Data
 def with_class_labels(
     splits: list[datasets.Dataset], source: str
 ) -> tuple[list[datasets.Dataset], list[str]]:
-    """Number the labels 0, 1, ...; all splits alike."""
+    """Return the splits with their labels numbered 0, 1, ..., and the names of the classes."""
     if not all(is_labelled(split, "label") for split in splits):
         raise UserError(f"{source} has images without a label; ignore the labels by data.label_column=null")
     feature = splits[0].features["label"]
@@ -109,5 +109,5 @@ def with_class_labels(
 
 
 def _column(dataset: datasets.Dataset, name: str) -> pa.Array:
-    """One whole column, without touching the others (the images)."""
+    """Return one whole column without reading the others (the images)."""
     return dataset.select_columns([name]).with_format("arrow")[:][name].combine_chunks()

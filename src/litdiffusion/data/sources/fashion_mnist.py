@@ -41,7 +41,7 @@ THREE_WAYS = (
 
 
 class FashionMNIST(Source):
-    """Fashion-MNIST from a local folder, from Debian's package, or from the Hub, whichever is there first.
+    """Fashion-MNIST from a local folder, else from Debian's package, else from the Hub.
 
     Args:
         path: folder with the four IDX files, gzipped or not; it need not exist.
@@ -59,12 +59,12 @@ class FashionMNIST(Source):
         self.path = Path(path).expanduser()
 
     def prepare(self) -> None:
-        """Download it from the Hub if it lies nowhere on this machine."""
+        """Download it from the Hub if it is not on this machine."""
         if find_folder(self.path) is None:
             self._from_hub()
 
     def load(self, split: Split) -> datasets.Dataset:
-        """Read the split's two files, or the Hub's copy."""
+        """Read the two files of the split, or the copy from the Hub."""
         self.class_names = CLASSES
         folder = find_folder(self.path)
         if folder is None:
@@ -103,7 +103,7 @@ def find_folder(path: Path) -> Path | None:
 def read_split(
     folder: Path, split: Split
 ) -> tuple[UInt8[np.ndarray, "batch height width"], UInt8[np.ndarray, " batch"]]:
-    """Images and labels of a split from IDX files.
+    """Read the images and labels of a split from IDX files.
 
     Raises:
         UserError: a file is missing, damaged, or does not fit the other; the text names it.

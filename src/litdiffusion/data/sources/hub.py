@@ -1,4 +1,4 @@
-"""Image data sets of the Hugging Face Hub, and local ones that the ``datasets`` library can open."""
+"""Image data sets of the Hugging Face Hub, and local ones that the ``datasets`` library opens."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from litdiffusion.data.decoding import one_line
-from litdiffusion.data.sources.base import Source, Split, check_holdout
+from litdiffusion.data.sources.base import Source, Split, require_holdout
 from litdiffusion.data.sources.columns import (
     find_image_column,
     find_label_column,
@@ -26,12 +25,12 @@ from litdiffusion.data.sources.columns import (
     with_class_labels,
 )
 from litdiffusion.diffusion.draws import generator_at
-from litdiffusion.errors import UserError
+from litdiffusion.errors import UserError, short_text
 
 log = logging.getLogger(__name__)
 
 HELD_OUT = ("test", "validation", "valid", "val", "eval", "dev")
-"""Splits that serve as the held-out one, best first."""
+"""Names of held-out splits, in order of preference."""
 SECONDS_TO_ANSWER = 5.0
 
 Splits = dict[str, datasets.Dataset]
@@ -46,13 +45,13 @@ class Hub(Source):
         channels: see ``Source``.
         flip: see ``Source``.
         config: which of the data set's configurations, if it has several.
-        revision: commit or tag on the Hub, so that a run can be repeated after the data set has changed.
+        revision: commit or tag on the Hub; None for the newest.
         image_column: "auto" finds it by its type.
         label_column: "auto" finds it by its type; None for no labels.
         train_split: name of the split to train on.
         test_split: name of the split held out; "auto" takes test, else validation, else a fixed random
             ``holdout`` of the training split.
-        holdout: fraction held out where no split is.
+        holdout: fraction held out if there is no held-out split.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class Hub(Source):
         holdout: float = 0.1,
     ) -> None:
         super().__init__(image_size, channels, flip)
-        check_holdout(holdout)
+        require_holdout(holdout)
         self.name = name
         self.config = config
         self.revision = revision
@@ -82,7 +81,7 @@ class Hub(Source):
         self._splits: dict[Split, datasets.Dataset] | None = None
 
     def prepare(self) -> None:
-        """Download it and convert it to memory-mapped Arrow in the library's own cache."""
+        """Download the data set and convert it to memory-mapped Arrow in the library's cache."""
         self._open()
 
     def load(self, split: Split) -> datasets.Dataset:
@@ -100,7 +99,7 @@ class Hub(Source):
         return load_from_hub(self.name, self.config, self.revision)
 
     def _choose(self, found: Splits) -> dict[Split, datasets.Dataset]:
-        """Pick splits and columns, and bring them to the form that ``Source.load`` promises."""
+        """Choose splits and columns, and convert them to the form of ``Source.load``."""
         for wanted in {self.train_split, self.test_split} - {"auto"}:
             if wanted not in found:
                 raise UserError(f"{self.name} has no split {wanted!r}; it has {', '.join(found)}")
@@ -132,12 +131,12 @@ class Hub(Source):
 
 
 def load_from_hub(name: str, config: str | None = None, revision: str | None = None) -> Splits:
-    """Load a data set of the Hub, or the copy of an earlier download when the Hub cannot be reached.
+    """Load a data set of the Hub, or an earlier download if the Hub cannot be reached.
 
-    One request asks whether the Hub answers: ``datasets`` itself would retry for half a minute.
+    One request first tests whether the Hub answers: ``datasets`` itself would retry for half a minute.
 
     Raises:
-        UserError: there is no such data set, or neither the Hub nor a copy can be had.
+        UserError: there is no such data set, or neither the Hub nor an earlier download is available.
     """
     try:
         huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=SECONDS_TO_ANSWER)
@@ -153,13 +152,13 @@ def load_from_hub(name: str, config: str | None = None, revision: str | None = N
         ) from error
     except (
         Exception
-    ) as unreachable:  # the HTTP library's own errors, which differ by the Hub client's version
+    ) as unreachable:  # the errors of the HTTP library differ between versions of the Hub client
         with _offline(), _quiet():
             try:
                 loaded = datasets.load_dataset(name, config, revision=revision)
             except Exception as error:
                 raise UserError(
-                    f"the Hub cannot be reached for {name} ({one_line(unreachable)}), "
+                    f"the Hub cannot be reached for {name} ({short_text(unreachable)}), "
                     "nor is there an earlier download of it"
                 ) from error
         log.warning(
@@ -170,7 +169,7 @@ def load_from_hub(name: str, config: str | None = None, revision: str | None = N
 
 
 def hold_out(train: datasets.Dataset, fraction: float, source: str) -> list[datasets.Dataset]:
-    """Split rows at random, the same way every time, at least one on each side."""
+    """Split rows at random, the same way every time, with at least one row in each part."""
     size = len(train)
     if size < 2:
         raise UserError(f"{source} has {size} images; at least 2 are needed, one of them to hold out")
@@ -196,7 +195,7 @@ def _load(what: str, loading: Callable[[], datasets.Dataset | Splits]) -> Splits
         with _quiet():
             return _as_dict(loading())
     except Exception as error:  # the library's builders raise whatever their file formats raise
-        raise UserError(f"cannot load the data set {what}: {one_line(error.__cause__ or error)}") from error
+        raise UserError(f"cannot load the data set {what}: {short_text(error.__cause__ or error)}") from error
 
 
 def _as_dict(loaded: datasets.Dataset | Splits) -> Splits:
@@ -205,7 +204,7 @@ def _as_dict(loaded: datasets.Dataset | Splits) -> Splits:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the library from logging the errors that end up in ours."""
+    """Keep the library from logging errors that our message contains."""
     before = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
@@ -216,7 +215,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Keep both libraries from the network, as HF_HUB_OFFLINE=1 does for a whole process."""
+    """Keep both libraries off the network, as HF_HUB_OFFLINE=1 does for a whole process."""
     before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:

@@ -9,7 +9,7 @@ from typing import NamedTuple, NoReturn
 import datasets
 import pyarrow as pa
 
-from litdiffusion.data.sources.base import Source, Split, check_holdout
+from litdiffusion.data.sources.base import Source, Split, require_holdout
 from litdiffusion.diffusion.draws import seed_of
 from litdiffusion.errors import UserError
 
@@ -18,7 +18,7 @@ EXTENSIONS = (
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
 )
 HELD_OUT = ("test", "val", "validation", "valid")
-"""Subfolders that serve as the held-out split, best first."""
+"""Names of held-out subfolders, in order of preference."""
 
 
 class Files(NamedTuple):
@@ -36,16 +36,16 @@ class Files(NamedTuple):
 class ImageFolder(Source):
     """All images of a folder, at any depth.
 
-    Subfolders are classes if there are at least two and every image lies in one. A ``train`` subfolder makes
-    its neighbour ``test`` (else ``val``, ``validation``, ``valid``) the held-out split; otherwise a fixed
-    fraction is held out, chosen by a hash of each path, so that new images leave the old ones where they were.
+    Subfolders are classes if there are at least two and every image is in one. Beside a subfolder ``train``,
+    ``test`` (else ``val``, ``validation``, ``valid``) is the held-out split. Otherwise a fraction is held out by
+    a hash of each path, so that adding images does not move the others from one split to the other.
 
     Args:
         path: the folder.
         image_size: see ``Source``.
         channels: see ``Source``.
         flip: see ``Source``.
-        holdout: fraction held out where there is no such subfolder.
+        holdout: fraction held out if there is no such subfolder.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class ImageFolder(Source):
         holdout: float = 0.1,
     ) -> None:
         super().__init__(image_size, channels, flip)
-        check_holdout(holdout)
+        require_holdout(holdout)
         self.path = Path(path).expanduser()
         self.name = str(self.path)
         self.holdout = holdout
         self._splits: dict[Split, Files] | None = None
 
     def load(self, split: Split) -> datasets.Dataset:
-        """List the files; none is opened."""
+        """List the files without opening them."""
         if self._splits is None:
             self._splits = self._find()
             self.class_names = _classes(self._splits["train"], self._splits["test"])
@@ -107,7 +107,7 @@ class ImageFolder(Source):
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """Images below a folder by their extension, hidden ones left out, as sorted relative paths."""
+    """Return the relative paths of the images below a folder, by extension, sorted, without hidden ones."""
     return sorted(path.relative_to(folder) for path in _walk(folder))
 
 
@@ -115,7 +115,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     visited: set[str] = set()
     for parent, subfolders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         real = os.path.realpath(parent)
-        # A link may lead back up; what was seen once is not walked again.
+        # A link may lead to a parent, so each folder is visited once.
         subfolders[:] = [] if real in visited else [s for s in subfolders if s[0] not in "._"]
         if real not in visited:
             named = (f for f in files if f[0] != "." and f.lower().endswith(EXTENSIONS))
@@ -125,7 +125,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _is_special(path: str) -> bool:
-    """Whether reading it might never end: a pipe, a socket, a device. A link to nowhere is left to fail."""
+    """Whether it is a pipe, a socket or a device, which could block; a broken link is not, and fails later."""
     try:
         return not stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116  (as above)
     except OSError:
@@ -145,7 +145,7 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def _hold_out(root: Path, paths: list[Path], fraction: float) -> dict[Split, Files]:
-    """Hold out the images whose hash falls below ``fraction``; if that is none or all, the next best does."""
+    """Hold out the images whose hash is below ``fraction``, but at least one image and not all."""
     hashes = {path: seed_of("holdout", path.as_posix()) / 2**63 for path in paths}
     ranked = sorted(hashes.values())
     threshold = min(max(fraction, ranked[1]), ranked[-1])
@@ -156,15 +156,15 @@ def _hold_out(root: Path, paths: list[Path], fraction: float) -> dict[Split, Fil
 
 
 def _classes(train: Files, test: Files) -> list[str] | None:
-    """Names of the classes, or None where the folders do not say.
+    """Return the names of the classes; None if the folders are no classes.
 
     Raises:
-        UserError: the held-out split has a class that training never sees.
+        UserError: the held-out split has a class that the training split lacks.
     """
     classes, held_out = train.folders, test.folders
     if classes is None or held_out is None:
         return None
-    if train.root == test.root:  # one folder, shared out by hash: a small class may lie on one side whole
+    if train.root == test.root:  # one folder, split by hash: a small class may be in one split only
         classes = classes | held_out
     elif unknown := held_out - classes:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What is attached to a trainer. Lightning attaches it untyped, so it is asked for here alone."""
+"""Callbacks and datamodule of a trainer, typed; Lightning attaches them untyped."""
 
 from typing import Any, TypeVar
 
@@ -9,14 +9,14 @@ from litdiffusion.data.datamodule import ImageDataModule
 T = TypeVar("T")
 
 
-def find(trainer: Trainer, kind: type[T]) -> T | None:
-    """Return the trainer's callback of a kind; a configuration may leave any of them out."""
+def get_callback(trainer: Trainer, kind: type[T]) -> T | None:
+    """Return the trainer's callback of a kind; None where the configuration leaves it out."""
     attached: Any = trainer
     return next((callback for callback in attached.callbacks if isinstance(callback, kind)), None)
 
 
 def datamodule_of(trainer: Trainer) -> ImageDataModule:
-    """Return what the trainer is fed by."""
+    """Return the trainer's datamodule."""
     attached: Any = trainer
     return attached.datamodule
 

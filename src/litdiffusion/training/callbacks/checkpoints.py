@@ -6,7 +6,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from litdiffusion.training.callbacks.monitor import check_sound, clock_stopped
+from litdiffusion.training.callbacks.monitor import check_finite, clock_stopped
 from litdiffusion.training.checkpoint_io import WholeCheckpointIO
 
 
@@ -31,7 +31,7 @@ class SaveCheckpoints(Checkpoint):
         self.is_saving = False
 
     def embed(self, **plain_values: Any) -> None:
-        """Give what every checkpoint shall carry, so that it can be opened with nothing else at hand."""
+        """Set what every checkpoint carries, so that it can be opened without any other file."""
         self.embedded = plain_values
 
     @property
@@ -42,7 +42,7 @@ class SaveCheckpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """A resumed run need not save what it has just read."""
+        """Note the step that was read: it need not be saved again."""
         self.saved_step = checkpoint["global_step"]
 
     def on_train_batch_start(
@@ -61,14 +61,14 @@ class SaveCheckpoints(Checkpoint):
     ) -> None:
         """Make the checkpoint self-contained, and its counters those of a finished step."""
         checkpoint.update(self.embedded)
-        # Lightning has counted the batch that is about to start. Resumed as it stands, the run would count it
+        # Lightning has counted the batch that is about to start. Resumed from that count, the run would count it
         # twice, and validate one step early from then on.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             counts["ready"] = counts["completed"]
 
     def save(self, trainer: Trainer, again: bool = False) -> None:
-        """Save the current step; where that is saved already, only when asked to do it again.
+        """Save the current step; one that is saved already only where ``again`` is set.
 
         Raises:
             UserError: a loss or a weight is not finite; the last good checkpoint stays.
@@ -76,7 +76,7 @@ class SaveCheckpoints(Checkpoint):
         known = trainer.global_step == self.saved_step
         if known and not again:
             return
-        check_sound(trainer)
+        check_finite(trainer)
         self.is_saving = True
         try:
             with clock_stopped(trainer):

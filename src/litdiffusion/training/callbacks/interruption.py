@@ -1,11 +1,12 @@
-"""Ctrl-C, SIGTERM, and the signals by which Slurm announces the end: finish the step, save it, stop.
+"""Ctrl-C, SIGTERM, and the signals by which Slurm announces the time limit: finish the step, save it, stop.
 
-What comes between two steps, a validation or sampling, may take longer than the time that Slurm leaves. Such a run
-stops in the middle of it, and goes on from its last checkpoint: to be killed would mean not to be requeued.
+A validation or sampling between two steps may take longer than the time that Slurm leaves. Then the run stops in the
+middle of it, and continues from its last checkpoint: a job that Slurm kills is not requeued.
 """
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,20 +17,19 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from litdiffusion.processes import STOP_SIGNALS
-from litdiffusion.training.callbacks.attached import find
+from litdiffusion.system.processes import STOP_SIGNALS
+from litdiffusion.training.callbacks.attached import get_callback
 from litdiffusion.training.callbacks.checkpoints import SaveCheckpoints
-from litdiffusion.training.cluster import leave_in_peace
 
 AGREE_EVERY = 8
-"""Steps between two looks at what has reached the other processes, where there are any: looking waits for them."""
+"""Steps between two agreements of several processes on whether to stop: to agree, they wait for each other."""
 
 SLOW_SECONDS = 1.0
-"""Where a step of any of them takes longer, they look at each: waiting is cheap then, and the time limit near."""
+"""Where a step of any process takes longer, they agree at every step: then waiting costs little."""
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop, and can be continued: where it is, if that is saved, or from step ``saved``."""
+    """The run was asked to stop. It can be continued from this step, or from step ``saved`` where that is given."""
 
     def __init__(self, signum: int, step: int, saved: int | None = None) -> None:
         lost = "" if saved in (None, step) else f", of which {saved} are saved"
@@ -41,8 +41,8 @@ class Interrupted(BaseException):
 class StopCleanly(Callback):
     """Turn a signal into a checkpoint and ``Interrupted``; a Ctrl-C after it stops at once.
 
-    Slurm repeats itself: at the time limit, SIGTERM comes twice. When the training ends, in whatever way, Lightning
-    puts the handlers back that it found.
+    Signals may be repeated: at the time limit, Slurm sends SIGTERM twice. When the training ends, in whatever way,
+    Lightning restores the handlers that it found.
 
     Args:
         grace_seconds: from a signal that announces the end (SIGUSR1, SIGUSR2), how long the run may take to come to
@@ -59,9 +59,9 @@ class StopCleanly(Callback):
         self._agreed_at: tuple[int, float] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have our handlers installed in place of Lightning's, which leave without a word and without saving.
+        """Have our handlers installed in place of Lightning's, which exit without saving.
 
-        Lightning remembers a SIGTERM that came before the first step, even where its handler is replaced by then.
+        Lightning would act on a SIGTERM from before the first step even where its handler has been replaced since.
         """
         if stage != "fit":
             return
@@ -79,7 +79,7 @@ class StopCleanly(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stop here, between two steps, where everything is whole.
+        """Stop between two steps, where the state is consistent.
 
         Raises:
             Interrupted: after saving, if a signal has come in.
@@ -92,22 +92,22 @@ class StopCleanly(Callback):
         if signum is None:
             return
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if saving := find(trainer, SaveCheckpoints):
+        if saving := get_callback(trainer, SaveCheckpoints):
             saving.save(trainer)
         raise Interrupted(signum, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the last step there is one more chance to agree."""
+        """Agree once more after the last step."""
         self._agree(trainer)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Whatever ends the training, nothing interrupts how it leaves."""
+        """Let nothing interrupt the end of the training."""
         signal.setitimer(signal.ITIMER_REAL, 0)
-        leave_in_peace()
+        stop_child_observer()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop after the last step as after any other: by now it is saved.
+        """Stop after the last step as after any other: it is saved by now.
 
         Raises:
             Interrupted: if a signal has come in since the last step began.
@@ -117,9 +117,9 @@ class StopCleanly(Callback):
             raise Interrupted(self.received, trainer.global_step)
 
     def _agree(self, trainer: Trainer) -> int | None:
-        """Return the signal on which all processes stop here, after the same step: one has received it.
+        """Return the signal on which all processes stop after this step, or None: it is enough that one received it.
 
-        What comes in while they agree is not forgotten: it counts the next time.
+        A signal that comes in while they agree counts the next time.
         """
         if trainer.world_size == 1:
             return self.received
@@ -132,7 +132,7 @@ class StopCleanly(Callback):
         return int(agreed) or None
 
     def _seconds_per_step(self, step: int) -> float:
-        """Return the time since the last agreement by the steps since then; infinity, where there are none."""
+        """Return the mean time of the steps since the last agreement; infinity where there are none."""
         now = time.monotonic()
         before, self._agreed_at = self._agreed_at, (step, now)
         if before is None or step == before[0]:
@@ -148,12 +148,12 @@ class StopCleanly(Callback):
             raise KeyboardInterrupt
 
     def _out_of_time(self, trainer: Trainer) -> None:
-        """Stop on the spot, but for a checkpoint that is being written: it will not be long.
+        """Stop at once; where a checkpoint is being written, a second later.
 
         Raises:
             Interrupted: always otherwise.
         """
-        saving = find(trainer, SaveCheckpoints)
+        saving = get_callback(trainer, SaveCheckpoints)
         if saving and saving.is_saving:
             signal.setitimer(signal.ITIMER_REAL, 1.0)
             return
@@ -161,11 +161,22 @@ class StopCleanly(Callback):
         raise Interrupted(self.received, trainer.global_step, saving.saved_step if saving else 0)
 
 
+def stop_child_observer() -> None:
+    """Stop Lightning's watch over the processes that it has started: the run is over.
+
+    When one of them exits with a code other than 0, as after a signal, Lightning kills them all, this one first,
+    even while it closes its loggers.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._child_processes = []  # type: ignore[attr-defined]
+
+
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Leave a Ctrl-C to the kernel, as other signals are until ``StopCleanly`` listens.
+    """Let a Ctrl-C end the process at once, as other signals do until ``StopCleanly`` handles them.
 
-    Processes that wait for each other do so in C++, where Python's own handler would not be heard.
+    Processes wait for each other in C++, where Python's own handler would not run.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -176,7 +187,7 @@ def ending_at_once() -> Iterator[None]:
 
 @contextmanager
 def stopping_at_once(trainer: Trainer) -> Iterator[None]:
-    """Raise ``Interrupted`` on the spot where there is no step to finish: everything trained is saved."""
+    """Raise ``Interrupted`` at once: after the training there is no step to finish, and everything is saved."""
 
     def stop(signum: int, frame: FrameType | None) -> Never:
         raise Interrupted(signum, trainer.global_step)

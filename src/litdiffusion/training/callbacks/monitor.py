@@ -1,7 +1,7 @@
 """Numbers over the course of a run, and the guard that stops a run whose loss is no number."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,24 +12,24 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from litdiffusion.diffusion.devices import to_device
-from litdiffusion.evaluation.held_out import BINS, tenth_of
-from litdiffusion.processes import gathered, rank_and_number
-from litdiffusion.training.callbacks.attached import find, images_seen
-from litdiffusion.training.callbacks.guard import check_weights, diverged
+from litdiffusion.evaluation.metric import BINS, TENTHS, tenth_of
+from litdiffusion.system.processes import gathered, rank_and_number
+from litdiffusion.training.callbacks.attached import get_callback, images_seen
+from litdiffusion.training.callbacks.nan_guard import check_weights, diverged
 from litdiffusion.training.module import LitDiffusion, StepOutput
 
-STATE = ("loss", "val_loss", "val_bits_per_dim", "validated_step", "images_per_second")
+STATE = ("loss", "validated", "validated_step", "images_per_second")
 """What of a ``Monitor`` a checkpoint keeps beside its unfinished line."""
 
 
 class Monitor(Callback):
     """Log loss, loss by tenth of 1..T, gradient norm, learning rate and throughput; stop at the first NaN.
 
-    Every value is logged at an optimizer step, with ``images_seen`` beside it as the axis to compare runs on.
-    The losses are means over all images since the last line, weighted where some times are drawn more often than
-    others. They travel in checkpoints, so a resumed run logs
-    what an uninterrupted one would, and sums up what one resumed at its end has left. They are summed on the device:
-    on a GPU, only the steps that log a line wait for it.
+    Every value is logged at an optimizer step, with ``images_seen`` beside it as the axis to compare runs on. What
+    the module logs by ``self.log`` joins the row: the latest value since the last one. The losses are means over all
+    images since the last line, weighted where some times are drawn more often than others. All of these travel in
+    checkpoints, so a resumed run logs what an uninterrupted one would, and sums up what one resumed at its end has
+    left. The losses are summed on the device: on a GPU, only the steps that log a line wait for it.
 
     Args:
         every_n_steps: optimizer steps between lines.
@@ -39,13 +39,12 @@ class Monitor(Callback):
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps}: must be at least 1")
         self.every_n_steps = every_n_steps
-        self.loss_sums = torch.zeros(BINS, dtype=torch.float64)
-        self.loss_counts = torch.zeros(BINS, dtype=torch.float64)
+        self.line = torch.zeros(2, BINS, dtype=torch.float64)  # sums of losses and of weights
         self.grad_norm: Tensor | None = None
         self.images_per_second = 0.0
         self.loss: float | None = None
-        self.val_loss: float | None = None
-        self.val_bits_per_dim: float | None = None
+        self.validated: dict[str, float] = {}
+        self.logged: dict[str, Tensor | float] = {}
         self.validated_step = -1
         self.clock = Clock()
         self._images = 0
@@ -53,19 +52,19 @@ class Monitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The unfinished line, as each process has it, and what the last ones said; all processes call this."""
-        line = torch.stack((self.loss_sums, self.loss_counts)).cpu()
-        return {"line": torch.stack(gathered(line)), **{name: getattr(self, name) for name in STATE}}
+        kept = {name: getattr(self, name) for name in STATE}
+        return {**kept, "logged": floats(self.logged), "line": torch.stack(gathered(self.line.cpu()))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the unfinished line: each process its own, or the first one all, if their number has changed."""
-        for name in STATE:
+        for name in (*STATE, "logged"):
             setattr(self, name, state_dict[name])
         line: Tensor = state_dict["line"]
         rank, number = rank_and_number()
         if number == len(line):
-            self.loss_sums, self.loss_counts = line[rank]
+            self.line = line[rank]
         elif rank == 0:
-            self.loss_sums, self.loss_counts = line.sum(0)
+            self.line = line.sum(0)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -89,6 +88,7 @@ class Monitor(Callback):
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         step = trainer.global_step + (not stepped)
         self._add(outputs, pl_module, trainer.world_size, step)
+        self.logged |= pl_module.take_logged()
         due = step % self.every_n_steps == 0
         if due or pl_module.device.type == "cpu":  # on a GPU, looking at the loss waits for it
             self.check_loss(trainer)
@@ -99,24 +99,24 @@ class Monitor(Callback):
         """A run shorter than a line has a loss and a speed too."""
         self.clock.stop(trainer)
         self.check_loss(trainer)
-        sums, counts = self._line_of_all(trainer)
-        if self.loss is None and bool(counts.sum() > 0):
-            self.loss = float(sums.sum() / counts.sum())
+        sums, weights = self._line_of_all(trainer)
+        if self.loss is None and bool(weights.sum() > 0):
+            self.loss = float(sums.sum() / weights.sum())
         if not self.images_per_second:
             self.images_per_second = self._speed()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is not on the training's time."""
         self.clock.stop(trainer)
-        check_sound(trainer)
+        check_finite(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hand the validation loss to the loggers."""
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        """Hand what validation has measured to the loggers."""
+        assert isinstance(pl_module, LitDiffusion)
+        measured = floats(pl_module.take_logged())
         if not trainer.sanity_checking:
-            self.val_loss, self.validated_step = metrics.get("val/loss"), trainer.global_step
-            self.val_bits_per_dim = metrics.get("val/bits_per_dim")
-            log_metrics(trainer, metrics)
+            self.validated, self.validated_step = measured, trainer.global_step
+            log_metrics(trainer, measured)
         self.clock.start(trainer)
 
     def check_loss(self, trainer: Trainer) -> None:
@@ -136,9 +136,9 @@ class Monitor(Callback):
         losses = output.losses.detach().double()
         weights = torch.ones_like(losses) if output.weights is None else output.weights.double()
         t = torch.ones_like(losses) if output.t is None else output.t
+        added = torch.stack((weights * losses, weights))
         bins = tenth_of(t)
-        self.loss_sums = to_device(self.loss_sums, losses.device).index_add(0, bins, weights * losses)
-        self.loss_counts = to_device(self.loss_counts, losses.device).index_add(0, bins, weights)
+        self.line = to_device(self.line, losses.device).index_add(1, bins, added)
         self._images += len(losses) * world_size
         # Which step was the first is kept on the device: reading it is what waits.
         since = torch.zeros_like(bins[0]) if self._astray_since is None else self._astray_since
@@ -146,8 +146,8 @@ class Monitor(Callback):
         self._astray_since = torch.where(sound, since, step)
 
     def _log(self, trainer: Trainer, module: LitDiffusion) -> None:
-        sums, counts = self._line_of_all(trainer)
-        self.loss = float(sums.sum() / counts.sum())
+        sums, weights = self._line_of_all(trainer)
+        self.loss = float(sums.sum() / weights.sum())
         self.clock.stop(trainer)
         self.images_per_second = self._speed()
         metrics = {
@@ -157,17 +157,20 @@ class Monitor(Callback):
         }
         if self.grad_norm is not None:
             metrics["train/grad_norm"] = float(self.grad_norm)
-        metrics |= {f"train/loss_t{i:02d}": float(sums[i] / counts[i]) for i in range(BINS) if counts[i] > 0}
+        for tenth, total, weight in zip(TENTHS, sums.tolist(), weights.tolist(), strict=True):
+            if weight:
+                metrics[f"train/loss{tenth}"] = total / weight
         module.log("train/loss", self.loss, logger=False, rank_zero_only=True)
-        log_metrics(trainer, metrics)
-        self.loss_sums, self.loss_counts = torch.zeros_like(sums), torch.zeros_like(counts)
+        log_metrics(trainer, metrics | floats(self.logged))
+        self.logged = {}
+        self.line = torch.zeros_like(self.line)
         self._images = 0
         self.clock.restart(trainer)
 
-    def _line_of_all(self, trainer: Trainer) -> tuple[Tensor, Tensor]:
-        line = torch.stack((self.loss_sums, self.loss_counts))
-        sums, counts = trainer.strategy.reduce(line, reduce_op="sum")
-        return sums, counts
+    def _line_of_all(self, trainer: Trainer) -> Tensor:
+        return trainer.strategy.reduce(
+            self.line.clone(), reduce_op="sum"
+        ).cpu()  # a clone: it may sum in place
 
     def _speed(self) -> float:
         return self._images / self.clock.seconds if self.clock.seconds else 0.0
@@ -200,7 +203,7 @@ class Clock:
 @contextmanager
 def clock_stopped(trainer: Trainer) -> Iterator[None]:
     """Do what is not training: the monitor's clock, if there is one, stands for the while."""
-    monitor = find(trainer, Monitor)
+    monitor = get_callback(trainer, Monitor)
     if monitor is None:
         yield
         return
@@ -209,13 +212,13 @@ def clock_stopped(trainer: Trainer) -> Iterator[None]:
     monitor.clock.start(trainer)
 
 
-def check_sound(trainer: Trainer) -> None:
+def check_finite(trainer: Trainer) -> None:
     """Stop the run rather than save, show or measure a model that has gone astray.
 
     Raises:
         UserError: a loss or a weight was not finite.
     """
-    if monitor := find(trainer, Monitor):
+    if monitor := get_callback(trainer, Monitor):
         monitor.check_loss(trainer)
     check_weights(trainer)
 
@@ -224,6 +227,11 @@ def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
     """Send metrics to every logger at the current optimizer step, past the reach of ``kill -9``."""
     for logger in trainer.loggers:
         logger.log_metrics({"images_seen": images_seen(trainer), **metrics}, step=trainer.global_step)
+
+
+def floats(values: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Read values off the device."""
+    return {name: float(value) for name, value in values.items()}
 
 
 def _now(trainer: Trainer) -> float:

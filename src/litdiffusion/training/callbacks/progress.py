@@ -1,4 +1,4 @@
-"""The bar: step, images per second, loss, time to go."""
+"""The progress bar: step, images per second, loss, time left."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ from tqdm import tqdm
 BAR = "{percentage:3.0f}% |{bar:24}| step {n_fmt}/{total_fmt}{postfix} [{elapsed}, ETA {remaining}]"
 LOOK_SECONDS = 0.5
 LINE_SECONDS = 30.0
-"""Where nobody watches (a log file), one line this often instead of a moving bar."""
+"""Where stderr is no terminal (a log file), one line this often instead of a moving bar."""
 
 
 class Progress(ProgressBar):
@@ -33,16 +33,16 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar at the step the run starts from."""
-        watched = sys.stderr.isatty()
+        is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=trainer.max_steps,
             initial=trainer.global_step,
             unit="step",
-            dynamic_ncols=watched,
-            mininterval=0.5 if watched else LINE_SECONDS,
-            maxinterval=10 if watched else LINE_SECONDS,
+            dynamic_ncols=is_terminal,
+            mininterval=0.5 if is_terminal else LINE_SECONDS,
+            maxinterval=10 if is_terminal else LINE_SECONDS,
             disable=not self._enabled,
-            bar_format=BAR if watched else f"{BAR}\n",
+            bar_format=BAR if is_terminal else f"{BAR}\n",
         )
 
     def on_train_batch_end(
@@ -65,7 +65,7 @@ class Progress(ProgressBar):
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Close the bar, so that the message stands on a line of its own."""
+        """Close the bar, so that the message begins on a new line."""
         self._close()
 
     def _close(self) -> None:

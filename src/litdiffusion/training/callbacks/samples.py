@@ -1,4 +1,4 @@
-"""Pictures over the course of a run: the same seeds every time, so that one sees what training changes."""
+"""Pictures over the course of a run, from the same seeds every time, so that they show what training changes."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from litdiffusion.reporting import images as pictures
 from litdiffusion.reporting.gif import Film, pick_frames, save_gif
 from litdiffusion.sampling import sample_images
 from litdiffusion.training.callbacks.attached import datamodule_of, images_seen
-from litdiffusion.training.callbacks.monitor import check_sound, clock_stopped
+from litdiffusion.training.callbacks.monitor import check_finite, clock_stopped
 from litdiffusion.training.loggers import RunLogger
 from litdiffusion.training.module import LitDiffusion
 
@@ -42,7 +42,7 @@ class SampleImages(Callback):
         self.seed = seed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show what the network will see: a few training pictures, noised at several t."""
+        """Draw what the network is trained on: a few images, noised at several t."""
         if trainer.global_step > 0 or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, LitDiffusion)
@@ -61,12 +61,12 @@ class SampleImages(Callback):
                 self._sample(trainer, pl_module, f"step-{trainer.global_step:07d}", record=False)
 
     def finish(self, trainer: Trainer, module: LitDiffusion) -> None:
-        """Sample once more when the run is over, and record the way there as a GIF."""
+        """Sample once more when the run is over, and save the reverse process as a GIF."""
         self._sample(trainer, module, "grid", record=True)
 
     def _sample(self, trainer: Trainer, module: LightningModule, name: str, record: bool) -> None:
         assert isinstance(module, LitDiffusion)
-        check_sound(trainer)
+        check_finite(trainer)
         module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when the training is over
         num_steps = len(self.sampler.times(module.denoiser.schedule)) - 1
         film = Film(pick_frames(num_steps) if record else ())

@@ -1,4 +1,4 @@
-"""What every logger promises."""
+"""The interface of all loggers."""
 
 from abc import abstractmethod
 from argparse import Namespace
@@ -8,17 +8,18 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from litdiffusion.redaction import redacted_override, without_secrets
+from litdiffusion.runs.run import Run
+from litdiffusion.system.redaction import redacted_override, without_secrets
 
 
 class RunLogger(Logger):
-    """A logger that follows its run through kills and resumptions. Only the first process calls it.
+    """A logger that stays consistent when its run is killed and resumed. Only the first process calls it.
 
-    The run folder's ``metrics.csv`` holds every row; a dashboard shows them. What one has no use for it leaves as is.
+    ``metrics.csv`` in the run folder holds every row; a dashboard shows them. All methods but one may do nothing.
     """
 
     def resume_at(self, step: int, images_per_step: int) -> None:
-        """Say at which optimizer step the training begins, 0 or where it is resumed, before anything is logged.
+        """Set the optimizer step at which the training begins, 0 or where it is resumed, before anything is logged.
 
         Rows and pictures of later steps will be logged again.
         """
@@ -32,10 +33,10 @@ class RunLogger(Logger):
 
     @abstractmethod
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add a row of numbers, so that it outlives ``kill -9``; ``images_seen`` is one of them."""
+        """Add a row of numbers, ``images_seen`` among them; a row that was added survives ``kill -9``."""
 
     def log_picture(self, path: Path, step: int, images_seen: int) -> None:
-        """Show a picture or a GIF, which stays where it is."""
+        """Show a picture or a GIF; the file is left in its place."""
 
     def close(self) -> None:
         """Finish, so that the next job of a sweep starts a run of its own."""
@@ -47,20 +48,20 @@ class RunLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Lightning asks for one."""
+        """Required by Lightning."""
         return type(self).__name__.lower()
 
     @property
     def version(self) -> str:
-        """Lightning asks for one."""
+        """Required by Lightning."""
         return ""
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Lightning hands over what a module calls its hyperparameters; ``describe`` has the whole configuration."""
+        """Ignore a module's hyperparameters: ``describe`` shows the whole configuration."""
 
 
 class ForeignLogger(RunLogger):
-    """Any other logger of Lightning's: it is given the numbers and the configuration."""
+    """Any other Lightning logger: it gets the numbers and the configuration, and no pictures."""
 
     def __init__(self, logger: Logger) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class ForeignLogger(RunLogger):
 
     @property
     def experiment(self) -> Any:
-        """What it calls its experiment."""
+        """The logger's own experiment."""
         return getattr(self._logger, "experiment", None)
 
     def describe(self, config: dict[str, Any]) -> None:
@@ -85,7 +86,37 @@ class ForeignLogger(RunLogger):
         self._logger.finalize("success")
 
 
-def described(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the configuration as dashboards show it: secrets masked, and what was typed as ``typed``."""
-    typed = " ".join(redacted_override(each) for each in overrides if not each.startswith("run_dir="))
-    return without_secrets(config) | ({"typed": typed} if typed else {})
+def open_loggers(loggers: Sequence[RunLogger], run: Run, step: int, images_per_step: int) -> None:
+    """Open loggers at an optimizer step, and show each the configuration.
+
+    It is shown without secrets; the overrides that were typed join it as ``typed``.
+
+    Raises:
+        UserError: a dashboard cannot be reached, or refuses.
+    """
+    for logger in loggers:
+        logger.resume_at(step, images_per_step)
+    typed = " ".join(redacted_override(text) for text in run.typed if not text.startswith("run_dir="))
+    for logger in loggers:
+        logger.describe(without_secrets(run.config) | ({"typed": typed} if typed else {}))
+
+
+def complete_loggers(loggers: Sequence[RunLogger], run: Run) -> None:
+    """Log what the folder of a finished run holds wherever it has not been logged yet.
+
+    Raises:
+        UserError: a dashboard cannot be reached, or a file is in the way.
+    """
+    summary = run.folder.read_summary()
+    for logger in loggers:
+        if logger.is_behind:
+            run.folder.prepare()
+            images_per_step = summary.get("images_seen", 0) // max(summary["steps"], 1)
+            open_loggers([logger], run, summary["steps"], images_per_step)
+            logger.close()
+
+
+def close_loggers(loggers: Sequence[RunLogger]) -> None:
+    """Close loggers; those that are closed already do nothing."""
+    for logger in loggers:
+        logger.close()

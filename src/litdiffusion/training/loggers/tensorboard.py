@@ -10,6 +10,7 @@ from PIL import Image
 
 from litdiffusion.errors import UserError
 from litdiffusion.runs.folder import shown_as
+from litdiffusion.runs.resume import flat
 from litdiffusion.training.loggers.base import RunLogger
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 class TensorBoard(RunLogger):
     """Each point once, and none lost to a kill.
 
-    What lies beyond the step at which a run is resumed is dropped by TensorBoard itself, which is told that step. Of
-    that very step, what its files hold already is not written again.
+    TensorBoard itself drops what lies beyond the step at which a run is resumed (``purge_step``). What its files
+    hold of that very step is not written again.
     """
 
     def __init__(self, run_dir: str) -> None:
@@ -52,7 +53,11 @@ class TensorBoard(RunLogger):
         from torch.utils.tensorboard.summary import hparams
 
         writer: Any = self._open()
-        summaries: Any = hparams(_flat(config), {"val/loss": 0.0})  # type: ignore[no-untyped-call]
+        plain = {
+            key: value if isinstance(value, bool | int | float | str) else str(value)
+            for key, value in flat(config).items()
+        }
+        summaries: Any = hparams(plain, {"val/loss": 0.0})  # type: ignore[no-untyped-call]
         for summary in summaries:
             writer.file_writer.add_summary(summary)
 
@@ -92,17 +97,6 @@ class TensorBoard(RunLogger):
 
     def _is_new(self, key: str, step: int | None) -> bool:
         return step != self._resumed_at or key not in self._known
-
-
-def _flat(config: dict[str, Any], place: str = "") -> dict[str, bool | int | float | str]:
-    """The configuration without nesting; what is no plain value is shown as text."""
-    found: dict[str, bool | int | float | str] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{place}{name}.")
-        else:
-            found[f"{place}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return found
 
 
 def _written(folder: Path, step: int) -> set[str]:

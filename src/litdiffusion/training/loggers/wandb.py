@@ -13,9 +13,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image, ImageSequence
 
 from litdiffusion.errors import UserError
-from litdiffusion.files import write_text
 from litdiffusion.runs.folder import RunFolder, shown_as
 from litdiffusion.runs.metrics import read_rows
+from litdiffusion.system.files import write_text
 from litdiffusion.training.loggers import wandb_client as client
 from litdiffusion.training.loggers.base import RunLogger
 
@@ -25,25 +25,25 @@ STEP = "trainer/global_step"
 """The optimizer step of a row."""
 
 WATERMARK = "logged_until"
-"""The file, beside W&B's, that says up to where W&B has everything: written when the run is closed."""
+"""The file beside W&B's own that holds the last place up to which W&B has everything: written on closing."""
 
 Place = tuple[int, int]
 """A step, and which of that step's rows; 0 for a picture, which comes before them."""
 
 Values = Callable[[], Mapping[str, Any] | None]
-"""Makes what W&B's run is given, anew for a run opened anew; None for a picture that is gone or damaged."""
+"""Makes what is logged, anew each time the run is opened; None for a picture that is gone or damaged."""
 
 
 class WandB(RunLogger):
-    """One W&B run for the folder's whole life; it is told everything at least once.
+    """One W&B run for the folder's whole life; it gets everything at least once.
 
-    Whenever the run is opened, it is told what the run folder holds beyond the watermark: rows of ``metrics.csv``
-    and pictures. So nothing is lost to a kill, to W&B's own process ending, or to a start with another logger; what
-    had arrived before a crash is told twice, as the same point of a curve.
+    Whenever the run is opened, what the run folder holds beyond the watermark is logged: rows of ``metrics.csv`` and
+    pictures. So nothing is lost to a kill, to the end of W&B's own process, or to a start with another logger; what
+    had arrived before a crash is logged twice, as the same point of a curve.
 
-    What asks a job to stop reaches all of its processes where Slurm sends it, and W&B's ends at once, while the
-    training still has a step to finish and pictures to draw. Then another is started, and the same run goes on; where
-    even that fails, the training goes on without, and the run is opened once more at its end.
+    Slurm sends its signals to all processes of a job. W&B's ends at once, while the training still has a step to
+    finish and pictures to draw. Then another one is started, and the same run continues; where that fails, the
+    training continues without, and the run is opened once more at its end.
 
     Args:
         run_dir: the run folder.
@@ -51,8 +51,8 @@ class WandB(RunLogger):
         name: of the run; None for the folder's name.
         group: None for the sweep that this is a job of, if it is one.
         tags: of the run.
-        mode: ``auto`` is what the environment's ``WANDB_MODE`` says; else online where this machine has a W&B
-            account, and offline otherwise, in so many words: nobody is ever asked a question.
+        mode: ``auto`` is the environment's ``WANDB_MODE``, or else online where this machine has a W&B account, and
+            offline otherwise, with a notice; the user is never prompted.
 
     Raises:
         UserError: online is asked for, and there is no account.
@@ -132,17 +132,17 @@ class WandB(RunLogger):
 
     @rank_zero_only
     def close(self) -> None:
-        """Finish the run, and write down that it has everything."""
+        """Finish the run, and write the watermark."""
         if self._described:
             missed, self._given_up = self._given_up, False
-            self._insist(self._finish, "what it lacks, the run's command tells it when it is repeated")
+            self._insist(self._finish, "the same command, repeated, logs what is missing")
             self._described = False
             if missed and not self._given_up:
-                log.info("W&B has been told now what it missed")
+                log.info("W&B has now what it missed")
 
     @property
     def is_behind(self) -> bool:
-        """Whether the run folder holds what W&B's run has not been told.
+        """Whether the run folder holds what has not been logged to W&B.
 
         Raises:
             UserError: a file is in the way.
@@ -155,16 +155,16 @@ class WandB(RunLogger):
     def _log(self, step: int, values: Values) -> None:
         self._step = max(self._step, step)
 
-        def tell() -> None:
+        def act() -> None:
             self._open()
-            if told := values():
-                self._experiment.log({**told, STEP: step})
+            if logged := values():
+                self._experiment.log({**logged, STEP: step})
 
         if self._described:
-            self._insist(tell)
+            self._insist(act)
 
     def _open(self) -> None:
-        """Open the run, if it is not, and tell it what it lacks."""
+        """Open the run, if it is not open, and log what it lacks."""
         if self._experiment is not None or self._mode == "disabled":
             return
         experiment = client.open_run(self._folder, self._mode, **self._settings)
@@ -173,8 +173,8 @@ class WandB(RunLogger):
         experiment.config.update(self._config, allow_val_change=True)
         watermark = self._watermark()
         for (step, row), values in self._entries():
-            if step <= self._step and (step, row) > watermark and (told := values()):
-                experiment.log({**told, STEP: step})
+            if step <= self._step and (step, row) > watermark and (logged := values()):
+                experiment.log({**logged, STEP: step})
         self._experiment = experiment
 
     def _finish(self) -> None:
@@ -188,7 +188,7 @@ class WandB(RunLogger):
         client.leave()
 
     def _watermark(self) -> Place:
-        """The last place up to which W&B has everything; one before the first where it may have nothing."""
+        """Return the place up to which W&B has everything; one before the first where that is not known."""
         file = self._folder / WATERMARK
         try:
             step, row = map(int, file.read_text(encoding="utf-8").split()) if file.exists() else (-1, 0)
@@ -197,7 +197,7 @@ class WandB(RunLogger):
         return step, row
 
     def _entries(self) -> Iterator[tuple[Place, Values]]:
-        """What the run folder holds, rows and pictures, each with its place."""
+        """Yield what the run folder holds, rows and pictures, each with its place."""
         seen: Counter[int] = Counter()
         for row in read_rows(self._run.metrics) if self._run.metrics.exists() else ():
             values = dict(row)
@@ -213,7 +213,7 @@ class WandB(RunLogger):
         act: Callable[[], None],
         consequence: str = "until the training ends, it is logged in the run folder alone",
     ) -> None:
-        """Do it, or say that it cannot be done, which is no reason to end a training."""
+        """Act, or warn that it has failed: a dashboard's failure does not end a training."""
         import wandb
 
         if self._given_up:
@@ -225,7 +225,7 @@ class WandB(RunLogger):
             self._given_up = True
 
     def _attempt(self, act: Callable[[], None]) -> None:
-        """Do it; where W&B's process has ended, once more, with another."""
+        """Act; where W&B's process has ended, once more with another."""
         try:
             self._once(act)
         except ConnectionError:
@@ -242,7 +242,7 @@ class WandB(RunLogger):
 
 
 def _picture(path: Path, images_seen: int) -> dict[str, Any] | None:
-    """What W&B's run is given; None for a picture that is gone or damaged, which is said."""
+    """Return what is logged of a picture; None where it is gone or damaged, with a warning."""
     import wandb
 
     if not path.exists():
@@ -251,7 +251,7 @@ def _picture(path: Path, images_seen: int) -> dict[str, Any] | None:
         with Image.open(path) as picture:
             for frame in ImageSequence.Iterator(picture):
                 frame.load()
-    except Exception as error:  # Pillow has many ways to say it
+    except Exception as error:  # Pillow raises many types
         log.warning("W&B: %s is damaged, and not shown (%s)", path, error)
         return None
     shown = wandb.Video(str(path), format="gif") if path.suffix == ".gif" else wandb.Image(str(path))

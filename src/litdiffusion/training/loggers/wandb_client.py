@@ -1,4 +1,4 @@
-"""W&B's client: where it sends to, how its own process is started, and its errors in this project's words."""
+"""W&B's client: its mode, how its own process is started, and its errors as this project's."""
 
 import os
 import re
@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from litdiffusion.errors import UserError
-from litdiffusion.files import write_text
-from litdiffusion.processes import STOP_SIGNALS
+from litdiffusion.system.files import write_text
+from litdiffusion.system.processes import STOP_SIGNALS
 
 FLUSH_EVERY = 0.01
-"""Seconds after which W&B's own process writes what it was told. What it has not written by then ends with it."""
+"""Seconds after which W&B's own process writes what was logged; what is not written is lost when it is killed."""
 
 
 def settled_mode(mode: str, folder: Path) -> tuple[Literal["online", "offline", "disabled"], str | None]:
-    """Return what ``logger.wandb.mode`` comes to on this machine, and what there is to be said of it.
+    """Return the mode that ``logger.wandb.mode`` means on this machine, and a notice for the user.
 
     Raises:
         UserError: online is asked for, and there is no account; or a mode that does not exist.
@@ -49,10 +49,10 @@ def settled_mode(mode: str, folder: Path) -> tuple[Literal["online", "offline", 
 
 
 def lasting_run_id(folder: Path) -> str:
-    """Return the id of the W&B run that a folder keeps; a new one the first time.
+    """Return the id of the folder's W&B run; a new one the first time.
 
     Raises:
-        UserError: what it keeps is no id.
+        UserError: the file holds no id.
     """
     file = folder / "run_id"
     if not file.exists():
@@ -99,10 +99,10 @@ def leave() -> None:
 
 @contextmanager
 def files_in_order() -> Iterator[None]:
-    """Name the file that is in the way.
+    """Turn an error of the file system into one that names the file.
 
     Raises:
-        UserError: one is.
+        UserError: a file is in the way.
     """
     try:
         yield
@@ -121,7 +121,7 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def losses() -> Iterator[None]:
-    """Tell the loss of W&B's process in one way, of the several that W&B has.
+    """Turn W&B's several errors for the loss of its process into one.
 
     Raises:
         ConnectionError: it has ended.
@@ -141,9 +141,9 @@ def losses() -> Iterator[None]:
 
 
 def _start_out_of_reach() -> None:
-    """Start W&B's own process, which writes, deaf to SIGUSR1 and SIGUSR2, which would end it.
+    """Start W&B's own process with SIGUSR1 and SIGUSR2 blocked, which would end it.
 
-    It listens to SIGINT and SIGTERM itself, whatever is blocked here: those end it.
+    SIGINT and SIGTERM end it all the same: it installs handlers of its own for them.
     """
     import wandb
     from wandb.analytics.opentelemetry import opentelemetry_proxy

@@ -1,45 +1,45 @@
-"""What a configuration from elsewhere (a checkpoint someone sent) may build: networks and their mathematics."""
+"""The classes and functions that a checkpoint from elsewhere may name: networks and their mathematics."""
 
 import importlib
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 from torch import nn
 
-from litdiffusion.configuration.messages import one_line
+from litdiffusion.configuration.messages import dotted_items, one_line
 from litdiffusion.errors import UserError
 
 OURS = ("litdiffusion.diffusion", "litdiffusion.nn")
-"""Whatever these packages define at the top of a module may be built: they touch neither files nor network."""
+"""Packages whose public classes and functions may be called: none of them touches files or the network."""
 
 TORCH_LAYERS = ("torch.nn",)
-"""Of these, modules alone."""
+"""Packages of which only ``nn.Module`` classes may be built."""
 
 _LIBRARIES = {"torch", "numpy", "lightning", "hydra", "omegaconf", "yaml", "datasets", "submitit"}
 NEVER_TRUSTED = sys.stdlib_module_names | _LIBRARIES | {"litdiffusion", "hydra_plugins", "pip", "cloudpickle"}
-"""Packages that hold far more than models: functions that load pickles, fetch code or start processes."""
+"""Packages with functions that load pickles, fetch code or start processes."""
 
 DEEPEST, LONGEST = 32, 10_000
-"""No configuration is nested deeper, or has more values; a few bytes of a pickle can hold far more."""
+"""Limits on nesting and on the number of values: a few bytes of a pickle can expand to far more."""
 
 
-def check_targets(
+def require_allowed(
     cfg: Any,
     ours: Iterable[str] = OURS,
     layers: Iterable[str] = TORCH_LAYERS,
     kind: type | None = None,
     trust: Iterable[str] = (),
 ) -> None:
-    """Check every ``_target_`` of plain values, however deep, before anything is built from them.
+    """Check every ``_target_``, at any depth, before anything is built.
 
-    A target is a module's path and one name in it. What it names must have been defined in an allowed package,
-    not just be reachable through one (``litdiffusion.nn.unet.torch.hub.load``): any class or function of
-    ``ours`` (with ``kind``, only classes of that kind), any ``nn.Module`` of ``layers``. The packages that the
-    user names in ``trust`` count among ``ours``; nothing of any other package is imported.
+    A target is a module's path and one name in it. The named object must be defined in an allowed package, not
+    just be reachable through one (``litdiffusion.nn.unet.torch.hub.load``). Allowed are the classes and functions
+    of ``ours`` and of the packages in ``trust`` (with ``kind``, only subclasses of it), and each ``nn.Module`` of
+    ``layers``. No other package is imported.
 
     Raises:
         UserError: a target that is not allowed, an interpolation (a checkpoint's values are resolved), more than
@@ -48,9 +48,11 @@ def check_targets(
     trusted = trusted_packages(trust)
     ours, layers = (*ours, *trusted), tuple(layers)
     plain = OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg
-    for number, (key, value) in enumerate(_leaves(plain)):
+    for number, (key, value) in enumerate(dotted_items(plain)):
         if number >= LONGEST:
             raise UserError(f"{key[:80]}: this holds more than {LONGEST} values, which is no configuration")
+        if key.count(".") >= DEEPEST:
+            raise UserError(f"{key[:80]}...: nested more than {DEEPEST} deep, which is no configuration")
         if isinstance(value, str) and "${" in value:
             raise UserError(
                 f"{key}: {value!r} is an interpolation, which a foreign configuration may not hold"
@@ -76,13 +78,13 @@ def trusted_packages(trust: Any) -> tuple[str, ...]:
             )
         if name.partition(".")[0] in NEVER_TRUSTED:
             raise UserError(
-                f"trust: {name} holds more than models, and is never trusted; name the package that defines yours"
+                f"trust: {name} cannot be trusted: it does more than define models; name the one that defines yours"
             )
     return names
 
 
 def _way_out(target: Any, trusted: tuple[str, ...]) -> str:
-    """Return what would let a target in that is not allowed, if anything would."""
+    """Return how to allow a target that is refused; empty if there is no way."""
     if not _is_dotted(target) or "." not in target or target.partition(".")[0] in NEVER_TRUSTED:
         return ""
     path, package = target.rpartition(".")[0], target.partition(".")[0]
@@ -123,26 +125,3 @@ def _is_allowed(target: Any, ours: tuple[str, ...], layers: tuple[str, ...], kin
 
 def _inside(module: str, packages: tuple[str, ...]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
-
-
-def _leaves(value: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yield what holds nothing further, and every container that stands where a target's name should."""
-    if depth > DEEPEST:
-        raise UserError(f"{prefix[:80]}...: nested more than {DEEPEST} deep, which is no configuration")
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list | tuple)
-        else ()
-    )
-    empty = True
-    for name, child in items:
-        empty = False
-        key = f"{prefix}{name}"
-        if name == "_target_" or not isinstance(child, dict | list | tuple):
-            yield key, child
-        else:
-            yield from _leaves(child, f"{key}.", depth + 1)
-    if empty:
-        yield prefix, None

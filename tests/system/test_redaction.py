@@ -2,7 +2,13 @@
 
 import pytest
 
-from litdiffusion.redaction import SECRET_KEY, redacted, redacted_code, redacted_override, without_secrets
+from litdiffusion.system.redaction import (
+    SECRET_KEY,
+    redacted,
+    redacted_code,
+    redacted_override,
+    without_secrets,
+)
 
 
 def test_what_lies_under_a_secret_key_is_masked_at_any_depth() -> None:

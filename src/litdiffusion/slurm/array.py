@@ -1,7 +1,7 @@
-"""Jobs as a Slurm array, through submitit: hand them in, and wait for each.
+"""Jobs as a Slurm array, through submitit: submit them, and wait for each.
 
-``handed_in.json`` in the sweep's folder says under which numbers what is in the cluster's hands. A sweep that is
-repeated while some of its jobs are still queued, or run, waits for those instead of handing them in again.
+``handed_in.json`` in the sweep's folder holds the submitted jobs by their Slurm numbers. A sweep that is repeated
+while some of its jobs are still queued, or run, waits for those instead of submitting them again.
 """
 
 import json
@@ -20,11 +20,12 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from litdiffusion.configuration.messages import one_line
 from litdiffusion.errors import UserError
-from litdiffusion.files import write_text
-from litdiffusion.redaction import redacted, redacted_override
 from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.machine import SWEEP
 from litdiffusion.sweeps.process import FAILED, FINISHED, Outcome, reason
+from litdiffusion.system.files import write_text
+from litdiffusion.system.launch import environment_variable
+from litdiffusion.system.redaction import redacted, redacted_override
 
 HANDED_IN = "handed_in.json"
 LOOK_SECONDS = 2.0
@@ -44,26 +45,26 @@ def run_array(
     begun: Callable[[Job], None],
     ended: Callable[[Job, Outcome], None],
 ) -> None:
-    """Run jobs as one array; return when each has ended. An interruption leaves them to the cluster.
+    """Run jobs as one array; return when each has ended. An interruption leaves them queued or running.
 
     Args:
-        task: submitit's launcher, which runs on a node what Hydra has composed.
-        cluster: submitit's name of it: ``slurm``.
+        task: submitit's launcher, which runs on a node and composes the job by Hydra.
+        cluster: submitit's name for the scheduler: ``slurm``.
         parameters: of ``hydra.launcher``.
         folder: of the sweep; its name is the sweep's.
         jobs: what to run.
-        begun: called when a job is handed in.
+        begun: called when a job is submitted.
         ended: called when a job has ended.
     """
-    waiting, others = _with_the_cluster(folder, parameters, jobs)
+    waiting, others = _submitted_before(folder, parameters, jobs)
     if waiting:
         numbers = ", ".join(f"{job.number} (Slurm's {handle.job_id})" for job, handle in waiting.items())
         print(f"{len(waiting)} of {len(jobs)} jobs are with the cluster already: {numbers}", flush=True)
     missing = [job for job in jobs if job not in waiting]
     if missing:
-        handles = _hand_in(_executor(cluster, parameters), task, folder.name, missing)
+        handles = _submit(_executor(cluster, parameters), task, folder.name, missing)
         waiting |= dict(zip(missing, handles, strict=True))
-        _note_handed_in(folder, waiting, others)
+        _write_numbers(folder, waiting, others)
     for job in missing:
         begun(job)
     queue = _Queue()
@@ -84,9 +85,9 @@ def run_array(
 
 
 class _Queue:
-    """What Slurm lists, asked now and then.
+    """The jobs that Slurm lists, asked for every ``QUEUE_SECONDS``.
 
-    A job that was killed leaves no result, and only a cluster with accounting says so to submitit.
+    A job that was killed leaves no result, and submitit learns of that only where the cluster has accounting.
     """
 
     def __init__(self) -> None:
@@ -94,47 +95,41 @@ class _Queue:
         self._asked = time.monotonic()
 
     def has_lost(self, number: str) -> bool:
-        """Whether a job was missing twice in a row: it has left, and its result would be there by now."""
+        """Whether a job was missing twice in a row: it has ended, and its result would be there by now."""
         if time.monotonic() - self._asked > QUEUE_SECONDS:
             self._asked = time.monotonic()
-            with suppress(UserError):  # the next time, then
+            with suppress(UserError):  # it is asked again later
                 self._listed = [*self._listed[-1:], _listed()]
         return len(self._listed) == 2 and not any(number in listed for listed in self._listed)
 
 
-def _hand_in(executor: Any, task: Callable[..., JobReturn], sweep: str, jobs: Sequence[Job]) -> list[Any]:
-    before = os.environ.get(SWEEP)
-    os.environ[SWEEP] = sweep  # sbatch passes the environment on
-    try:
+def _submit(executor: Any, task: Callable[..., JobReturn], sweep: str, jobs: Sequence[Job]) -> list[Any]:
+    with environment_variable(SWEEP, sweep):  # sbatch passes the environment on
         handles: list[Any] = executor.map_array(task, *zip(*map(_arguments, jobs), strict=True))
-        return handles
-    finally:
-        os.environ.pop(SWEEP)
-        if before is not None:
-            os.environ[SWEEP] = before
+    return handles
 
 
-def _note_handed_in(folder: Path, waiting: Mapping[Job, Any], others: Mapping[str, _Noted]) -> None:
+def _write_numbers(folder: Path, waiting: Mapping[Job, Any], others: Mapping[str, _Noted]) -> None:
     noted = {**others, **{handle.job_id: _noted(job) for job, handle in waiting.items()}}
     write_text(folder / HANDED_IN, json.dumps(noted, indent=2) + "\n")
 
 
-def _with_the_cluster(
+def _submitted_before(
     folder: Path, parameters: Mapping[str, Any], jobs: Sequence[Job]
 ) -> tuple[dict[Job, Any], dict[str, _Noted]]:
-    """Return submitit's handles of what an earlier command has handed in and the queue still lists.
+    """Return submitit's handles of the jobs that an earlier command has submitted and the queue still lists.
 
     Returns:
-        those of the jobs asked for, and by number what is noted of the others: finished and about to leave, or not
-        asked for by this command.
+        the handles of ``jobs``, and by number what is noted of the others: those that have ended, and those that are
+        not among ``jobs``.
 
     Raises:
-        UserError: Slurm does not say what it has.
+        UserError: ``squeue`` fails.
     """
     try:
         noted: dict[str, Any] = json.loads((folder / HANDED_IN).read_text(encoding="utf-8"))
         handed_in = {number: (str(name), tuple(map(str, shown))) for number, (name, shown) in noted.items()}
-    except (OSError, ValueError, TypeError, AttributeError):  # none, or not ours
+    except (OSError, ValueError, TypeError, AttributeError):  # there is no such file, or not one of ours
         return {}, {}
     asked = dict(zip(map(_noted, jobs), jobs, strict=True))
     waiting, others = {}, {}
@@ -152,7 +147,7 @@ def _with_the_cluster(
 
 
 def _handle(parameters: Mapping[str, Any], number: str) -> Any:
-    """Submitit's, of a job that an earlier command has handed in."""
+    """Return submitit's handle of a job that an earlier command has submitted."""
     import submitit
 
     tasks = (parameters.get("nodes") or 1) * (parameters.get("tasks_per_node") or 1)
@@ -160,7 +155,7 @@ def _handle(parameters: Mapping[str, Any], number: str) -> Any:
 
 
 def _forget_command(handle: Any) -> None:
-    """Remove what holds the job's command as it was typed: it was needed for as long as it might be requeued."""
+    """Remove the files that hold the job's command unmasked: they are needed only while it may be requeued."""
     handle.paths.submitted_pickle.unlink(missing_ok=True)
     for result in handle.paths.folder.glob(f"{handle.job_id}_*_result.pkl"):
         result.unlink(missing_ok=True)
@@ -171,10 +166,10 @@ def _noted(job: Job) -> _Noted:
 
 
 def _listed(tries: int = 1) -> frozenset[str]:
-    """Return the numbers of this user's jobs that Slurm has still before it, or at work.
+    """Return the numbers of this user's jobs that are queued or running.
 
     Raises:
-        UserError: it does not say.
+        UserError: ``squeue`` fails.
     """
     squeue = ["squeue", "--me", "--all", "--noheader", "--array", "--format=%i"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
@@ -227,5 +222,5 @@ def _outcome(handle: Any) -> Outcome:
 
 
 def _without_result(handle: Any) -> Outcome:
-    """What a job last said is in its log."""
+    """Return the outcome of a job without a result; the reason is in its log."""
     return Outcome(FAILED, redacted(reason(1, handle.stderr() or "")))

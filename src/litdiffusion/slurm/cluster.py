@@ -1,11 +1,10 @@
-"""Who has started the processes of a run, and how each of them leaves when the run was asked to stop."""
+"""How a run's processes are connected under Slurm, and the exit code of a run that was asked to stop."""
 
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 from contextlib import suppress
 from typing import NoReturn
 
@@ -14,14 +13,14 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from litdiffusion.configuration.slurm import num_tasks, task_rank
+from litdiffusion.system.launch import num_tasks, task_rank
 
 SLURM_SECONDS = 10.0
-"""For an answer of Slurm's, while a job is asked to leave."""
+"""How long ``scontrol`` may take to answer."""
 
 
 class SlurmTasks(SLURMEnvironment):
-    """The tasks that srun has started. Who requeues the job is its batch script, never Lightning."""
+    """The tasks that srun has started. The batch script requeues the job, never Lightning."""
 
     def __init__(self) -> None:
         super().__init__(auto_requeue=False)
@@ -32,7 +31,7 @@ class SlurmTasks(SLURMEnvironment):
 
 
 def cluster_environment() -> ClusterEnvironment | None:
-    """Return what connects the processes, or None: then Lightning finds out."""
+    """Return Lightning's description of the processes that were started together, or None: then it finds out."""
     if TorchElasticEnvironment.detect():
         return None
     if num_tasks() > 1:
@@ -41,44 +40,33 @@ def cluster_environment() -> ClusterEnvironment | None:
     return LightningEnvironment() if "SLURM_NTASKS" in os.environ else None
 
 
-def leave_in_peace() -> None:
-    """Have Lightning watch the processes no longer that it has started from this one: the run is over.
-
-    As soon as it sees that one has left with an exit code, as after a signal, it kills all of them, this one first
-    of all, even while this one still closes its loggers.
-    """
-    for thread in threading.enumerate():
-        if thread.name == "child-process-observer":
-            thread._child_processes = []  # type: ignore[attr-defined]
-
-
 def leave(signum: int) -> NoReturn:
-    """End this process of a run that has saved its state, in the way that its caller expects.
+    """Exit from a run that has saved its state, with the exit code that its launcher expects.
 
-    submitit installs a handler that requeues the job and leaves; it runs now, when there is something to continue.
-    Everybody else, ``scripts/slurm`` among them, reads 128 + the signal from the exit code, as a shell does.
+    submitit installs a signal handler that requeues the job and exits; it is called here, after the checkpoint is
+    written. Every other launcher, ``scripts/slurm`` among them, expects 128 + the signal, as of a shell.
 
-    Slurm sends SIGTERM to a job that makes room for another. One that leaves by itself within its partition's
-    ``GraceTime`` counts as failed: it has to be requeued as one that is out of time. The first task finds out; the
-    others leave with the lower of the two codes, since srun returns the highest.
+    Slurm sends SIGTERM to a job that it preempts. One that exits by itself within its partition's ``GraceTime``
+    counts as failed, so it has to be requeued like one that is out of time. The first task asks Slurm; the others
+    exit with the lower of the two codes, since srun returns the highest.
     """
     if signum == signal.SIGTERM and "SLURM_STEP_NUM_TASKS" in os.environ:
         if task_rank() > 0:
             sys.exit(128 + signal.SIGUSR1)
-        if _has_to_make_room():
+        if _is_preempted():
             signum = signal.SIGUSR1
     if signum in (signal.SIGUSR1, signal.SIGUSR2):
         for announced in (signal.SIGUSR1, signal.SIGUSR2):
             requeue = signal.getsignal(announced)
             if callable(requeue):
-                with suppress(subprocess.CalledProcessError):  # somebody else was faster
+                with suppress(subprocess.CalledProcessError):  # another process has requeued it
                     requeue(announced, None)
                 sys.exit(0)  # the first task requeues; the others must not look like a failure meanwhile
     sys.exit(128 + signum)
 
 
-def _has_to_make_room() -> bool:
-    """Whether Slurm is about to preempt this job: one that it has requeued, or somebody cancelled, runs no longer."""
+def _is_preempted() -> bool:
+    """Whether Slurm is preempting this job; one that was requeued or cancelled is no longer RUNNING."""
     job = os.environ.get("SLURM_JOB_ID", "")
     if "SLURM_ARRAY_TASK_ID" in os.environ:  # for one of its jobs, the number is that of the whole array
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"

@@ -6,22 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from litdiffusion import releases
 from litdiffusion.errors import UserError
+from litdiffusion.system import version_check
 
 ENTRY_POINTS = ("train", "sample", "evaluate")
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
     found = {name.replace("_", "-"): version for name, version in versions.items()}
-    monkeypatch.setattr(releases, "_installed", found.get)
+    monkeypatch.setattr(version_check, "installed_version", found.get)
 
 
 @pytest.mark.parametrize("version", ["2.6.2", "2.6.3"])
 def test_a_malicious_upload_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     installed(monkeypatch, lightning=version)
     with pytest.raises(UserError, match=f"lightning {version} is a malicious upload.*lightning>=2.6.6"):
-        releases.check_releases()
+        version_check.require_sound_versions()
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_two_that_do_not_work_together_are_refused(
 ) -> None:
     installed(monkeypatch, hydra_core=hydra, omegaconf=omegaconf)
     with pytest.raises(UserError, match=f"hydra-core {hydra} does not work with omegaconf {omegaconf}"):
-        releases.check_releases()
+        version_check.require_sound_versions()
 
 
 @pytest.mark.parametrize(
@@ -47,11 +47,11 @@ def test_two_that_do_not_work_together_are_refused(
 )
 def test_others_pass(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]) -> None:
     installed(monkeypatch, **versions)
-    releases.check_releases()
+    version_check.require_sound_versions()
 
 
 def test_what_is_installed_here_passes() -> None:
-    releases.check_releases()
+    version_check.require_sound_versions()
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)

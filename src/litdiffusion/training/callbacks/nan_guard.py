@@ -1,4 +1,4 @@
-"""What stops a run that has gone astray: a loss or a weight that is no finite number."""
+"""Stop a run whose loss or weights are not finite."""
 
 from pathlib import Path
 
@@ -10,21 +10,21 @@ from litdiffusion.runs.folder import RunFolder
 
 
 def check_weights(trainer: Trainer) -> None:
-    """Stop the run if a weight, or the average of one, is not finite: nothing good can be saved, shown or measured.
+    """Stop the run if a weight, or the average of one, is not finite.
 
-    All processes call this: what one sees, where each holds a part of the weights, stops all.
+    All processes must call this: where each holds a part of the weights, what one finds stops all.
 
     Raises:
         UserError: naming the step.
     """
-    sound = all(bool(torch.isfinite(p).all()) for p in trainer.lightning_module.parameters())
-    astray = torch.tensor(float(not sound), device=trainer.strategy.root_device)
-    if trainer.strategy.reduce(astray, reduce_op="max"):
+    finite = all(bool(torch.isfinite(p).all()) for p in trainer.lightning_module.parameters())
+    diverges = torch.tensor(float(not finite), device=trainer.strategy.root_device)
+    if trainer.strategy.reduce(diverges, reduce_op="max"):
         raise diverged(trainer, "a weight", trainer.global_step)
 
 
 def diverged(trainer: Trainer, what: str, step: int) -> UserError:
-    """Return the error that says what is no number since which step, what is left, and what to do."""
+    """Return the error for ``what`` being infinite or NaN since ``step``: what is saved, and what to try."""
     last = RunFolder(Path(trainer.default_root_dir)).last_checkpoint
     left = f"the last good checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
     return UserError(

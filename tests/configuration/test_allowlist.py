@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from litdiffusion.configuration import check_targets
-from litdiffusion.configuration.targets import trusted_packages
+from litdiffusion.configuration import require_allowed
+from litdiffusion.configuration.allowlist import trusted_packages
 from litdiffusion.errors import UserError
 
 HARMLESS = {"_target_": "litdiffusion.diffusion.V"}
@@ -28,8 +28,8 @@ HARMLESS = {"_target_": "litdiffusion.diffusion.V"}
     ],
 )
 def test_networks_and_mathematics_are_allowed(target: str) -> None:
-    check_targets({"net": {"_target_": target, "dim": 3, "parts": [HARMLESS]}})
-    check_targets(OmegaConf.create({"_target_": target}))
+    require_allowed({"net": {"_target_": target, "dim": 3, "parts": [HARMLESS]}})
+    require_allowed(OmegaConf.create({"_target_": target}))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_networks_and_mathematics_are_allowed(target: str) -> None:
         "litdiffusion.diffusion.schedules.math.cos",
         "litdiffusion.diffusion.schedules.DDPM_STEPS",
         "litdiffusion.diffusion.schedules.torch.nn.Linear",
-        "litdiffusion.files.whole_file",
+        "litdiffusion.system.files.whole_file",
         "litdiffusion.nnx.UNet",
         "litdiffusion.nn",
         "litdiffusion.nn..UNet",
@@ -77,18 +77,18 @@ def test_everything_else_is_refused_at_any_depth(target: Any, depth: int) -> Non
     if depth == 2:
         cfg = OmegaConf.create(cfg)
     with pytest.raises(UserError) as caught:
-        check_targets(cfg)
+        require_allowed(cfg)
     assert "_target_" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_interpolations_are_refused_everywhere() -> None:
     with pytest.raises(UserError, match=r"net\.name"):
-        check_targets({"net": HARMLESS | {"name": "${oc.env:SECRET}"}})
+        require_allowed({"net": HARMLESS | {"name": "${oc.env:SECRET}"}})
 
 
 def test_other_packages_can_be_let_in() -> None:
-    check_targets({"_target_": "litdiffusion.files.whole_file"}, ours=["litdiffusion.files"])
+    require_allowed({"_target_": "litdiffusion.system.files.whole_file"}, ours=["litdiffusion.system.files"])
 
 
 # -------------------------------------------------------------------------------------------- what is trusted
@@ -100,7 +100,7 @@ from pathlib import Path
 from subprocess import Popen
 from torch.hub import load
 from torch.nn import Linear
-from litdiffusion.files import write_text
+from litdiffusion.system.files import write_text
 from litdiffusion.nn import UNet
 
 (Path(__file__).parent / "imported").touch()
@@ -140,7 +140,7 @@ TRUSTED = ["zoo.nets.Net", "zoo.nets.build", "zoo.nets.UNet", "zoo.nets.Linear",
 )
 @pytest.mark.usefixtures("package")
 def test_what_a_trusted_package_defines_is_allowed(target: str, trust: Any) -> None:
-    check_targets({"net": {"_target_": target}}, trust=trust)
+    require_allowed({"net": {"_target_": target}}, trust=trust)
 
 
 @pytest.mark.parametrize(
@@ -157,29 +157,29 @@ def test_what_a_trusted_package_defines_is_allowed(target: str, trust: Any) -> N
 @pytest.mark.usefixtures("package")
 def test_trust_lets_nothing_else_in(target: str) -> None:
     with pytest.raises(UserError, match="_target_") as caught:
-        check_targets({"net": {"_target_": target}}, trust=["zoo"])
+        require_allowed({"net": {"_target_": target}}, trust=["zoo"])
     assert "\n" not in str(caught.value)
 
 
 def test_without_trust_nothing_is_imported_and_the_key_is_named(package: Path) -> None:
     with pytest.raises(UserError, match=r"if you trust all code of zoo, add trust=\[zoo\]$"):
-        check_targets({"_target_": "zoo.nets.Net"}, trust=["zoology"])
+        require_allowed({"_target_": "zoo.nets.Net"}, trust=["zoology"])
     assert not list(package.glob("*/imported"))
 
 
 @pytest.mark.parametrize(
-    "target", ["os.system", "torch.hub.load", "litdiffusion.files.write_text", "eval", "a b.c"]
+    "target", ["os.system", "torch.hub.load", "litdiffusion.system.files.write_text", "eval", "a b.c"]
 )
 def test_no_key_is_offered_for_what_it_would_not_let_in(target: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_targets({"_target_": target})
+        require_allowed({"_target_": target})
     assert "trust" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("package")
 def test_a_trusted_package_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match=r"absent\.nets cannot be imported \(No module named 'absent'\)"):
-        check_targets({"_target_": "absent.nets.Net"}, trust=["absent"])
+        require_allowed({"_target_": "absent.nets.Net"}, trust=["absent"])
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_trusted_package_that_is_not_there_is_named() -> None:
             "torch.hub",
             "torch.nn",
             "litdiffusion",
-            "litdiffusion.files",
+            "litdiffusion.system.files",
         ),
         *(
             "numpy",
@@ -212,7 +212,7 @@ def test_a_trusted_package_that_is_not_there_is_named() -> None:
 def test_names_that_cannot_be_trusted(trust: str) -> None:
     for value in (trust, ["zoo", trust]):
         with pytest.raises(UserError, match=r"^trust: "):
-            check_targets({"_target_": "litdiffusion.nn.UNet"}, trust=value)
+            require_allowed({"_target_": "litdiffusion.nn.UNet"}, trust=value)
 
 
 @pytest.mark.parametrize("trust", [3, None, [3], [["zoo"]], {"zoo": 1}.values()], ids=str)

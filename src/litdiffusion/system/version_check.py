@@ -1,4 +1,4 @@
-"""Releases of others that must not, or cannot, be used. Looked up by name, before any of them is imported."""
+"""Releases of other packages that must not be used, or cannot: looked up by name, before any is imported."""
 
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -13,27 +13,28 @@ KNOWN_BAD = {
 REPLACEMENT = {"lightning": "lightning>=2.6.6"}
 
 
-def check_releases() -> None:
-    """Check what is installed.
+def require_sound_versions() -> None:
+    """Refuse releases that are known to be malicious, or not to work together.
 
     Raises:
         UserError: a release that is known to be bad, or two that do not work together.
     """
     for package, releases in KNOWN_BAD.items():
-        installed = _installed(package)
+        installed = installed_version(package)
         if installed in releases:
             raise UserError(
                 f"{package} {installed} is {releases[installed]}: replace it by"
                 f" `pip install '{REPLACEMENT[package]}'`, and change the passwords and keys that this machine holds"
             )
-    hydra, omegaconf = _installed("hydra-core"), _installed("omegaconf")
+    hydra, omegaconf = installed_version("hydra-core"), installed_version("omegaconf")
     if hydra and omegaconf and _numbers(hydra) < (1, 4) and _numbers(omegaconf) >= (2, 4):
         raise UserError(
             f"hydra-core {hydra} does not work with omegaconf {omegaconf}: `pip install 'omegaconf>=2.3,<2.4'`"
         )
 
 
-def _installed(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package, None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -41,5 +42,5 @@ def _installed(package: str) -> str | None:
 
 
 def _numbers(release: str) -> tuple[int, ...]:
-    """The numbers that a release begins with: (2, 4, 0) of 2.4.0.dev1."""
+    """Return the numbers that a release begins with: (2, 4, 0) for 2.4.0.dev1."""
     return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", release)[0].split("."))  # type: ignore[index]

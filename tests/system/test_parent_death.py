@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from litdiffusion.orphans import PARENT, end_with_parent
+from litdiffusion.system.parent_death import PARENT, end_with_parent
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="by a system call of Linux")
 def test_a_process_is_asked_to_stop_when_its_parent_is_killed(tmp_path: Path) -> None:
     child = f"""
         import signal, sys, time
-        from litdiffusion.orphans import end_with_parent
+        from litdiffusion.system.parent_death import end_with_parent
         signal.signal(signal.SIGTERM, lambda *_: (open({str(tmp_path / "asked")!r}, "w"), sys.exit()))
         end_with_parent()
         print("ready", flush=True)
@@ -37,7 +37,7 @@ def test_a_process_is_asked_to_stop_when_its_parent_is_killed(tmp_path: Path) ->
 
 
 def test_one_whose_parent_is_dead_already_does_not_begin(tmp_path: Path) -> None:
-    code = "from litdiffusion.orphans import end_with_parent; end_with_parent(); print('begun')"
+    code = "from litdiffusion.system.parent_death import end_with_parent; end_with_parent(); print('begun')"
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     variables = {**os.environ, PARENT: str(dead.pid)}

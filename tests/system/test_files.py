@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from litdiffusion.files import second_name, whole_file, write_text
+from litdiffusion.system.files import hardlink, whole_file, write_text
 
 WRITE_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
-from litdiffusion.files import whole_file
+from litdiffusion.system.files import whole_file
 
 with whole_file(Path(sys.argv[1])) as temporary:
     with temporary.open("wb") as file:
@@ -58,11 +58,11 @@ def test_a_second_name_outlasts_the_first(tmp_path):
     path, other = tmp_path / "last.txt", tmp_path / "previous.txt"
     write_text(path, "first")
     for _ in range(2):  # the second time it is there already, as after a kill before the next file was whole
-        second_name(path, other)
+        hardlink(path, other)
         assert names(tmp_path) == ["last.txt", "previous.txt"]
     write_text(path, "second")
     assert other.read_text() == "first"
-    second_name(path, other)
+    hardlink(path, other)
     assert other.read_text() == "second"
     assert names(tmp_path) == ["last.txt", "previous.txt"]
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written under a temporary name, synced, then renamed."""
+"""Atomic files: written under a temporary name, synced, then renamed."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ class WriteError(OSError):
 
 
 UNFINISHED = ".litdiffusion-"
-"""How the names of files begin that are being written, or were when their writer died."""
+"""Prefix of the names of files that are being written, or were when their writer was killed."""
 
 
 @contextmanager
@@ -65,8 +65,8 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def second_name(path: Path, other: Path) -> None:
-    """Make ``other`` a second name of the file ``path``; at every moment there is a whole file under both.
+def hardlink(path: Path, other: Path) -> None:
+    """Make ``other`` a hard link to the file ``path``, or a copy where there are none; both are whole at any moment.
 
     Raises:
         WriteError: the folder cannot be written, or the disk is full.
@@ -108,14 +108,14 @@ def append_text(path: Path, text: str) -> None:
 
 
 def _umask() -> int:
-    """Mkstemp makes private files; a run folder is shared as the user's umask says."""
+    """Return the umask: mkstemp makes private files, and a run folder is shared as the user wishes."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def _sync_folder(folder: Path) -> None:
-    """A rename lasts through a power cut only once its folder is synced; not every file system can."""
+    """Sync a folder, or a rename in it would not survive a power cut; not every file system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -6,10 +6,9 @@ import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment
 
 from commands import type_command
-from litdiffusion.configuration.entry import process_rank
-from litdiffusion.configuration.slurm import num_tasks, of_step
 from litdiffusion.errors import UserError
-from litdiffusion.training.cluster import SlurmTasks, cluster_environment
+from litdiffusion.slurm.cluster import SlurmTasks, cluster_environment
+from litdiffusion.system.launch import num_tasks, of_step, process_rank
 
 BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_NUM_NODES": "2"}
 TASK = {

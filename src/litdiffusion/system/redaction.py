@@ -1,6 +1,6 @@
-"""Secrets stay out of whatever is written or sent.
+"""Secrets are masked in whatever is written or sent.
 
-They are known by the key they lie under, by the environment variable they came from, or by their form.
+They are recognised by their key, by the environment variable that holds them, or by their form.
 """
 
 import logging
@@ -18,7 +18,7 @@ ANY_KEY = re.compile(
     r"key|token|secret|passw|passphrase|credential|authorization|(^|[_-])(pass|auth|bearer|cookie|dsn|pwd)([_-]|$)",
     re.IGNORECASE,
 )
-"""Names under which a run folder or a dashboard is told no text."""
+"""Keys whose texts are masked in run folders and on dashboards."""
 
 SECRET_KEY = re.compile(
     r"secret|passw|credential|(^|[_-])(api|access|private|auth|ssh)[_-]?key|token$|^key$", re.IGNORECASE
@@ -26,7 +26,7 @@ SECRET_KEY = re.compile(
 """The same, where a name like ``key_norm`` or ``token_mixer`` is more likely an argument of a network."""
 
 SHORTEST = 8
-"""A shorter value of an environment variable would be found by chance in what is no secret."""
+"""A shorter value of an environment variable would match by chance in other text."""
 
 _FORMS = (
     (re.compile(r"(?<=://)[^/\s:@]+(:[^/\s@]*)?(?=@)"), MASK),  # the user and password of an address
@@ -89,10 +89,10 @@ def without_secrets(value: Any, names: re.Pattern[str] = ANY_KEY, hidden: bool =
 
 
 class RedactedLog(logging.Filter):
-    """Takes secrets out of what a handler is about to say."""
+    """Masks secrets in log records."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Let every record through, in its final words."""
+        """Format the record, mask it, and let it through."""
         record.msg, record.args = redacted(record.getMessage()), None
         return True
 
@@ -101,7 +101,7 @@ REDACTED_LOG = RedactedLog()
 
 
 def redact_tracebacks() -> None:
-    """Take secrets out of the traceback that Python prints of an exception that nobody has caught."""
+    """Mask secrets in the traceback that Python prints of an uncaught exception."""
 
     def say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
@@ -119,10 +119,10 @@ def redacted_override(text: str) -> str:
 
 
 def _of_environment() -> list[str]:
-    """Longest first, or a secret that holds another one would leave its rest behind."""
+    """Return secrets of the environment, longest first, or one that contains another would be masked in part."""
     found = {
         value
         for name, value in os.environ.items()
-        if ANY_KEY.search(name) and name != "PWD" and len(value) >= SHORTEST  # that is the folder one is in
+        if ANY_KEY.search(name) and name != "PWD" and len(value) >= SHORTEST  # the working directory
     }
     return sorted(found, key=len, reverse=True)

@@ -1,7 +1,4 @@
-"""The processes that share a run, as torch knows them: who this one is, what each has, and what asks all to stop.
-
-A process that is alone is all there are: nothing here needs a process group.
-"""
+"""The processes that share a run, as torch connects them; a process that is alone needs no process group."""
 
 import os
 import signal
@@ -12,36 +9,29 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from litdiffusion.errors import UserError
+from litdiffusion.system.launch import num_started
 
 T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""What asks a run to stop: ``scripts/slurm`` have SIGUSR1 sent before the time limit, submitit SIGUSR2.
+"""Signals that ask a run to stop: ``scripts/slurm`` have SIGUSR1 sent before the time limit, submitit SIGUSR2.
 
 Slurm sends them to every process of a job, helpers included; those that train decide what follows.
 """
 
 
+def usable_cores() -> list[int]:
+    """Return the cores that this process may run on: under a job scheduler, fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def rank_and_number() -> tuple[int, int]:
-    """Return this process's rank and the number of processes; (0, 1) for one alone."""
+    """Return this process's rank in torch's process group and the group's size; (0, 1) where there is none."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
-
-
-def num_started() -> int:
-    """Return how many processes torchrun, or a launcher like it, has started together; 1 for one alone.
-
-    Raises:
-        UserError: the environment says something else.
-    """
-    said = os.environ.get("WORLD_SIZE") or "1"
-    if not said.isdecimal():
-        raise UserError(
-            f"WORLD_SIZE={said}: the environment should say how many processes there are; unset it"
-        )
-    return int(said)
 
 
 def share_of(count: int) -> range:
@@ -62,7 +52,7 @@ def gathered(value: T) -> list[T]:
 
 @contextmanager
 def together(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun has started, for as long as they work together; alone, do nothing."""
+    """Connect the processes that torchrun has started for the duration of the block; alone, do nothing."""
     if num_started() == 1 or dist.is_initialized():
         yield
         return

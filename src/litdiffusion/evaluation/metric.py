@@ -1,0 +1,114 @@
+"""What a metric is. ``configs/metrics`` lists those of a run, and whatever shows numbers goes by that list."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torchmetrics
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from litdiffusion.data.stores import Batch
+from litdiffusion.diffusion import Denoiser, Objective
+
+BINS = 10
+TENTHS = tuple(f"_t{i:02d}" for i in range(BINS))
+"""Suffixes of numbers by noise level, from nearly clean to nearly noise."""
+
+
+class Model(NamedTuple):
+    """What is measured.
+
+    Fields:
+        denoiser: the one to sample from: with averaged weights where there are any.
+        objective: what it was trained on.
+        raw: the denoiser with the weights of the last step, where ``denoiser`` has averaged ones.
+    """
+
+    denoiser: Denoiser
+    objective: Objective
+    raw: Denoiser | None = None
+
+
+class Metric(torchmetrics.Metric):
+    """One or several numbers that tell how good a model is, on images that the training never sees.
+
+    Metric ``NAME`` of the configuration is logged as ``val/NAME`` and stands as ``val_NAME`` in ``summary.json`` and
+    in a sweep's table; its further numbers add a suffix to ``val/NAME``. A subclass sets ``higher_is_better``, adds
+    its states with ``add_state(..., dist_reduce_fx="sum")``, so that it is the same on any number of processes, and
+    writes ``update`` and ``compute``. For a mean over images, see ``Mean``.
+    """
+
+    higher_is_better = False
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Check, before anything is trained or measured, that this metric can be had of a denoiser.
+
+        Raises:
+            UserError: it cannot.
+        """
+
+    @abstractmethod
+    def update(self, model: Model, batch: Batch) -> None:
+        """Take in a batch of held-out images, finished and on the model's device, of this process alone."""
+
+    @abstractmethod
+    def compute(self) -> dict[str, float]:
+        """Return the numbers by suffix, "" for the metric's main one; none where nothing was measured."""
+
+    def extent(self) -> dict[str, int]:
+        """Return what ``evaluate`` reports beside the numbers of how much they rest on, by its full names."""
+        return {}
+
+
+class Mean(Metric):
+    """Means over images: of one number for each, of further ones under ``suffixes``, and of either by noise level."""
+
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, *suffixes: str) -> None:
+        super().__init__()
+        self.suffixes = ("", *suffixes, *TENTHS)
+        for state in ("sums", "counts"):
+            zeros = torch.zeros(len(self.suffixes), dtype=torch.float64)
+            self.add_state(state, zeros, dist_reduce_fx="sum")
+
+    def add(self, values: Float[Tensor, " images"], suffix: str = "") -> None:
+        """Add one number for each image."""
+        self._add(values, torch.full(values.shape, self.suffixes.index(suffix), device=values.device))
+
+    def add_by_noise_level(self, values: Float[Tensor, " images"], tenth: Int[Tensor, " images"]) -> None:
+        """Add one number for each image to the mean of all, and to that of its tenth of the noise levels, 0..9."""
+        self.add(values)
+        self._add(values, len(self.suffixes) - BINS + tenth)
+
+    def _add(self, values: Float[Tensor, " images"], index: Int[Tensor, " images"]) -> None:
+        values = values.double()
+        self.sums = self.sums.index_add(0, index, values)
+        self.counts = self.counts.index_add(0, index, torch.ones_like(values))
+
+    def compute(self) -> dict[str, float]:
+        """Return the means of what was added."""
+        means = zip(self.suffixes, self.sums.tolist(), self.counts.tolist(), strict=True)
+        return {suffix: total / count for suffix, total, count in means if count}
+
+
+def tenth_of(t: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+    """Return in which tenth of (0, 1] each time lies, its end included up to rounding: 0..9."""
+    return (t * BINS - 1e-6).long().clamp(0, BINS - 1)
+
+
+def listed(metrics: Mapping[str, Metric | None] | None) -> dict[str, Metric]:
+    """Return the metrics of a configuration that have not been left out with null."""
+    return {name: metric for name, metric in (metrics or {}).items() if metric is not None}
+
+
+def numbers(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """Return all numbers of the metrics under their full names, over all processes; every process must call this."""
+    return {
+        f"val/{name}{suffix}": value
+        for name, metric in metrics.items()
+        for suffix, value in metric.compute().items()
+    }

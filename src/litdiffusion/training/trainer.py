@@ -1,0 +1,61 @@
+"""Lightning's trainer with the callbacks and loggers of a run, and what it does after the last step."""
+
+import logging
+import warnings
+from typing import Any
+
+from lightning import Trainer
+from omegaconf import DictConfig
+
+from litdiffusion.configuration.nodes import build
+from litdiffusion.runs.run import Run
+from litdiffusion.slurm.cluster import cluster_environment
+from litdiffusion.training.callbacks import Monitor, SampleImages, SaveCheckpoints
+from litdiffusion.training.callbacks.attached import datamodule_of, get_callback
+from litdiffusion.training.checkpoint_io import WholeCheckpointIO
+from litdiffusion.training.loggers import ForeignLogger, RunLogger
+from litdiffusion.training.module import LitDiffusion
+
+IGNORED = (
+    ".*LeafSpec.* is deprecated",  # Lightning's own, with this torch
+    "The `srun` command is available",  # and need not be used
+    # DDP compares strides of 1x1 convolutions, where channels last and first are the same order in memory.
+    r"(?s)Grad strides do not match.*grad\.sizes\(\) = \[\d+, \d+, 1, 1\]",
+)
+"""Warnings that no user can act on."""
+
+
+def build_loggers(cfg: DictConfig) -> list[RunLogger]:
+    """Build the loggers of the configuration; none is opened yet."""
+    loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node]
+    return [logger if isinstance(logger, RunLogger) else ForeignLogger(logger) for logger in loggers]
+
+
+def build_trainer(cfg: DictConfig, loggers: list[RunLogger]) -> Trainer:
+    """Build the callbacks and the trainer that runs them."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in IGNORED:
+        warnings.filterwarnings("ignore", message=message)
+    supplied: dict[str, Any] = {
+        "logger": loggers,
+        "callbacks": [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node],
+        "plugins": [plugin for plugin in (WholeCheckpointIO(), cluster_environment()) if plugin],
+    }
+    if not cfg.datamodule.num_val:
+        supplied["limit_val_batches"] = 0  # or Lightning warns that there is nothing to validate on
+    trainer: Trainer = build(cfg.trainer, "trainer", **supplied)
+    return trainer
+
+
+def validate_and_sample(trainer: Trainer, module: LitDiffusion, run: Run) -> None:
+    """Validate the trained model, unless its last step was validated, and draw its samples."""
+    monitor = get_callback(trainer, Monitor)
+    if monitor and monitor.validated_step != trainer.global_step and datamodule_of(trainer).num_val:
+        trainer.validate(module, datamodule=datamodule_of(trainer), verbose=False)
+        if saving := get_callback(trainer, SaveCheckpoints):
+            saving.save(trainer, again=True)  # a run that is stopped from here on has validated its end
+    if trainer.is_global_zero:
+        run.folder.forget_summary()
+    if sampling := get_callback(trainer, SampleImages):
+        sampling.finish(trainer, module)
