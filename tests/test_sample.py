@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from litdiffusion.runs.model import TrainedModel
 from PIL import Image
 
 from commands import run, train_tiny, type_command
