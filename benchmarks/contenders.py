@@ -101,7 +101,7 @@ def ours(precision: str, preset: str = "cpu") -> Callable[[Plan], Seconds]:
 
         from litdiffusion.configuration.entry import config_folder
         from litdiffusion.configuration.nodes import build
-        from litdiffusion.diffusion import DDIM
+        from litdiffusion.diffusion import DDIM, Draws
         from litdiffusion.system.processes import gathered, share_of
         from litdiffusion.training.memory import keep_freed_memory
 
@@ -133,14 +133,15 @@ def ours(precision: str, preset: str = "cpu") -> Callable[[Plan], Seconds]:
             trainer.fit(module, datamodule=datamodule)
         stamps = watch.stamps
         train = [stop - start for start, stop in pairwise(stamps)][plan.warmup :]
-        denoiser = module.best_denoiser.eval()
-        # The first moment comes before the image has moved, the last without a call of the network: between
+        denoiser = module.ema_denoiser.eval()
+        # The first output comes before the image has moved, the last without a call of the network: between
         # them, each is one whole step.
-        images = plan.batch()[share_of(plan.batch_size)]
+        mine = share_of(plan.batch_size)
+        draws = Draws.at(0, "sample", start=mine.start, stop=mine.stop)
         with trainer.precision_plugin.forward_context():  # as the samples of a training are made
-            moments = DDIM(num_steps=plan.total + 1).steps(denoiser, images)
-            next(moments)
-            ends = (gathered(None) for _ in islice(moments, plan.total))
+            outputs = DDIM(num_steps=plan.total + 1).steps(denoiser, plan.batch()[mine], draws)
+            next(outputs)
+            ends = (gathered(None) for _ in islice(outputs, plan.total))
             return Seconds(train, between_ticks(ends, plan))
 
     return measure

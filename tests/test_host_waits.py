@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from litdiffusion.diffusion.timesteps import TimestepRule
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,22 +25,31 @@ from litdiffusion.diffusion import (
     L1,
     L2,
     P2,
+    Clipped,
     Denoiser,
-    Guidance,
+    Denoising,
+    DPMSolverPP2M,
+    Draws,
     Huber,
-    ImportanceTimesteps,
+    Importance,
+    Labelled,
+    LogitNormal,
+    Lognormal,
     MinSNR,
+    NoiseLevels,
     Objective,
+    Preconditioned,
     Sampler,
+    SamplerOutput,
     Sigmoid,
-    Step,
-    StratifiedTimesteps,
     Uniform,
-    UniformTimesteps,
+    UniformLevels,
     Variational,
     schedules,
 )
 from litdiffusion.diffusion.editing import Edit, Inpaint, Interpolate, Slerp, Variation
+from litdiffusion.diffusion.guidance import Guidance
+from litdiffusion.diffusion.spacing import SPACINGS
 from litdiffusion.evaluation import BitsPerDim, HeldOutLoss, Metric, Model, X0MeanAbsoluteError
 from litdiffusion.nn import DiT, UNet
 from litdiffusion.reporting.gif import Film
@@ -190,7 +198,10 @@ SCHEDULES = {
     "linear": schedules.linear(20),
     "cosine": schedules.cosine(20),
     "zero_snr": schedules.cosine(20, zero_terminal_snr=True),
-    "flow": schedules.flow(20),
+    "flow": schedules.Flow(num_steps=20),
+    "ve": schedules.VE(num_steps=20),
+    "vp_cosine": schedules.VPCosine(num_steps=20),
+    "vp_linear": schedules.VPLinear(num_steps=20),
 }
 NETS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -211,23 +222,27 @@ class Small(nn.Module):
         self.conv = nn.Conv2d(2, 2, 1)
         self.labels = nn.Embedding(4, 1)
 
-    def forward(self, x: Tensor, clock: Tensor, self_cond: Tensor | None, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, self_cond: Tensor | None, labels: Tensor) -> Tensor:
         both = torch.cat((x, torch.zeros_like(x) if self_cond is None else self_cond), dim=1)
-        return self.conv(both) + (self.labels(labels)[:, :, None, None] + clock[:, None, None, None])
+        return self.conv(both) + (self.labels(labels)[:, :, None, None] + c_noise[:, None, None, None])
 
 
 def on_the_gpu(net: nn.Module, schedule: str = "linear", target: str = "v", clip: str = "static") -> Denoiser:
     """A denoiser of 8x8 images."""
-    return Denoiser(net, SCHEDULES[schedule], TARGETS[target], 1, 8, clip).to("meta")
+    return Clipped(Preconditioned(net, SCHEDULES[schedule], TARGETS[target], 1, 8), clip).to("meta")
 
 
 def unet(options: dict[str, Any]) -> UNet:
     return UNet(8, 1, (1,), heads=2, head_dim=4, **options)
 
 
-def train(denoiser: Denoiser, objective: Objective, timesteps: TimestepRule, steps: int) -> None:
+def objective(levels: NoiseLevels | None = None, loss: Any = None, weighting: Any = None) -> Denoising:
+    return Denoising(loss or L1(), weighting or Uniform(), levels or UniformLevels())
+
+
+def train(denoiser: Denoiser, objective: Objective, steps: int) -> None:
     optimizer = partial(torch.optim.Adam, lr=1e-3)
-    lit = LitDiffusion(denoiser, objective, timesteps, optimizer, constant, EMA(0.9), seed=1).to("meta")
+    lit = LitDiffusion(denoiser, objective, optimizer, constant, EMA(0.9), seed=1).to("meta").train()
     lit.trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     adam = lit.configure_optimizers()["optimizer"]
     datamodule = ImageDataModule(Digits(8, 1, flip=True), batch_size=6, seed=0)
@@ -241,22 +256,50 @@ def train(denoiser: Denoiser, objective: Objective, timesteps: TimestepRule, ste
             nn.utils.clip_grad_norm_(lit.parameters(), 1.0)
             adam.step()
             adam.zero_grad()
-            lit.ema.update(lit.averaged, lit.denoiser.net, step + 1)
+            lit.ema.update(lit.ema_net, lit.denoiser.core.net, step + 1)
             monitor._add(output, lit, 1, step + 1)
 
 
 @pytest.mark.parametrize("options", NETS.values(), ids=NETS)
 def test_no_training_step_waits(options, monkeypatch):
-    fed = []
-    original = Denoiser.self_conditioning
-    monkeypatch.setattr(Denoiser, "self_conditioning", lambda *args: fed.append(1) or original(*args))
-    train(on_the_gpu(unet(options)), Objective(L1(), Uniform()), UniformTimesteps(), 2)
-    assert len(fed) == ("self_condition" in options)  # in one step of the two
+    evaluations = []
+    original = Preconditioned.output
+    monkeypatch.setattr(
+        Preconditioned, "output", lambda *args, **kwargs: evaluations.append(1) or original(*args, **kwargs)
+    )
+    steps = 3
+    train(on_the_gpu(unet(options)), objective(), steps)
+    # With self-conditioning, some steps evaluate the network twice, and some do not.
+    assert (steps < len(evaluations) < 2 * steps) == ("self_condition" in options)
 
 
 def test_no_step_of_a_transformer_waits():
     net = DiT(1, 8, 1, 2, self_condition=True, num_classes=3, learned_variance=True, dropout=0.1)
-    train(on_the_gpu(net), Objective(L1(), Uniform()), UniformTimesteps(), 2)
+    train(on_the_gpu(net), objective(), 2)
+
+
+LEVELS = {
+    "uniform": UniformLevels,
+    "lognormal": Lognormal,
+    "logit_normal": LogitNormal,
+    "importance": lambda stratified: Importance(20, stratified=stratified),
+}
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("make", LEVELS.values(), ids=LEVELS)
+def test_no_noise_level_waits(make, schedule, stratified):
+    """Importance learns from the losses on the device, and draws from what it has learned there."""
+    train(on_the_gpu(Small(), schedule), objective(make(stratified=stratified)), 2)
+
+
+def test_draws_are_made_on_the_device():
+    draws = Draws((0, "test"), torch.arange(3, device="meta"), batch_size=6)
+    with no_host_waits():
+        made = [draws.uniform("u"), draws.stratified("s"), draws.normal("n", (1, 3, 3))]
+        assert 0 <= draws.shared_uniform("coin") < 1  # the one that the host decides by never was there
+    assert all(each.is_meta for each in made)
 
 
 WEIGHTINGS = {
@@ -268,13 +311,14 @@ WEIGHTINGS = {
 }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["linear", "zero_snr", "flow", "ve"])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS.values(), ids=WEIGHTINGS)
 def test_no_objective_waits(weighting, target, schedule):
     if SCHEDULES[schedule].has_zero_terminal_snr and not TARGETS[target].defined_at_zero_snr:
         return
-    train(on_the_gpu(Small(), schedule, target), Objective(Huber(), weighting), StratifiedTimesteps(), 1)
+    levels = UniformLevels(stratified=True)
+    train(on_the_gpu(Small(), schedule, target), objective(levels, Huber(), weighting), 1)
 
 
 @pytest.mark.parametrize("options", NETS.values(), ids=NETS)
@@ -284,7 +328,7 @@ def test_no_metric_waits(options):
     for metric in metrics:
         metric.to("meta")
         with no_host_waits():
-            metric.update(Model(denoiser, Objective(L2(), MinSNR()), denoiser), batch)
+            metric.update(Model(denoiser, objective(None, L2(), MinSNR()), denoiser), batch)
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -300,12 +344,12 @@ EDITS: dict[str, Edit] = {
 
 
 def draw(denoiser: Denoiser, sampler: Sampler, **how: Any) -> None:
-    """The images come to the host after the last moment of a batch, and nothing does before."""
+    """The images come to the host after the last time of a batch, and nothing does before."""
     film, times = Film(range(100)), []
 
-    def watch(start: int, moment: Step) -> None:
-        film.watch(start, moment)
-        times.append(moment.t)
+    def watch(start: int, output: SamplerOutput) -> None:
+        film.watch(start, output)
+        times.append(output.t)
 
     with pytest.raises(WaitError, match="copies from meta to cpu"), no_host_waits():
         sample_images(denoiser, sampler, 3, seed=0, watch=watch, **how)
@@ -313,13 +357,16 @@ def draw(denoiser: Denoiser, sampler: Sampler, **how: Any) -> None:
     assert len(times) > 1
 
 
-@pytest.mark.parametrize("grid", ["uniform", "quadratic", "log_snr"])
 @pytest.mark.parametrize("make", ALL_SAMPLERS.values(), ids=ALL_SAMPLERS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_no_sampler_waits(schedule, make, grid):
-    sampler = make(5)
-    sampler.grid = grid
-    draw(on_the_gpu(Small(), schedule), sampler, labels=None)
+def test_no_sampler_waits(schedule, make):
+    draw(on_the_gpu(Small(), schedule), make(5), guidance=Guidance(None))
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_spacing_waits(schedule, spacing):
+    draw(on_the_gpu(Small(), schedule), DPMSolverPP2M(5, spacing), guidance=Guidance(None))
 
 
 @pytest.mark.parametrize("clip", ["none", "static", "dynamic"])
@@ -328,36 +375,34 @@ def test_no_sampler_waits(schedule, make, grid):
 )
 def test_guidance_and_clipping_do_not_wait(scale, interval, clip):
     denoiser = on_the_gpu(unet(NETS["all"]), clip=clip)
-    draw(denoiser, DDPM(5), labels="all", guidance_scale=scale, guidance_interval=interval)
+    draw(denoiser, DDPM(5), guidance=Guidance("all", scale, interval))
+
+
+def test_autoguidance_does_not_wait():
+    model, guide = (on_the_gpu(unet(NETS["all"])) for _ in range(2))
+    draw(model, DDPM(5), guidance=Guidance("all", 2.0, guide=guide))
 
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 @pytest.mark.parametrize("make", ALL_SAMPLERS.values(), ids=ALL_SAMPLERS)
 def test_no_edit_waits(make, edit):
-    draw(on_the_gpu(Small()), make(5), edit=edit, guidance_scale=2.0, guidance_interval=(0.2, 0.8))
+    draw(on_the_gpu(Small()), make(5), edit=edit, guidance=Guidance(scale=2.0, interval=(0.2, 0.8)))
 
 
 # ---------------------------------------------------------------------------------------------- what waits
 
 
-def test_labels_on_the_gpu_are_checked_there():
-    """As those of validation are for the bound, once for each batch; sampling has its own on the CPU."""
-    denoiser, labels = on_the_gpu(Small()), on_device(3, dtype=torch.int64)
-    with pytest.raises(WaitError, match="_local_scalar_dense"), no_host_waits():
-        denoiser.guided(Guidance(labels))
-
-
-def test_times_on_the_gpu_are_looked_for_in_a_part_of_the_way():
-    """Samplers ask at a number, which all images share."""
-    x_t, t = on_device(2, 1, 8, 8), on_device(2, dtype=torch.int64)
-    denoiser, labels = on_the_gpu(Small()), torch.tensor([0, 1])
+def test_times_and_labels_on_the_gpu_are_used_there():
+    """As those of training and of the bound are; a request's labels are numbers, checked before anything is drawn."""
+    x_t, t, labels = on_device(2, 1, 8, 8), on_device(2, dtype=torch.float64), on_device(2, dtype=torch.int64)
+    denoiser = on_the_gpu(Small())
     with no_host_waits():
-        denoiser.guided(Guidance(labels, 3.0))(x_t, t)
-        guided = denoiser.guided(Guidance(labels, 3.0, (0.2, 0.6)))
-    with pytest.raises(WaitError, match="_local_scalar_dense"), no_host_waits():
-        guided(x_t, t)
+        Labelled(denoiser, labels)(x_t, t)
+        for interval in ((0.0, 1.0), (0.2, 0.6)):
+            Guidance([0, 1], 3.0, interval).around(denoiser, range(2))(x_t, t)
 
 
-def test_importance_timesteps_draw_on_the_host_from_what_they_have_learned_on_the_gpu():
-    with pytest.raises(WaitError, match="copies from meta to cpu"):
-        train(on_the_gpu(Small()), Objective(L2(), Uniform()), ImportanceTimesteps(20), 1)
+def test_a_requests_labels_on_the_gpu_are_read():
+    denoiser, labels = on_the_gpu(Small()), on_device(3, dtype=torch.int64)
+    with pytest.raises(WaitError, match=r"copies from meta to cpu|_local_scalar_dense"), no_host_waits():
+        Guidance(labels).classes(denoiser)

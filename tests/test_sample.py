@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from litdiffusion.runs.model import TrainedModel
 from PIL import Image
 
 from commands import run, train_tiny, type_command
@@ -15,6 +14,7 @@ from litdiffusion import load_model
 from litdiffusion.data.pictures import read_image, read_mask
 from litdiffusion.diffusion import DDIM, DDPM, DPMSolverPP2M, Heun
 from litdiffusion.errors import UserError
+from litdiffusion.inference import TrainedModel
 from litdiffusion.reporting.images import to_uint8
 
 SHAPE = (1, 8, 8)
@@ -27,6 +27,23 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     brief = ["trainer.max_steps=1", "callbacks.sample_images=null", "metrics.bits_per_dim=null"]
     run_dir = train_tiny(tmp_path_factory.mktemp("runs") / "run", "net.num_classes=10", *brief)
     return run_dir / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def weaker(ckpt: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints that might guide: one of the same kind with other weights, and ones of other kinds."""
+    folder = tmp_path_factory.mktemp("weaker")
+    checkpoint = torch.load(ckpt, weights_only=True)
+    for name, value in checkpoint["state_dict"].items():
+        if name.startswith(("ema_net.", "denoiser.inner.net.")) and value.is_floating_point():
+            checkpoint["state_dict"][name] = value + 0.05
+    torch.save(checkpoint, folder / "same.ckpt")
+    checkpoint["model_config"]["denoiser"]["inner"]["schedule"]["num_steps"] = 77
+    torch.save(checkpoint, folder / "schedule.ckpt")
+    checkpoint["model_config"]["denoiser"]["inner"]["schedule"]["num_steps"] = 1000
+    checkpoint["model_config"]["denoiser"]["inner"]["image_size"] = 16
+    torch.save(checkpoint, folder / "size.ckpt")
+    return {name: folder / f"{name}.ckpt" for name in ("same", "schedule", "size")}
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +168,26 @@ def test_classes_are_drawn_in_turn_or_as_named(ckpt, tmp_path):
     assert differ(drawn, labels=1) > 1
 
 
-@pytest.mark.parametrize(("sampler", "grid"), [("dpmpp_2m", "quadratic"), ("heun", "log_snr")])
-def test_further_samplers_and_grids_go_by_their_names(sampler, grid, ckpt, tmp_path):
-    overrides = [f"sampler={sampler}", "sampler.num_steps=3", f"sampler.grid={grid}", "num_images=1"]
+@pytest.mark.usefixtures("in_float32")
+def test_an_earlier_checkpoint_guides(ckpt, weaker, tmp_path):
+    typed = ["labels=1", f"guide_ckpt={weaker['same']}", "guidance_scale=2"]
+    drawn, report = sampled(ckpt, tmp_path / "guided", *typed)
+    assert report.items() >= {"guide_ckpt": str(weaker["same"]), "guidance_scale": 2}.items()
+    model, guide = (load_model(path, device="cpu") for path in (ckpt, weaker["same"]))
+    asked = {"sampler": "ddim", "num_steps": 5, "labels": 1}
+    expected = shown(model.sample(3, guidance_scale=2, guide=guide, **asked))
+    assert np.abs(drawn.astype(int) - expected.astype(int)).max() <= 1
+    for other in ({}, {"guidance_scale": 2}):  # neither plain, nor guided by the model itself without a class
+        assert np.abs(drawn.astype(int) - shown(model.sample(3, **asked, **other)).astype(int)).max() > 1
+    # A class is not needed: the guide is another model.
+    assert sampled(ckpt, tmp_path / "any", "labels=null", *typed[1:])[1]["labels"] is None
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing"), [("dpmpp_2m", "quadratic"), ("heun", "log_snr"), ("heun", "karras")]
+)
+def test_further_samplers_and_spacings_go_by_their_names(sampler, spacing, ckpt, tmp_path):
+    overrides = [f"sampler={sampler}", "sampler.num_steps=3", f"sampler.spacing={spacing}", "num_images=1"]
     run("sample", f"ckpt={ckpt}", f"out={tmp_path}", "device=cpu", *overrides)
     assert json.loads((tmp_path / "sample.json").read_text())["num_steps"] == 3
 
@@ -186,9 +220,9 @@ class TestTrainedModel:
 
     @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "heun"])
     def test_samplers_go_by_the_names_of_their_files(self, model, sampler):
-        drawn = model.sample(2, sampler, num_steps=2, grid="quadratic", labels=3, seed=1)
+        drawn = model.sample(2, sampler, num_steps=2, spacing="quadratic", labels=3, seed=1)
         kind = {"ddpm": DDPM, "ddim": DDIM, "dpmpp_2m": DPMSolverPP2M, "heun": Heun}[sampler]
-        assert torch.equal(drawn, model.sample(2, kind(2, grid="quadratic"), labels=3, seed=1))
+        assert torch.equal(drawn, model.sample(2, kind(2, spacing="quadratic"), labels=3, seed=1))
 
     @pytest.mark.parametrize(
         ("asked", "words"),
@@ -226,15 +260,23 @@ REFUSED = {
     "a word for a scale": (["guidance_scale=big"], ["guidance_scale=big"]),
     "a number for an interval": (["guidance_interval=0.5"], ["guidance_interval=0.5"]),
     "a label out of range": (["labels=10"], ["labels=10", "0..9"]),
+    "a guide of another schedule": (
+        ["guide_ckpt=SCHEDULE", "guidance_scale=2"],
+        ["guide_ckpt", "same", "schedule"],
+    ),
+    "a guide of another size": (["guide_ckpt=SIZE", "guidance_scale=2"], ["guide_ckpt", "same image size"]),
+    "a guide without a scale": (["guide_ckpt=SAME"], ["guidance_scale=1", "guide"]),
+    "a guide that is not there": (["guide_ckpt=/none.ckpt", "guidance_scale=2"], ["/none.ckpt"]),
     "guidance towards nothing": (["labels=null", "guidance_scale=2"], ["guidance_scale=2", "labels"]),
 }
 
 
 @pytest.mark.parametrize(("overrides", "words"), REFUSED.values(), ids=REFUSED)
-def test_bad_input_is_one_line_before_anything_is_drawn(overrides, words, ckpt, pictures, tmp_path):
-    names = {"CAT": "cat.png", "MASK": "mask.png", "TEXT": "text.png"}
-    for short, name in names.items():
-        overrides = [override.replace(f"={short}", f"={pictures / name}") for override in overrides]
+def test_bad_input_is_one_line_before_anything_is_drawn(overrides, words, ckpt, weaker, pictures, tmp_path):
+    names = {name.upper(): pictures / f"{name}.png" for name in ("cat", "mask", "text")}
+    names |= {name.upper(): path for name, path in weaker.items()}
+    for short, path in names.items():
+        overrides = [override.replace(f"={short}", f"={path}") for override in overrides]
     typed = type_command("sample", f"ckpt={ckpt}", f"out={tmp_path / 'out'}", *overrides)
     assert typed.code == 2, typed.err
     assert typed.err.startswith("error: "), typed.err

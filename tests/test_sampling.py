@@ -2,26 +2,28 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from litdiffusion.diffusion import (
     DDIM,
     DDPM,
+    EDM,
     X0,
-    Denoiser,
+    Clipped,
     DPMSolverPP2M,
-    Guidance,
+    Draws,
+    Guided,
     Heun,
+    Labelled,
+    Preconditioned,
     Sampler,
-    Schedule,
     V,
     schedules,
 )
 from litdiffusion.diffusion.editing import Edit, Inpaint, Interpolate, Variation
+from litdiffusion.diffusion.guidance import Guidance
 from litdiffusion.diffusion.likelihood import prior_bits
-from litdiffusion.diffusion.walk import normal_like
-from litdiffusion.randomness import image_generators
 from litdiffusion.sampling import sample_images
 from small_worlds import Affine, GaussianData, Spy, affine_denoiser, exact_denoiser, images, normal
 
@@ -43,34 +45,38 @@ def test_an_image_is_the_same_in_any_batch(sampler):
     assert len(whole.unique(dim=0)) == 7
 
 
+def noise_of(start: int, stop: int, name: str = "x_T") -> Tensor:
+    """That of images of seed 0."""
+    return Draws.at(0, "sample", start=start, stop=stop).normal(name, (1, 4, 4))
+
+
 def test_images_start_from_noise_of_their_own():
     seen = {}
     sampler = DDIM(4)
     sample_images(
-        affine_denoiser(SCHEDULE), sampler, 5, 0, 2, lambda first, step: seen.setdefault(first, step)
+        affine_denoiser(SCHEDULE), sampler, 5, 0, 2, lambda first, output: seen.setdefault(first, output)
     )
     assert list(seen) == [0, 2, 4]
-    for first, step in seen.items():
-        noise = [torch.randn(1, 4, 4, generator=g) for g in image_generators(0, first, min(first + 2, 5))]
-        assert step.t == 20
-        assert torch.equal(step.x, torch.stack(noise))
+    for first, output in seen.items():
+        assert output.t == 1
+        assert torch.equal(output.x, noise_of(first, min(first + 2, 5)))
 
 
-def test_a_watcher_sees_every_moment_of_every_batch():
-    moments = []
+def test_a_watcher_sees_every_time_of_every_batch():
+    seen = []
     images = sample_images(
-        affine_denoiser(SCHEDULE), DDIM(4), 3, 0, 2, lambda first, step: moments.append((first, step.t))
+        affine_denoiser(SCHEDULE), DDIM(4), 3, 0, 2, lambda first, output: seen.append((first, output.t))
     )
-    assert moments == [(first, t) for first in (0, 2) for t in (20, 15, 10, 5, 0)]
+    assert seen == [(first, t) for first in (0, 2) for t in (1.0, 0.75, 0.5, 0.25, 0.0)]
     assert images.shape == (3, 1, 4, 4)
 
 
 def test_images_are_clamped_float32_of_the_denoisers_shape():
     class Loud(Affine):
-        def forward(self, x, clock):
+        def forward(self, x, c_noise):
             return -100 * torch.ones_like(x)
 
-    denoiser = Denoiser(Loud(), SCHEDULE, V(), 3, (4, 6), clip="none")
+    denoiser = Preconditioned(Loud(), SCHEDULE, V(), 3, (4, 6))
     images = sample_images(denoiser, DDIM(5), 2, 0)
     assert images.shape == (2, 3, 4, 6)
     assert images.dtype == torch.float32
@@ -87,7 +93,7 @@ class Moody(Affine):
         self.modes: set[bool] = set()
         self.fails = False
 
-    def forward(self, x, clock):
+    def forward(self, x, c_noise):
         self.modes.add(self.dropout.training)
         if self.fails:
             raise RuntimeError("a bug")
@@ -128,9 +134,9 @@ class Conditional(Affine):
         super().__init__()
         self.asked: list[list[int]] = []
 
-    def forward(self, x, clock, labels):
+    def forward(self, x, c_noise, labels):
         self.asked.append(labels.tolist())
-        return super().forward(x, clock) - 0.1 * labels[:, None, None, None]
+        return super().forward(x, c_noise) - 0.1 * labels[:, None, None, None]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +152,9 @@ class Conditional(Affine):
 @pytest.mark.parametrize("batch_size", [2, 5, 6])
 def test_image_i_draws_class_i_modulo_their_number_in_any_batch(labels, drawn, batch_size):
     net = Conditional()
-    sample_images(affine_denoiser(SCHEDULE, V(), net=net), DDIM(2), 6, 0, batch_size, labels=labels)
+    sample_images(
+        affine_denoiser(SCHEDULE, V(), net=net), DDIM(2), 6, 0, batch_size, guidance=Guidance(labels)
+    )
     # Two steps for each batch.
     for step in (0, 1):
         assert [label for batch in net.asked[step::2] for label in batch] == drawn
@@ -156,23 +164,45 @@ def test_classes_come_in_turn_unless_others_are_named():
     net, other = Conditional(), Conditional()
     implicit = sample_images(affine_denoiser(SCHEDULE, V(), net=net), DDIM(2), 6, 0)
     assert torch.equal(
-        implicit, sample_images(affine_denoiser(SCHEDULE, V(), net=other), DDIM(2), 6, 0, labels="all")
+        implicit,
+        sample_images(affine_denoiser(SCHEDULE, V(), net=other), DDIM(2), 6, 0, guidance=Guidance("all")),
     )
     assert net.asked[0] == [0, 1, 2, 3, 0, 1]
-    assert sample_images(affine_denoiser(SCHEDULE), DDIM(2), 6, 0, labels="all").shape == (6, 1, 4, 4)
+    assert sample_images(affine_denoiser(SCHEDULE), DDIM(2), 6, 0, guidance=Guidance("all")).shape == (
+        6,
+        1,
+        4,
+        4,
+    )
 
 
 def test_guidance_is_asked_for_where_and_as_firmly_as_said():
     net = Conditional()
     denoiser = affine_denoiser(SCHEDULE, V(), clip="none", net=net)
-    asked = {"labels": [1], "guidance_scale": 3.0, "guidance_interval": [0.4, 0.6]}
-    drawn = sample_images(denoiser, DDIM(4), 2, 0, **asked)
-    # t / T is 1, 0.75, 0.5 and 0.25: two branches only at 0.5.
-    assert net.asked == [[1, 1], [1, 1], [1, 1, 4, 4], [1, 1]]
-    noise = normal_like(torch.empty(2, 1, 4, 4), image_generators(0, 0, 2))
-    guidance = Guidance(torch.tensor([1, 1]), 3.0, (0.4, 0.6))
-    expected = DDIM(4).sample(denoiser.guided(guidance), noise)
+    drawn = sample_images(denoiser, DDIM(4), 2, 0, guidance=Guidance([1], 3.0, [0.4, 0.6]))
+    # Times 1, 0.75, 0.5 and 0.25: at 0.5 alone the network is asked for no class, too.
+    assert net.asked == [[1, 1], [1, 1], [1, 1], [4, 4], [1, 1]]
+    core = denoiser.core
+    guided = Clipped(Guided(Labelled(core, torch.tensor([1, 1])), core, 3.0, (0.4, 0.6)), "none")
+    draws = Draws.at(0, "sample", start=0, stop=2)
+    expected = DDIM(4).sample(guided, noise_of(0, 2), draws)
     assert torch.equal(drawn, expected.clamp(-1, 1))
+
+
+def test_autoguidance_moves_away_from_the_weaker_model():
+    """x_0 = x_0(guide) + scale (x_0 - x_0(guide)), before it is clipped."""
+    strong, weak = (affine_denoiser(SCHEDULE, V(), clip="none") for _ in range(2))
+    with torch.no_grad():
+        weak.core.net.gain.mul_(0.5)
+    drawn = sample_images(strong, DDIM(4), 2, 0, guidance=Guidance(scale=2.0, guide=weak))
+    expected = DDIM(4).sample(
+        Guided(strong.core, weak.core, 2.0), noise_of(0, 2), Draws.at(0, "sample", start=0, stop=2)
+    )
+    assert torch.equal(drawn, expected.clamp(-1, 1))
+    assert not torch.equal(drawn, sample_images(strong, DDIM(4), 2, 0))
+    # Of two models that are the same, nothing is exaggerated.
+    same = sample_images(strong, DDIM(4), 2, 0, guidance=Guidance(scale=2.0, guide=strong))
+    torch.testing.assert_close(same, sample_images(strong, DDIM(4), 2, 0))
 
 
 @pytest.mark.parametrize(
@@ -184,17 +214,17 @@ def test_guidance_is_asked_for_where_and_as_firmly_as_said():
         ({"labels": "cat"}, "labels=cat: give all"),
         ({"labels": True}, "labels=True: give all"),
         ({"labels": [1, True]}, "labels=.*: give all"),
-        ({"labels": None, "guidance_scale": 2.0}, "guidance_scale=2.0: .* labels"),
-        ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
-        ({"guidance_interval": [0.5, 0.2]}, "guidance_interval="),
-        ({"guidance_interval": [0.0, 1.1]}, "guidance_interval="),
-        ({"guidance_interval": [0.0]}, "guidance_interval="),
+        ({"labels": None, "scale": 2.0}, "guidance_scale=2.0: .* labels"),
+        ({"scale": float("inf")}, "guidance_scale=inf"),
+        ({"interval": [0.5, 0.2]}, "guidance_interval="),
+        ({"interval": [0.0, 1.1]}, "guidance_interval="),
+        ({"interval": [0.0]}, "guidance_interval="),
     ],
 )
 def test_what_a_conditional_network_cannot_draw_is_refused(asked, words):
     net = Conditional()
     with pytest.raises(ValueError, match=words):
-        sample_images(affine_denoiser(SCHEDULE, V(), net=net), DDIM(2), 6, 0, **asked)
+        sample_images(affine_denoiser(SCHEDULE, V(), net=net), DDIM(2), 6, 0, guidance=Guidance(**asked))
     assert net.asked == []
 
 
@@ -202,7 +232,7 @@ def test_what_a_conditional_network_cannot_draw_is_refused(asked, words):
     ("sampler", "asked", "words"),
     [
         (DDIM(2), {"labels": [0]}, "labels=.*without classes"),
-        (DDIM(2), {"guidance_scale": 2.0}, "guidance_scale=2.0: .*without classes"),
+        (DDIM(2), {"scale": 2.0}, "guidance_scale=2.0: .*without classes"),
         (DDPM(2, variance="learned"), {}, "variance=learned"),
         (DDIM(21), {}, "num_steps=21: the schedule has only 20"),
     ],
@@ -210,7 +240,7 @@ def test_what_a_conditional_network_cannot_draw_is_refused(asked, words):
 def test_what_a_plain_network_cannot_draw_is_refused(sampler, asked, words):
     net = Spy()
     with pytest.raises(ValueError, match=words):
-        sample_images(affine_denoiser(SCHEDULE, V(), net=net), sampler, 6, 0, **asked)
+        sample_images(affine_denoiser(SCHEDULE, V(), net=net), sampler, 6, 0, guidance=Guidance(**asked))
     assert net.calls == []
 
 
@@ -236,27 +266,28 @@ def test_a_path_between_equal_images_is_one_image_whatever_the_sampler():
     assert torch.equal(drawn[0], drawn[2])
 
 
-def exploding(num_steps: int) -> Schedule:
-    """EDM's noise: alpha = 1, and sigma up to 20."""
-    sigma = 20 * torch.linspace(0, 1, num_steps + 1, dtype=torch.float64) ** 3
-    return Schedule(torch.ones_like(sigma), sigma)
-
-
 @pytest.mark.parametrize(
     "sampler",
-    [DDPM(), DDIM(100, eta=1), DDIM(100), DPMSolverPP2M(60, grid="log_snr"), Heun(40, grid="log_snr")],
+    [
+        DDPM(200),
+        DDIM(100, eta=1),
+        DDIM(100),
+        DPMSolverPP2M(60, spacing="log_snr"),
+        Heun(40, spacing="karras"),
+    ],
     ids=lambda sampler: type(sampler).__name__,
 )
 @pytest.mark.parametrize("edit", [None, Variation(torch.zeros(1, 1, 1), strength=1.0)], ids=["plain", "edit"])
-def test_a_schedule_may_end_in_larger_noise_than_1(sampler: Sampler, edit: Edit | None) -> None:
-    data = GaussianData(exploding(200), mean=0.1, std=0.2)
-    drawn = sample_images(exact_denoiser(data, X0()), sampler, 800, seed=0, batch_size=800, edit=edit)
+@pytest.mark.parametrize("target", [X0(), EDM()], ids=["x0", "edm"])
+def test_a_schedule_may_end_in_larger_noise_than_1(sampler: Sampler, edit: Edit | None, target) -> None:
+    data = GaussianData(schedules.VE(sigma_max=20.0), mean=0.1, std=0.2)
+    drawn = sample_images(exact_denoiser(data, target), sampler, 800, seed=0, batch_size=800, edit=edit)
     assert float(drawn.mean()) == pytest.approx(0.1, abs=0.04)
     assert float(drawn.std()) == pytest.approx(0.2, rel=0.1)
 
 
 def test_the_prior_of_such_a_schedule_is_as_wide() -> None:
     """KL( N(x_0, 20^2) || N(0, 1 + 20^2) ), in bits."""
-    bits = prior_bits(exploding(50), torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64))
+    bits = prior_bits(schedules.VE(sigma_max=20.0), torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64))
     exact = kl_divergence(Normal(0.5, 20.0), Normal(0.0, 401**0.5)) / math.log(2)
     assert float(bits) == pytest.approx(float(exact), rel=1e-3)

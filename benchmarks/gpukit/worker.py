@@ -89,7 +89,7 @@ def ours(setting: Setting, answers: TextIO) -> None:
     from litdiffusion.configuration.entry import config_folder
     from litdiffusion.configuration.nodes import build
     from litdiffusion.data.datamodule import ImageDataModule
-    from litdiffusion.diffusion import DDIM
+    from litdiffusion.diffusion import DDIM, Draws
     from litdiffusion.nn.blocks import fold_weight_standardization
 
     size, on_gpu = setting.size, setting.device == "cuda"
@@ -107,18 +107,19 @@ def ours(setting: Setting, answers: TextIO) -> None:
             turns: Turns
 
             def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-                net = module.denoiser.net
-                sampled = copy.deepcopy(module.averaged)
+                net = module.denoiser.core.net
+                sampled = copy.deepcopy(module.ema_net)
                 denoiser = module.denoiser.with_net(fold_weight_standardization(sampled)).eval()
                 x = setting.batch()
+                draws = Draws.at(0, "sample", start=0, stop=len(x), device=x.device)
                 with setting.autocast():
                     flops = forward_flops(lambda: net(x[:2], torch.zeros(2, device=x.device)))
                 setting.compile(net)
-                setting.compile(denoiser.net)
+                setting.compile(denoiser.core.net)
 
                 def sample(steps: int) -> None:
                     with setting.autocast():
-                        for _ in islice(DDIM(num_steps=steps + 1).steps(denoiser, x), steps):
+                        for _ in islice(DDIM(num_steps=steps + 1).steps(denoiser, x, draws), steps):
                             pass
 
                 self.turns = take_turns(net, flops, sample, setting, answers)

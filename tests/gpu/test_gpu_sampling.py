@@ -9,8 +9,9 @@ from torch import Tensor
 
 from commands import run
 from litdiffusion import load_model
-from litdiffusion.diffusion import Denoiser, V, schedules
-from litdiffusion.diffusion.editing import Inpaint, Interpolate, Slerp, Variation
+from litdiffusion.diffusion import EDM, Clipped, Denoiser, Preconditioned, Schedule, V, schedules
+from litdiffusion.diffusion.editing import Edit, Inpaint, Interpolate, Slerp, Variation
+from litdiffusion.diffusion.guidance import Guidance
 from litdiffusion.nn import UNet
 from litdiffusion.sampling import sample_images
 from small_worlds import SAMPLERS, images, randomized
@@ -25,19 +26,23 @@ def denoiser(clip: str = "static", **options: bool) -> Denoiser:
     net = randomized(
         UNet(dim=8, channels=1, dim_mults=[1, 2], attention=["linear", "full"], num_classes=3, **options)
     )
-    return Denoiser(net, schedules.cosine(50), V(), channels=1, image_size=8, clip=clip)
+    return Clipped(Preconditioned(net, schedules.cosine(50), V(), channels=1, image_size=8), clip)
 
 
-def on_both(model: Denoiser, sampler: str, **request: object) -> tuple[Tensor, Tensor]:
+def on_both(
+    model: Denoiser, sampler: str, guidance: Guidance, edit: Edit | None = None
+) -> tuple[Tensor, Tensor]:
     def draw(device: torch.device) -> Tensor:
-        return sample_images(model.to(device), SAMPLERS[sampler](num_steps=8), 6, seed=0, **request)
+        return sample_images(
+            model.to(device), SAMPLERS[sampler](num_steps=8), 6, seed=0, guidance=guidance, edit=edit
+        )
 
     return draw(torch.device("cpu")), draw(DEVICE)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_draws_what_the_cpu_draws(sampler: str) -> None:
-    cpu, device = on_both(denoiser(), sampler, labels=None)
+    cpu, device = on_both(denoiser(), sampler, Guidance(None))
     torch.testing.assert_close(device, cpu, rtol=0, atol=TOLERANCE)
     assert cpu.std() > 0.1
 
@@ -45,19 +50,27 @@ def test_every_sampler_draws_what_the_cpu_draws(sampler: str) -> None:
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7)])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
 def test_guidance_draws_what_the_cpu_draws(scale: float, interval: tuple[float, float]) -> None:
-    request = {"labels": [0, 2], "guidance_scale": scale, "guidance_interval": interval}
-    cpu, device = on_both(denoiser(), "dpmpp_2m", **request)
+    cpu, device = on_both(denoiser(), "dpmpp_2m", Guidance([0, 2], scale, interval))
+    torch.testing.assert_close(device, cpu, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("make", [schedules.VE, schedules.Flow, schedules.VPCosine])
+def test_continuous_schedules_are_the_same(make: type[Schedule]) -> None:
+    schedule = make()
+    target = V() if schedule.has_zero_terminal_snr else EDM()
+    model = Clipped(Preconditioned(denoiser().core.net, schedule, target, 1, 8))
+    cpu, device = on_both(model, "heun", Guidance())
     torch.testing.assert_close(device, cpu, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("option", ["self_condition", "learned_variance"])
 def test_what_a_network_may_do_besides_is_the_same(option: str) -> None:
-    cpu, device = on_both(denoiser(**{option: True}), "ddpm", labels="all")
+    cpu, device = on_both(denoiser(**{option: True}), "ddpm", Guidance())
     torch.testing.assert_close(device, cpu, rtol=0, atol=TOLERANCE)
 
 
 def test_dynamic_clipping_is_the_same() -> None:
-    cpu, device = on_both(denoiser(clip="dynamic"), "ddim", labels=None)
+    cpu, device = on_both(denoiser(clip="dynamic"), "ddim", Guidance(None))
     torch.testing.assert_close(device, cpu, rtol=0, atol=TOLERANCE)
 
 
@@ -72,7 +85,7 @@ EDITS = {
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_editing_is_the_same(edit: str) -> None:
-    cpu, device = on_both(denoiser(), "ddim", labels=None, edit=EDITS[edit])
+    cpu, device = on_both(denoiser(), "ddim", Guidance(None), EDITS[edit])
     torch.testing.assert_close(device, cpu, rtol=0, atol=TOLERANCE)
 
 

@@ -2,7 +2,7 @@
 
 The exceptions, each of which has to read a number: a line of the monitor, with the check that the loss is finite
 (``callbacks.monitor.every_n_steps``); validation; checkpoints; finished images; the progress bar, twice a second; the
-scaling of the loss in 16-mixed; and ``timesteps=importance``, which learns from the losses.
+scaling of the loss in 16-mixed.
 ``tests/test_host_waits.py`` looks for waits without a GPU.
 """
 
@@ -14,10 +14,11 @@ import torch
 from gpu_world import DEVICE, ON_DEVICE, NoWaiting, needs_gpu, no_waiting
 
 from commands import run
-from litdiffusion.diffusion import Denoiser, Guidance, V, schedules
+from litdiffusion.diffusion import Clipped, Denoiser, Preconditioned, V, schedules
 from litdiffusion.diffusion.editing import Inpaint, Variation
+from litdiffusion.diffusion.guidance import Guidance
 from litdiffusion.nn import UNet
-from small_worlds import SAMPLERS, images, normal, randomized
+from small_worlds import SAMPLERS, draws, images, normal, randomized
 
 pytestmark = needs_gpu
 
@@ -33,7 +34,8 @@ TRAININGS = {
         "target=epsilon",
         "schedule=linear",
     ],
-    "learned variance": ["experiment=learned_variance", "timesteps=uniform"],
+    "learned variance": ["experiment=learned_variance", "noise_levels=importance"],
+    "edm": ["experiment=edm", "stratified=false"],
     "a transformer": ["net=dit_tiny", "experiment=class_conditional", "net.self_condition=true"],
 }
 
@@ -55,16 +57,18 @@ def denoiser(clip: str) -> Denoiser:
     net = UNet(
         dim=8, channels=1, dim_mults=[1, 2], attention=["linear", "full"], num_classes=3, self_condition=True
     )
-    return Denoiser(randomized(net), schedules.cosine(50), V(), 1, 8, clip=clip).eval().to(DEVICE)
+    core = Preconditioned(randomized(net), schedules.cosine(50), V(), 1, 8)
+    return Clipped(core, clip).eval().to(DEVICE)
 
 
 @pytest.mark.parametrize("clip", ["static", "dynamic"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_sampling_step_does_not_wait(sampler: str, clip: str) -> None:
-    guided = denoiser(clip).guided(Guidance(torch.tensor([0, 1, 2]), scale=3.0, interval=(0.2, 0.8)))
+    guided = Guidance([0, 1, 2], scale=3.0, interval=(0.2, 0.8)).around(denoiser(clip), range(3))
     noise = normal(3, 1, 8, 8).to(DEVICE)
+    numbers = draws(3, device=str(DEVICE))
     with no_waiting():
-        times = [moment.t for moment in SAMPLERS[sampler](num_steps=6).steps(guided, noise)]
+        times = [output.t for output in SAMPLERS[sampler](num_steps=6).steps(guided, noise, numbers)]
     assert all(t > s for t, s in pairwise(times))
     assert times[-1] == 0
 
@@ -75,6 +79,7 @@ def test_editing_does_not_wait(edit: str) -> None:
     mask = torch.ones(8, 8, dtype=torch.bool).tril()
     how = Inpaint(given, mask, repeats=2) if edit == "inpaint" else Variation(given, 0.5)
     model, noise = denoiser("static"), normal(2, 1, 8, 8).to(DEVICE)
+    numbers = draws(2, device=str(DEVICE))
     with no_waiting():
-        *_, last = how.steps(SAMPLERS["ddim"](num_steps=6), model, noise, None, 0)
+        *_, last = how.steps(SAMPLERS["ddim"](num_steps=6), model, noise, numbers, 0)
     assert last.t == 0

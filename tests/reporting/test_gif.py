@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from litdiffusion.diffusion import Step, schedules
+from litdiffusion.diffusion import SamplerOutput, schedules
 from litdiffusion.diffusion.process import q_sample
 from litdiffusion.reporting import gif
 from litdiffusion.reporting.gif import Film, pick_frames, save_gif
@@ -19,7 +19,7 @@ def denoising(count: int, channels: int, num_frames: int) -> list[torch.Tensor]:
     radius = torch.linspace(0.3, 0.9, count)[:, None, None, None]
     x0 = ((radius - (axis[:, None] ** 2 + axis**2).sqrt()) * 3).clamp(-1, 1).repeat(1, channels, 1, 1)
     schedule = schedules.linear(300)
-    times = torch.linspace(300, 0, num_frames).round().long()
+    times = torch.linspace(1, 0, num_frames, dtype=torch.float64)
     return [
         q_sample(schedule, x0, t.expand(count), torch.randn(x0.shape, generator=generator)) for t in times
     ]
@@ -125,7 +125,7 @@ def test_a_film_is_the_same_on_any_number_of_processes(
         for start in range(share.start, share.stop, 7):
             batch = torch.arange(start, min(start + 7, share.stop)).reshape(-1, 1, 1, 1).float()
             for moment in range(4):
-                film.watch(start, Step(t=3 - moment, x=batch + 100.0 * moment, x0=batch))
+                film.watch(start, SamplerOutput(t=1 - moment / 3, x=batch + 100.0 * moment, x0=batch))
         films.append(film)
     monkeypatch.setattr(gif, "gathered", lambda kept: [film._kept for film in films])
     for film in films:

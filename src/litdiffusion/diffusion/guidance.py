@@ -33,8 +33,8 @@ class Guidance:
     """
 
     labels: Labels = "all"
-    scale: float = 1.0
-    interval: Sequence[float] = (0.0, 1.0)
+    scale: Any = 1.0  # of any type, as a user types it: checked below
+    interval: Any = (0.0, 1.0)
     guide: Denoiser | None = None
 
     def __post_init__(self) -> None:
