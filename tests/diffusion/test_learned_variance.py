@@ -199,7 +199,7 @@ def test_the_right_fraction_makes_ancestral_sampling_of_a_gaussian_exact(name, s
 
 
 def test_a_learned_variance_needs_a_network_that_gives_one():
-    with pytest.raises(ValueError, match="variance=learned: this network was not trained"):
+    with pytest.raises(ValueError, match="variance=learned: this network does not learn its variance"):
         DDPM(5, "learned").require_support(affine_denoiser(SCHEDULE, V()))
 
 

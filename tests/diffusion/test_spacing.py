@@ -70,7 +70,7 @@ def test_any_spacing_is_whole_at_the_ends_of_the_range_of_its_count(name, spacin
 def test_a_spacing_of_all_times_is_all_times_and_none_has_more(spacing, schedule, more):
     T = schedule.num_steps
     assert spaced_times(schedule, T, spacing) == [i / T for i in range(T, -1, -1)]
-    with pytest.raises(ValueError, match=f"num_steps={T + more}: the schedule has only {T} steps"):
+    with pytest.raises(ValueError, match=f"num_steps={T + more}: must be from 1 to schedule.num_steps={T}"):
         spaced_times(schedule, T + more, spacing)
 
 

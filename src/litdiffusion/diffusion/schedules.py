@@ -31,7 +31,7 @@ Number = float | Float[Tensor, "batch 1 1 1"]
 
 DDPM_STEPS = 1000
 """The number of steps that DDPM's beta_1 = 1e-4 and beta_T = 0.02 were chosen for."""
-FIRST = 1e-9
+FIRST = 1e-12
 """The first time that counts as later than 0."""
 BISECTIONS = 64
 """Halvings of [0, 1] that leave nothing between neighbouring numbers of float64."""
@@ -195,6 +195,18 @@ class Discrete(Schedule):
     def sigma(self, t: Times) -> Times:
         """Return sqrt(1 - alpha_bar)."""
         return (1 - self.alpha(t).square()).sqrt()
+
+    def time_of(self, log_snr: Times) -> Times:
+        """Return the place on the line, or curve, between two neighbouring times of the table."""
+        table = self.host_table if log_snr.device.type == "cpu" else self.table
+        alpha, variance = _alpha_of(log_snr), (-log_snr).sigmoid()
+        below = (torch.searchsorted(-table, -alpha, right=True) - 1).clamp(0, self.num_steps - 1)
+        a, b = table[below].to(log_snr), table[below + 1].to(log_snr)
+        sloped = (log_snr - _log_snr_of(a)) / (_log_snr_of(b) - _log_snr_of(a))
+        part = torch.where(
+            below == 0, variance / (1 - b.square()), torch.where(b == 0, 1 - alpha / a, sloped)
+        )
+        return ((below + part.clamp(0, 1)) / self.num_steps).clamp(FIRST, 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Discrete":
         """Follow the module's device, never its precision: bfloat16 has no room for alpha_bar near 1."""
