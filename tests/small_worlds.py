@@ -91,7 +91,8 @@ def time_from(c_noise: Tensor, schedule: Schedule, target: Parametrization) -> T
     """The time of which a network is told ``c_noise``."""
     if isinstance(target, EDM):
         return schedule.time_of(-8 * c_noise.double())
-    return (c_noise.double() + 1) / schedule.num_steps
+    # A network's clock is in float32: of times next to 0 it says 0.
+    return ((c_noise.double() + 1) / schedule.num_steps).clamp(min=schedules.FIRST)
 
 
 class Oracle(nn.Module):

@@ -234,7 +234,7 @@ def test_what_a_conditional_network_cannot_draw_is_refused(asked, words):
         (DDIM(2), {"labels": [0]}, "labels=.*without classes"),
         (DDIM(2), {"scale": 2.0}, "guidance_scale=2.0: .*without classes"),
         (DDPM(2, variance="learned"), {}, "variance=learned"),
-        (DDIM(21), {}, "num_steps=21: the schedule has only 20"),
+        (DDIM(21), {}, "num_steps=21: must be from 1 to schedule.num_steps=20"),
     ],
 )
 def test_what_a_plain_network_cannot_draw_is_refused(sampler, asked, words):

@@ -51,7 +51,6 @@ def sample_images(
     sampler.require_support(denoiser)
     guidance.require_support(denoiser)
     device = denoiser.device
-    dtype = next((p.dtype for p in denoiser.core.parameters() if p.dtype == torch.float64), torch.float32)
     was_training = denoiser.training
     denoiser.eval()
     mine = share_of(num_images)
@@ -62,7 +61,7 @@ def sample_images(
             draws = Draws.at(seed, "sample", start=numbers.start, stop=numbers.stop, device=device)
             if edit is not None and edit.same_noise:
                 draws = Draws(draws.place, torch.zeros_like(draws.positions))
-            noise = draws.normal("x_T", denoiser.image_shape).to(dtype)
+            noise = draws.normal("x_T", denoiser.image_shape)
             guided = guidance.around(denoiser, numbers)
             if edit is None:
                 outputs = sampler.steps(guided, denoiser.schedule.init_noise_sigma * noise, draws)

@@ -140,7 +140,7 @@ def test_a_hostile_pickle_runs_nothing(ckpt: Path, tmp_path: Path) -> None:
 )
 def test_a_hostile_target_is_refused(ckpt: Path, target: str) -> None:
     def spoil(checkpoint: dict[str, Any]) -> None:
-        checkpoint["model_config"]["denoiser"]["net"]["_target_"] = target
+        checkpoint["model_config"]["denoiser"]["inner"]["net"]["_target_"] = target
 
     with pytest.raises(UserError, match="_target_"):
         load_model(with_config(ckpt, spoil))
@@ -148,7 +148,7 @@ def test_a_hostile_target_is_refused(ckpt: Path, target: str) -> None:
 
 def test_weights_that_do_not_fit(ckpt: Path) -> None:
     def spoil(checkpoint: dict[str, Any]) -> None:
-        checkpoint["model_config"]["denoiser"]["net"]["dim"] = 16
+        checkpoint["model_config"]["denoiser"]["inner"]["net"]["dim"] = 16
 
     with pytest.raises(UserError, match="do not fit"):
         load_model(with_config(ckpt, spoil))
@@ -207,11 +207,11 @@ def put(value: Any, *path: str) -> Any:
         (put({}, "model_config"), "denoiser"),
         (drop("model_config", "denoiser"), "denoiser"),
         (drop("model_config", "sampler"), "sampler"),
-        (drop("model_config", "denoiser", "schedule"), "denoiser.schedule"),
-        (drop("model_config", "denoiser", "net", "_target_"), "denoiser.net"),
-        (put(3, "model_config", "denoiser", "net", "of_the_future"), "denoiser.net.of_the_future"),
-        (put("wide", "model_config", "denoiser", "net", "dim"), "denoiser.net.dim"),
-        (put(-1, "model_config", "denoiser", "schedule", "num_steps"), "denoiser.schedule"),
+        (drop("model_config", "denoiser", "inner", "schedule"), "denoiser.inner.schedule"),
+        (drop("model_config", "denoiser", "inner", "net", "_target_"), "denoiser.inner.net"),
+        (put(3, "model_config", "denoiser", "inner", "net", "of_the_future"), "denoiser.inner.net.of_the_future"),
+        (put("wide", "model_config", "denoiser", "inner", "net", "dim"), "denoiser.inner.net.dim"),
+        (put(-1, "model_config", "denoiser", "inner", "schedule", "num_steps"), "denoiser.inner.schedule"),
         (put({"_target_": "torch.nn.Identity"}, "model_config", "denoiser"), "denoiser"),
         (put(None, "model_config"), "model_config"),
         (put("three", "global_step"), "global_step"),

@@ -28,7 +28,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("net.dim_mults=[1,2,2]", "net.dim_mults was [1, 2] and is [1, 2, 2]"),
         ("net.self_condition=true", "net.self_condition was False and is True"),
         ("denoiser.clip=none", "denoiser.clip was 'static' and is 'none'"),
-        ("target=epsilon", "target._target_ was 'litdiffusion.diffusion.targets.V'"),
+        ("target=epsilon", "target._target_ was 'litdiffusion.diffusion.parametrizations.V'"),
         ("ema=none", "ema_net."),
     ],
 )

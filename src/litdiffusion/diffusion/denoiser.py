@@ -157,8 +157,10 @@ class Preconditioned(Denoiser):
         if self.num_classes is not None:
             anything = torch.full((len(x_t),), self.num_classes, device=x_t.device)
             further["labels"] = anything if labels is None else labels
-        c_in = self.target.coefficients(*self.schedule.at(t)).c_in
-        raw = at_least_float32(self.net(scaled(x_t, c_in), self._clock(x_t, t), **further))
+        x = scaled(x_t, self.target.coefficients(*self.schedule.at(t)).c_in)
+        of_net = next((parameter.dtype for parameter in self.net.parameters()), x.dtype)
+        x = x.to(torch.promote_types(x.dtype, of_net))  # noise is float32, and a network may be in float64
+        raw = at_least_float32(self.net(x, self._clock(x_t, t), **further))
         if not self.learned_variance:
             return raw, None
         target, variance = raw.chunk(2, dim=1)
