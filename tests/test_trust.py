@@ -129,7 +129,10 @@ def test_commands_open_it_where_the_package_is_trusted(ckpt: Path, tmp_path: Pat
 )
 def test_a_hostile_checkpoint_gains_nothing_from_trust(target: str, ckpt: Path, tmp_path: Path) -> None:
     hostile = torch.load(ckpt, weights_only=True)
-    hostile["model_config"]["denoiser"]["inner"]["net"] = {"_target_": target, "path": str(tmp_path / "was-here")}
+    hostile["model_config"]["denoiser"]["inner"]["net"] = {
+        "_target_": target,
+        "path": str(tmp_path / "was-here"),
+    }
     torch.save(hostile, tmp_path / "hostile.ckpt")
     typed = type_command(
         "sample", f"ckpt={tmp_path}/hostile.ckpt", f"out={tmp_path}/out", "trust=[ownpackage]"

@@ -209,7 +209,10 @@ def put(value: Any, *path: str) -> Any:
         (drop("model_config", "sampler"), "sampler"),
         (drop("model_config", "denoiser", "inner", "schedule"), "denoiser.inner.schedule"),
         (drop("model_config", "denoiser", "inner", "net", "_target_"), "denoiser.inner.net"),
-        (put(3, "model_config", "denoiser", "inner", "net", "of_the_future"), "denoiser.inner.net.of_the_future"),
+        (
+            put(3, "model_config", "denoiser", "inner", "net", "of_the_future"),
+            "denoiser.inner.net.of_the_future",
+        ),
         (put("wide", "model_config", "denoiser", "inner", "net", "dim"), "denoiser.inner.net.dim"),
         (put(-1, "model_config", "denoiser", "inner", "schedule", "num_steps"), "denoiser.inner.schedule"),
         (put({"_target_": "torch.nn.Identity"}, "model_config", "denoiser"), "denoiser"),

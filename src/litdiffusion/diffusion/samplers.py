@@ -221,4 +221,5 @@ class Heun(Sampler):
 
 def _lambda(schedule: Schedule, t: float) -> float:
     """Return log(alpha_t / sigma_t)."""
-    return float(schedule.log_snr(torch.tensor(t, dtype=torch.float64))) / 2
+    alpha, sigma = schedule.at(t)
+    return math.log(alpha / sigma) if alpha > 0 else -math.inf

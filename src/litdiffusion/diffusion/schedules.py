@@ -53,6 +53,7 @@ class Schedule(nn.Module, ABC):
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps}: a schedule needs at least 1 step")
         self.num_steps = num_steps
+        self._numbers = {0.0: (1.0, 0.0)}  # of the times that samplers have asked for
 
     @abstractmethod
     def alpha(self, t: Times) -> Times:
@@ -90,10 +91,10 @@ class Schedule(nn.Module, ABC):
         At t = 0 they are 1 and 0, whatever the limits of the functions are.
         """
         if isinstance(t, float):
-            if t == 0:
-                return 1.0, 0.0
-            on_host = torch.tensor(t, dtype=torch.float64)
-            return float(self.alpha(on_host)), float(self.sigma(on_host))
+            if t not in self._numbers:
+                on_host = torch.tensor(t, dtype=torch.float64)
+                self._numbers[t] = float(self.alpha(on_host)), float(self.sigma(on_host))
+            return self._numbers[t]
         is_clean = t == 0
         later = torch.where(is_clean, 1.0, t)
         alpha, sigma = self.alpha(later), self.sigma(later)

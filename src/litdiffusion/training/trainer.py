@@ -21,6 +21,8 @@ IGNORED = (
     "The `srun` command is available",  # and need not be used
     # DDP compares strides of 1x1 convolutions, where channels last and first are the same order in memory.
     r"(?s)Grad strides do not match.*grad\.sizes\(\) = \[\d+, \d+, 1, 1\]",
+    # Of a batch's fields it takes the first, the images, whose number is the right one.
+    "Trying to infer the `batch_size`",
 )
 """Warnings that no user can act on."""
 
