@@ -53,7 +53,7 @@ gpu: $(INSTALLED)  ## Run all that needs a GPU, in eight minutes: docs/gpu.md; A
 gpu-wheels: $(INSTALLED)  ## Download the packages that make gpu needs on a machine without a network
 	$(PY) benchmarks/gpukit/wheels.py $(ARGS)
 
-faults: $(INSTALLED)  ## Interrupt real runs 25 times and compare them with runs left in peace; ARGS="--times 4"
+faults: $(INSTALLED)  ## Interrupt real runs 25 times and compare them with uninterrupted runs; ARGS="--times 4"
 	$(PY) tests/faults.py $(ARGS)
 
 notebook: $(INSTALLED) data  ## Execute the notebooks in place

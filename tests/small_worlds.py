@@ -92,7 +92,7 @@ def time_from(c_noise: Tensor, schedule: Schedule, target: Parametrization) -> T
     if isinstance(target, EDM):
         return schedule.time_of(-8 * c_noise.double())
     # A network's clock is in float32: of times next to 0 it says 0.
-    return ((c_noise.double() + 1) / schedule.num_steps).clamp(min=schedules.FIRST)
+    return ((c_noise.double() + 1) / schedule.num_steps).clamp(min=schedules.MIN_TIME)
 
 
 class Oracle(nn.Module):

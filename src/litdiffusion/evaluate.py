@@ -1,4 +1,4 @@
-"""python -m litdiffusion.evaluate: open a checkpoint, take its metrics on images it has never seen."""
+"""python -m litdiffusion.evaluate: open a checkpoint, measure it on held-out images."""
 
 import litdiffusion.system.startup  # noqa: F401  # isort: skip
 
@@ -39,14 +39,14 @@ def main(cfg: DictConfig) -> None:
     keep_freed_memory()
     model = load_model(absolute(cfg.ckpt, "ckpt"), cfg.weights, device, cfg.trust)
     for metric in metrics.values():
-        metric.to(device).check(model.denoiser)
+        metric.to(device).require_support(model.denoiser)
     source = data_source(cfg, model)
     out = writable_folder("out", absolute(cfg.out, "out"))
 
     started = time.perf_counter()
     held_out = held_out_images(source, model, cfg.num_images, cfg.batch_size)
     if not cfg.get("data"):
-        check_known_again(held_out, model)
+        require_known_images(held_out, model)
     with native_autocast(device) as precision:
         for batch in held_out.val_dataloader():
             batch = held_out.finish(move_data_to_device(batch, device), training=False)
@@ -114,7 +114,7 @@ def held_out_images(source: Source, model: TrainedModel, num_images: int, batch_
     return datamodule
 
 
-def check_known_again(datamodule: ImageDataModule, model: TrainedModel) -> None:
+def require_known_images(datamodule: ImageDataModule, model: TrainedModel) -> None:
     """Check that images found where a checkpoint says are those beside which it was trained.
 
     They may have changed since; and a checkpoint from elsewhere may name a folder of this machine that has nothing

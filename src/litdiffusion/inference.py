@@ -113,6 +113,10 @@ class TrainedModel:
             raise UserError(
                 f"{', '.join(options)}: give a sampler by name, as in sampler='ddim', num_steps=50"
             )
+        if guide is not None and not isinstance(guide, TrainedModel):
+            raise UserError(f"guide={guide}: must be a model, as load_model returns it")
+        if sampler is not None and not isinstance(sampler, Sampler):
+            raise UserError(f"sampler={sampler}: must be a name in configs/sampler, or a Sampler")
         try:
             guidance = Guidance(labels, guidance_scale, guidance_interval, guide.denoiser if guide else None)
             return sample_images(
@@ -142,7 +146,10 @@ class TrainedModel:
         As ``sample``, whose arguments ``how`` are; see ``Inpaint``. By default one for each of the images.
         """
         return self.sample(
-            num_images or how_many(images), labels=labels, edit=Inpaint(images, masks, repeats), **how
+            how_many(images) if num_images is None else num_images,
+            labels=labels,
+            edit=Inpaint(images, masks, repeats),
+            **how,
         )
 
     def vary(
@@ -158,7 +165,10 @@ class TrainedModel:
         As ``sample``, whose arguments ``how`` are; see ``Variation``. By default one for each of the images.
         """
         return self.sample(
-            num_images or how_many(images), labels=labels, edit=Variation(images, strength), **how
+            how_many(images) if num_images is None else num_images,
+            labels=labels,
+            edit=Variation(images, strength),
+            **how,
         )
 
     def interpolate(
@@ -228,6 +238,7 @@ def load_model(
             denoiser.core.net.load_state_dict(averaged)
         else:
             denoiser.load_state_dict(_part(state, "denoiser."))
+        parts["objective"].load_state_dict(_part(state, "objective."))
     except RuntimeError as error:
         raise UserError(f"the weights in {path} do not fit the network its configuration names") from error
     # The weights are final from here on.

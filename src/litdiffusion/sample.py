@@ -45,7 +45,7 @@ EDIT_KEYS = (*PICTURES, "strength", "repeats")
 def main(cfg: DictConfig) -> None:
     """Draw images from a checkpoint into ``out``."""
     validate(cfg, {"edit": PICTURES})
-    check_edit(cfg)
+    require_edit(cfg)
     device = torch_device(cfg.device)
     keep_freed_memory()
     model = load_model(absolute(cfg.ckpt, "ckpt"), cfg.weights, device, cfg.trust)
@@ -75,9 +75,10 @@ def main(cfg: DictConfig) -> None:
         images, frames = draw(model, sampler, cfg, times, guidance, edit)
     seconds = time.perf_counter() - started
     if not images.isfinite().all():
+        named = f"ckpt={cfg.ckpt}" + (f" guide_ckpt={cfg.guide_ckpt}" if guide else "")
         raise UserError(
-            f"ckpt={cfg.ckpt}: its images came out infinite or NaN, as from weights that are; use an earlier"
-            " checkpoint, or the other weights (ema, raw)"
+            f"{named}: the images came out infinite or NaN, as from weights that are; use an earlier checkpoint, or"
+            " the other weights (ema, raw)"
         )
     if process_rank() > 0:
         return
@@ -144,7 +145,7 @@ def visited_times(model: TrainedModel, sampler: Sampler, edit: Edit | None) -> l
     return [t for t in sampler.times(schedule) if t <= start]
 
 
-def check_edit(cfg: DictConfig) -> None:
+def require_edit(cfg: DictConfig) -> None:
     """Check that an edit has its pictures, and pictures their edit.
 
     Raises:

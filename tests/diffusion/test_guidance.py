@@ -296,7 +296,7 @@ def test_in_training_the_network_is_told_the_labels_whenever_it_is_asked(labels)
     net = Told()
     x0, eps, t = images(5), normal(5, 1, 4, 4), times(0.025, 0.25, 0.5, 0.75, 1)
     denoiser = affine_denoiser(SCHEDULE, V(), net=net)
-    Denoising(L2(), Uniform(), UniformLevels()).losses(denoiser, x0, t, eps, labels, feed_back=True)
+    Denoising(L2(), Uniform(), UniformLevels()).losses(denoiser, x0, t, eps, labels, self_condition=True)
     wanted = torch.full((5,), NONE) if labels is None else labels
     assert [told.tolist() for told, _ in net.told] == [wanted.tolist()] * 2
     x_t = q_sample(SCHEDULE, x0, t, eps)
@@ -378,8 +378,8 @@ def test_labels_follow_the_denoiser_to_its_device():
             lambda d: Guidance("all", 2.0, (-0.1, 0.5)),
             r"guidance_interval=\[-0.1, 0.5\]: must be \[from, to\]",
         ),
-        (lambda d: Guidance("all", 2.0, (0.6, 0.5)), "guidance_interval=.*fractions"),
-        (lambda d: Guidance("all", 2.0, (0.0, 1.1)), "guidance_interval=.*fractions"),
+        (lambda d: Guidance("all", 2.0, (0.6, 0.5)), "guidance_interval=.*two times"),
+        (lambda d: Guidance("all", 2.0, (0.0, 1.1)), "guidance_interval=.*two times"),
         (lambda d: Guidance("all", guide=d), "guidance_scale=1: a guide changes nothing"),
     ],
 )
@@ -401,7 +401,7 @@ def test_requests_that_cannot_be_met_are_refused_in_one_line(make, message):
 def test_a_guide_of_another_kind_is_refused(guide):
     Guidance("all", 2.0, guide=free(target=X0())).require_support(free())
     with pytest.raises(
-        ValueError, match="guide_ckpt: the guide must have the same image size, classes and schedule"
+        ValueError, match="guide_ckpt: a guide must have the same image size, classes and schedule"
     ):
         Guidance("all", 2.0, guide=guide).require_support(free())
 

@@ -151,7 +151,7 @@ def test_feed_back_gives_the_network_its_own_clipped_estimate_without_gradient()
     net = Spy()
     denoiser = affine_denoiser(SCHEDULE, V(), net=net)
     x0, eps = images(4), 2 * normal(4, 1, 4, 4, seed=1)
-    losses = objective().losses(denoiser, x0, T, eps, feed_back=True)
+    losses = objective().losses(denoiser, x0, T, eps, self_condition=True)
     first, second = net.calls
     assert (first.grad_enabled, second.grad_enabled) == (False, True)
     assert first.self_cond is None
@@ -181,7 +181,7 @@ def test_feed_back_means_nothing_to_a_plain_network():
     net = Spy(self_condition=False)
     batch = (images(4), T, normal(4, 1, 4, 4))
     denoiser = affine_denoiser(SCHEDULE, net=net)
-    fed, plain = (objective().losses(denoiser, *batch, feed_back=feed_back) for feed_back in (True, False))
+    fed, plain = (objective().losses(denoiser, *batch, self_condition=fed) for fed in (True, False))
     assert torch.equal(fed, plain)
     assert len(net.calls) == 2
 
@@ -194,7 +194,7 @@ def test_feed_back_leaves_no_weight_without_gradient_under_autocast():
     results = []
     for cache in (True, False):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
-            losses = objective().losses(denoiser, images(4), T, normal(4, 1, 4, 4), feed_back=True)
+            losses = objective().losses(denoiser, images(4), T, normal(4, 1, 4, 4), self_condition=True)
         results.append(torch.autograd.grad(losses.sum(), list(net.parameters())))
     torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
 

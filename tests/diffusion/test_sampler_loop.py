@@ -54,7 +54,7 @@ def test_wrong_arguments_are_named():
         DDPM(0)
     with pytest.raises(ValueError, match="num_steps=-1"):
         DDIM(-1)
-    with pytest.raises(ValueError, match="num_steps=8: must be from 1 to schedule.num_steps=7"):
+    with pytest.raises(ValueError, match=r"num_steps=8: must be from 1 to schedule\.num_steps=7"):
         DDIM(8).times(schedules.linear(7))
     for eta in (-0.1, 1.1):
         with pytest.raises(ValueError, match=f"eta={eta}"):

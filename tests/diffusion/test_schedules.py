@@ -247,7 +247,7 @@ def test_a_schedule_needs_no_more_than_alpha_and_sigma():
     assert schedule.init_noise_sigma == pytest.approx(math.hypot(1, 30))
     for spacing, wanted in [
         ("uniform", [1, 0.75, 0.5, 0.25, 0]),
-        ("log_snr", [1, 0.675, 0.35, 0.025, 0]),
+        ("log_snr", [1, 2 / 3, 1 / 3, 0, 0]),
         ("karras", None),
     ]:
         times = DDIM(4, spacing=spacing).times(schedule)

@@ -139,9 +139,11 @@ def test_the_log_snr_of_a_continuous_schedule_is_spread_evenly(name, count):
     schedule = KINDS[name](1000)
     times = spaced_times(schedule, count, "log_snr")[::-1]
     inner = times[1:-1] if schedule.has_zero_terminal_snr else times[1:]
-    assert inner[0] == pytest.approx(0.001, abs=1e-12)
-    assert inner[-1] == pytest.approx(0.999 if schedule.has_zero_terminal_snr else 1, abs=1e-12)
     found = log_snr(schedule, inner)
+    ends = (-found[[0, -1]] / 2).exp()  # of sigma / alpha
+    assert float(ends[0]) == pytest.approx(0.002, rel=1e-6)
+    alpha, sigma = schedule.at(1.0)
+    assert float(ends[1]) == pytest.approx(sigma / alpha if alpha > 0 else 1000.0)
     wanted = torch.linspace(float(found[0]), float(found[-1]), len(inner), dtype=torch.float64)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
@@ -190,3 +192,23 @@ def test_every_sampler_stops_at_the_times_of_its_spacing(make):
     for spacing in SPACINGS:
         assert make(7, spacing=spacing).times(schedule) == spaced_times(schedule, 7, spacing)
     assert make(7).spacing == "uniform"
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 1000])
+@pytest.mark.parametrize("spacing", ["log_snr", "karras"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        schedules.Flow,
+        schedules.VE,
+        schedules.VPCosine,
+        schedules.VPLinear,
+        partial(schedules.VPLinear, 0.1, 5000.0),
+    ],
+)
+def test_the_spacing_of_continuous_time_does_not_depend_on_t_steps(make, spacing, num_steps):
+    """Some end in pure noise, or as good as that: their times rise all the same."""
+    times = spaced_times(make(num_steps=num_steps), 7, spacing)
+    assert times == spaced_times(make(num_steps=50), 7, spacing)
+    assert all(s < t for t, s in pairwise(times))
+    assert (times[0], times[-1], len(times)) == (1.0, 0.0, 8)

@@ -254,5 +254,5 @@ def test_what_cannot_be_measured_is_refused(num_images, num_times):
 
 def test_a_variance_that_was_not_learned_is_refused():
     with pytest.raises(UserError, match="variance=learned: this network"):
-        BitsPerDim(1, variance="learned").check(denoiser())
-    BitsPerDim(1).check(denoiser())
+        BitsPerDim(1, variance="learned").require_support(denoiser())
+    BitsPerDim(1).require_support(denoiser())

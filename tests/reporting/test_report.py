@@ -33,6 +33,7 @@ def test_paragraph_tells_the_whole_run_on_one_line():
         "(/elsewhere/denoising.gif) and the checkpoint (checkpoints/last.ckpt). "
         "Sample from it with: "
         "python -m litdiffusion.sample ckpt=logs/quickstart/one/checkpoints/last.ckpt num_images=64"
+        " out=logs/quickstart/one/sampled"
     )
 
 

@@ -142,6 +142,23 @@ def test_an_objective_of_another_kind_trains_with_the_same_module():
     assert any(not torch.equal(a, b) for a, b in zip(before, weights(lit.denoiser), strict=True))
 
 
+def test_parameters_of_an_objective_are_trained_too():
+    class Uncertain(Objective):
+        """A learned weight beside the network, as EDM2's."""
+
+        def __init__(self):
+            super().__init__()
+            self.u = nn.Parameter(torch.zeros(()))
+
+        def forward(self, denoiser, batch, draws):
+            output = objective()(denoiser, batch, draws)
+            return output._replace(losses=output.losses * (-self.u).exp() + self.u)
+
+    lit = module(objective=Uncertain())
+    fit(lit, 3)
+    assert float(lit.objective.u.detach()) != 0
+
+
 # ---------------------------------------------------------------------------------------------- labels
 
 

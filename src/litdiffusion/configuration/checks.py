@@ -97,7 +97,7 @@ def _require_words(cfg: DictConfig) -> None:
     if "trust" in cfg:
         trusted_packages(cfg.trust)
     if "resume" in cfg and not (isinstance(cfg.resume, str) and cfg.resume):
-        raise UserError(f"resume={cfg.resume}: choose auto, must, never, or the path of a checkpoint")
+        raise UserError(f"resume={_shown(cfg.resume)}: choose auto, must, never, or the path of a checkpoint")
     root = OmegaConf.select(cfg, "trainer.default_root_dir")
     if root is not None and root != cfg.get("run_dir"):
         raise UserError(

@@ -1,8 +1,8 @@
 """Denoisers: at any noisy image x_t and time t, an estimate of the clean image.
 
 ``Preconditioned`` makes one of a network, a schedule and a parametrization. The others are denoisers around
-denoisers: ``Clipped`` keeps the estimate among the images, ``Labelled`` asks for a class, and ``Guided`` moves away
-from what a weaker denoiser sees. They compose: ``Clipped(Guided(Labelled(d, labels), guide=d, scale=2))``.
+denoisers: ``Clipped`` keeps the estimate among the images, ``Labelled`` asks for a class, and ``Guided`` extrapolates
+from the estimate of a weaker denoiser. They compose: ``Clipped(Guided(Labelled(d, labels), guide=d, scale=2))``.
 """
 
 import copy
@@ -115,8 +115,11 @@ class Preconditioned(Denoiser):
             name = type(target).__name__.lower()
             raise ValueError(
                 f"target={name}: says nothing about the image where there is only noise, as at the end of this"
-                " schedule; use target=v, or schedule.zero_terminal_snr=false"
+                f" schedule; use target=v{', or schedule.zero_terminal_snr=false' if schedule.discrete else ''}"
             )
+        log_snr = schedule.log_snr(torch.linspace(0.01, 1, 100, dtype=torch.float64))
+        if not bool((log_snr.diff() < 0).all()):
+            raise ValueError(f"schedule={type(schedule).__name__}: its signal-to-noise ratio must fall in t")
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         multiple = int(getattr(net, "size_multiple", Network.size_multiple))
         if height % multiple or width % multiple:
@@ -175,7 +178,7 @@ class Preconditioned(Denoiser):
     def forward(
         self, x_t: Images, t: Time, self_cond: Images | None = None, labels: Labels | None = None
     ) -> Estimate:
-        """Ask the network, and read its answer."""
+        """Run the network, and convert its output to an estimate."""
         output, variance = self.output(x_t, t, self_cond, labels)
         return self.estimate(output, x_t, t, variance)
 
@@ -211,7 +214,7 @@ class Wrapped(Denoiser):
 
 
 class Clipped(Wrapped):
-    """Keep the estimate among the images, which lie in [-1, 1].
+    """Clip the estimate of x_0 to the range of images, [-1, 1].
 
     eps follows from the clipped x_0, not from the output: a sampler that mixes the two would leave the line between
     them.
@@ -275,7 +278,7 @@ class Labelled(Wrapped):
 
 
 class Guided(Wrapped):
-    """Move away from what a weaker denoiser sees.
+    """Extrapolate from a weaker denoiser's estimate.
 
         x_0 = x_0(guide) + scale (x_0 - x_0(guide))
 
@@ -283,7 +286,7 @@ class Guided(Wrapped):
     with a worse model of the same data, autoguidance (Karras et al., 2406.02507).
 
     Args:
-        inner: the denoiser that is followed.
+        inner: the main denoiser.
         guide: the weaker one, on the same schedule.
         scale: 1 is the denoiser itself, 0 the guide; more than 1 exaggerates what tells them apart.
         interval: guide only at times in it (Kynkäänniemi et al., 2404.07724); elsewhere as for scale 1.

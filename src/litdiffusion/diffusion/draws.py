@@ -67,17 +67,17 @@ class Draws:
 
     def uniform(self, name: str) -> Float32[Tensor, " batch"]:
         """Return a number in [0, 1) for each image."""
-        return (self._bits(name, 1)[:, 0] >> 8).float() * 2**-24
+        return (self._bits(1, "uniform", name)[:, 0] >> 8).float() * 2**-24
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Float32[Tensor, "batch ..."]:
         """Return standard normal noise of ``shape`` for each image (Box and Muller's transform)."""
         size = math.prod(shape)
         half = -(-size // 2)
-        bits = self._bits(name, 2 * half)
+        bits = self._bits(2 * half, "normal", name, size)
         radius = (-2 * ((bits[:, :half].float() + 0.5) * 2**-32).log()).sqrt()
         angle = bits[:, half:].float() * (2 * math.pi * 2**-32)
         pairs = torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)
-        return pairs[:, :size].reshape(-1, *shape)
+        return pairs[:, :size].reshape(len(self), *shape)
 
     def stratified(self, name: str) -> Float[Tensor, " batch"]:
         """Return a number in [0, 1) for each image, evenly spread over the batch.
@@ -98,9 +98,9 @@ class Draws:
         """Return a 63-bit seed, for what draws from a generator of its own (dropout)."""
         return seed_of(*self.place, *name)
 
-    def _bits(self, name: str, count: int) -> Int64[Tensor, "batch count"]:
+    def _bits(self, count: int, *name: int | str) -> Int64[Tensor, "batch count"]:
         """Return ``count`` words of 32 bits for each image."""
-        key = self.seed(name)
+        key = self.seed(*name)
         block = torch.arange(-(-count // 4), device=self.positions.device)[None, :]
         position = self.positions[:, None]
         zero = torch.zeros_like(position)

@@ -1,4 +1,4 @@
-"""Guidance: what is to be drawn, and how firmly, as one value that is checked once."""
+"""Guidance: which classes are drawn, and how strongly, as one value that is checked once."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -44,9 +44,7 @@ class Guidance:
         is_pair = isinstance(ends, Sequence) and len(ends) == 2 and all(map(_is_number, ends))
         if not is_pair or not 0 <= ends[0] <= ends[1] <= 1:
             shown = list(ends) if isinstance(ends, tuple) else ends
-            raise ValueError(
-                f"guidance_interval={shown}: must be [from, to], fractions of the way from image to noise"
-            )
+            raise ValueError(f"guidance_interval={shown}: must be [from, to], two times in [0, 1]")
         if self.guide is not None and self.scale == 1:
             raise ValueError("guidance_scale=1: a guide changes nothing then; give another, such as 2")
 
@@ -91,7 +89,7 @@ class Guidance:
             raise ValueError(f"guidance_scale={self.scale}: {way_out}")
         if self.guide is not None and _kind(self.guide) != _kind(denoiser):
             raise ValueError(
-                "guide_ckpt: the guide must have the same image size, classes and schedule as the model it guides"
+                "guide_ckpt: a guide must have the same image size, classes and schedule as the model it guides"
             )
 
     def around(self, denoiser: Denoiser, numbers: Iterable[int]) -> Denoiser:

@@ -44,7 +44,7 @@ class ObjectiveOutput(NamedTuple):
         losses: of each image; training lowers their weighted mean.
         t: the time of each image, by which the loss is shown; None for an objective that has no such time.
         weights: of each loss; None for 1.
-        logs: more numbers to log, by name.
+        logs: more numbers to log, by their full names (``train/...``).
     """
 
     losses: Float[Tensor, " batch"]
@@ -61,8 +61,7 @@ class ObjectiveOutput(NamedTuple):
 class Objective(nn.Module, ABC):
     """A loss of each image, with its own times and noise.
 
-    In evaluation mode it measures the same thing with nothing left to chance but the noise: of a fixed set of images,
-    each meets the same time and the same noise whenever it is measured.
+    In evaluation mode each image of a fixed set always meets the same time and the same noise.
     """
 
     @abstractmethod
@@ -135,9 +134,9 @@ class Denoising(Objective):
         x0 = batch.images
         t = self.noise_levels(denoiser.schedule, draws)
         eps = draws.normal("eps", tuple(x0.shape[1:]))
-        feed_back = not self.training or draws.shared_uniform("self-conditioning") < 0.5
+        self_condition = not self.training or draws.shared_uniform("self-conditioning") < 0.5
         labels = self._labels(denoiser, batch.labels, draws)
-        losses = self.losses(denoiser, x0, t, eps, labels, feed_back)
+        losses = self.losses(denoiser, x0, t, eps, labels, self_condition)
         return ObjectiveOutput(losses, t, self.noise_levels.weights(denoiser.schedule, t).to(losses))
 
     def losses(
@@ -147,13 +146,13 @@ class Denoising(Objective):
         t: Times,
         eps: Images,
         labels: Int[Tensor, " batch"] | None = None,
-        feed_back: bool = False,
+        self_condition: bool = False,
     ) -> Float[Tensor, " batch"]:
         """Return the loss of each image at its own t in (0, 1] and noise, with self-conditioning or without."""
         schedule, core = denoiser.schedule, denoiser.core
         x_t = q_sample(schedule, x0, t, eps)
         self_cond = None
-        if feed_back and denoiser.self_condition:
+        if self_condition and denoiser.self_condition:
             with torch.no_grad():
                 self_cond = denoiser(x_t, t, labels=labels).x0
         output, variance = core.output(x_t, t, self_cond, labels)
@@ -174,7 +173,7 @@ class Denoising(Objective):
         return self.noise_levels.learns
 
     def observe(self, denoiser: Denoiser, t: Times | None, losses: Float[Tensor, " batch"]) -> None:
-        """Tell the distribution of the times."""
+        """Update the noise-level distribution."""
         assert t is not None
         self.noise_levels.observe(denoiser.schedule, t, losses)
 

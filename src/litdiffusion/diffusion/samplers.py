@@ -94,7 +94,7 @@ class DDIM(Sampler):
     ) -> Images:
         """Return the noise x_1 from which deterministic steps lead to the image ``x0`` (eta is taken as 0).
 
-        Going up, eps belongs to the x_t that is sought: x_t = a x_s + (sigma_t - a sigma_s) eps(x_t, t), solved
+        Going up, eps is evaluated at the unknown x_t: x_t = a x_s + (sigma_t - a sigma_s) eps(x_t, t), solved
         by fixed-point iteration from x_s on (Pan et al., 2309.04907). Where noise prevails, eps is that of x_s at
         the estimate of x_0: the network's own says next to nothing there, and nothing at all where alpha_t = 0.
         One iteration is the usual inversion; with more, the way back meets the image more closely. A
@@ -191,8 +191,12 @@ class Heun(Sampler):
         spacing: Spacing = "uniform",
     ) -> None:
         super().__init__(num_steps, spacing)
-        if churn < 0 or churn_noise < 0:
-            raise ValueError(f"churn={churn}, churn_noise={churn_noise}: neither may be negative")
+        if not (0 <= churn < math.inf and 0 <= churn_noise < math.inf):
+            raise ValueError(
+                f"churn={churn}, churn_noise={churn_noise}: neither may be negative, or infinite"
+            )
+        if not 0 <= churn_interval[0] <= churn_interval[1]:
+            raise ValueError(f"churn_interval={list(churn_interval)}: must be [from, to], of sigma / alpha")
         self.s_churn = churn
         self.s_interval = churn_interval
         self.s_noise = churn_noise

@@ -31,8 +31,8 @@ Number = float | Float[Tensor, "batch 1 1 1"]
 
 DDPM_STEPS = 1000
 """The number of steps that DDPM's beta_1 = 1e-4 and beta_T = 0.02 were chosen for."""
-FIRST = 1e-12
-"""The first time that counts as later than 0."""
+MIN_TIME = 1e-12
+"""The smallest positive time."""
 BISECTIONS = 64
 """Halvings of [0, 1] that leave nothing between neighbouring numbers of float64."""
 
@@ -73,7 +73,7 @@ class Schedule(nn.Module, ABC):
             middle = (low + high) / 2
             is_later = self.log_snr(middle) > log_snr
             low, high = torch.where(is_later, middle, low), torch.where(is_later, high, middle)
-        return high
+        return high.clamp(min=MIN_TIME)
 
     def log_snr(self, t: Times) -> Times:
         """Return log(alpha^2 / sigma^2) at times in (0, 1]; minus infinity where alpha = 0."""
@@ -90,7 +90,7 @@ class Schedule(nn.Module, ABC):
 
         At t = 0 they are 1 and 0, whatever the limits of the functions are.
         """
-        if isinstance(t, float):
+        if not isinstance(t, Tensor):
             if t not in self._numbers:
                 on_host = torch.tensor(t, dtype=torch.float64)
                 self._numbers[t] = float(self.alpha(on_host)), float(self.sigma(on_host))
@@ -114,8 +114,9 @@ class Schedule(nn.Module, ABC):
 
     def trained_time(self, t: Times) -> Times:
         """Return the time a network is trained at for a number in [0, 1): uniform times from uniform numbers."""
+        t = t.to(precise_dtype(t.device))
         if not self.discrete:
-            return t.clamp(min=FIRST)  # at 0 there is nothing to learn
+            return t.clamp(min=MIN_TIME)  # at 0 there is nothing to learn
         return ((t * self.num_steps).floor() + 1).clamp(max=self.num_steps) / self.num_steps
 
     @property
@@ -198,7 +199,7 @@ class Discrete(Schedule):
         return (1 - self.alpha(t).square()).sqrt()
 
     def time_of(self, log_snr: Times) -> Times:
-        """Return the place on the line, or curve, between two neighbouring times of the table."""
+        """Return the time, by inverting the interpolation between two entries of the table."""
         table = self.host_table if log_snr.device.type == "cpu" else self.table
         alpha, variance = _alpha_of(log_snr), (-log_snr).sigmoid()
         below = (torch.searchsorted(-table, -alpha, right=True) - 1).clamp(0, self.num_steps - 1)
@@ -207,7 +208,7 @@ class Discrete(Schedule):
         part = torch.where(
             below == 0, variance / (1 - b.square()), torch.where(b == 0, 1 - alpha / a, sloped)
         )
-        return ((below + part.clamp(0, 1)) / self.num_steps).clamp(FIRST, 1)
+        return ((below + part.clamp(0, 1)) / self.num_steps).clamp(MIN_TIME, 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Discrete":
         """Follow the module's device, never its precision: bfloat16 has no room for alpha_bar near 1."""
@@ -329,8 +330,10 @@ class VPLinear(VariancePreserving):
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, num_steps: int = 1000) -> None:
         super().__init__(num_steps)
-        if not 0 <= beta_min < beta_max:
-            raise ValueError(f"beta_min={beta_min}, beta_max={beta_max}: needs 0 <= beta_min < beta_max")
+        if not 0 <= beta_min < beta_max < math.inf:
+            raise ValueError(
+                f"beta_min={beta_min}, beta_max={beta_max}: needs 0 <= beta_min < beta_max, finite"
+            )
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def log_snr(self, t: Times) -> Times:
@@ -340,7 +343,7 @@ class VPLinear(VariancePreserving):
     def time_of(self, log_snr: Times) -> Times:
         """Solve B(t) = log(1 + 1 / SNR)."""
         B, slope = nn.functional.softplus(-log_snr.clamp(min=-1e9)), self.beta_max - self.beta_min
-        return (2 * B / (self.beta_min + (self.beta_min**2 + 2 * slope * B).sqrt())).clamp(FIRST, 1)
+        return (2 * B / (self.beta_min + (self.beta_min**2 + 2 * slope * B).sqrt())).clamp(MIN_TIME, 1)
 
 
 class VPCosine(VariancePreserving):
@@ -355,8 +358,10 @@ class VPCosine(VariancePreserving):
 
     def __init__(self, log_snr_min: float = -15.0, log_snr_max: float = 15.0, num_steps: int = 1000) -> None:
         super().__init__(num_steps)
-        if log_snr_min >= log_snr_max:
-            raise ValueError(f"log_snr_min={log_snr_min}, log_snr_max={log_snr_max}: min must be below max")
+        if not -60 <= log_snr_min < log_snr_max <= 60:
+            raise ValueError(
+                f"log_snr_min={log_snr_min}, log_snr_max={log_snr_max}: needs -60 <= log_snr_min < log_snr_max <= 60"
+            )
         self.start, self.end = (math.atan(math.exp(-edge / 2)) for edge in (log_snr_max, log_snr_min))
 
     def log_snr(self, t: Times) -> Times:
@@ -366,7 +371,7 @@ class VPCosine(VariancePreserving):
     def time_of(self, log_snr: Times) -> Times:
         """Return the angle's place between its ends."""
         angle = torch.exp(-log_snr / 2).atan()
-        return ((angle - self.start) / (self.end - self.start)).clamp(FIRST, 1)
+        return ((angle - self.start) / (self.end - self.start)).clamp(MIN_TIME, 1)
 
 
 class Flow(Schedule):
@@ -382,13 +387,13 @@ class Flow(Schedule):
 
     def time_of(self, log_snr: Times) -> Times:
         """1 / (1 + alpha / sigma)."""
-        return (-log_snr / 2).sigmoid().clamp(min=FIRST)
+        return (-log_snr / 2).sigmoid().clamp(min=MIN_TIME)
 
 
 class VE(Schedule):
     """EDM's variance-exploding schedule: alpha = 1, and sigma^(1 / rho) on a straight line (2206.00364, eq. 5).
 
-    sigma rises to ``sigma_max`` at t = 1 from ``sigma_min``, below which nobody sees noise. Use it with a
+    sigma rises to ``sigma_max`` at t = 1 from ``sigma_min``, below which noise is invisible. Use it with a
     parametrization that scales its input, such as target=edm.
     """
 
@@ -396,10 +401,10 @@ class VE(Schedule):
         self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, num_steps: int = 1000
     ) -> None:
         super().__init__(num_steps)
-        if not 0 < sigma_min < sigma_max or rho <= 0:
+        if not (0 < sigma_min < sigma_max < math.inf and 0 < rho < math.inf):
             raise ValueError(
                 f"sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho}: needs 0 < sigma_min < sigma_max and a"
-                " positive rho"
+                " positive rho, all finite"
             )
         self.low, self.high, self.rho = sigma_min ** (1 / rho), sigma_max ** (1 / rho), rho
 
@@ -414,7 +419,7 @@ class VE(Schedule):
     def time_of(self, log_snr: Times) -> Times:
         """Return where sigma^(1 / rho) lies between its ends."""
         root = torch.exp(-log_snr / (2 * self.rho))
-        return ((root - self.low) / (self.high - self.low)).clamp(FIRST, 1)
+        return ((root - self.low) / (self.high - self.low)).clamp(MIN_TIME, 1)
 
 
 def _log_snr_of(alpha: Times) -> Times:

@@ -65,7 +65,7 @@ class BitsPerDim(Mean):
         self.variance = variance
         self.measured_times = 0
 
-    def check(self, denoiser: Denoiser) -> None:
+    def require_support(self, denoiser: Denoiser) -> None:
         """See ``Metric``."""
         if self.variance == "learned" and not denoiser.learned_variance:
             raise UserError(

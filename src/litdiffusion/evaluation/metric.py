@@ -11,6 +11,7 @@ from torch import Tensor
 
 from litdiffusion.data.stores import Batch
 from litdiffusion.diffusion import Denoiser, Objective
+from litdiffusion.errors import UserError
 
 BINS = 10
 TENTHS = tuple(f"_t{i:02d}" for i in range(BINS))
@@ -42,11 +43,11 @@ class Metric(torchmetrics.Metric):
 
     higher_is_better = False
 
-    def check(self, denoiser: Denoiser) -> None:
-        """Check, before anything is trained or measured, that this metric can be had of a denoiser.
+    def require_support(self, denoiser: Denoiser) -> None:
+        """Make sure, before anything is trained or measured, that a denoiser has what this metric needs.
 
         Raises:
-            UserError: it cannot.
+            UserError: it has not.
         """
 
     @abstractmethod
@@ -100,9 +101,18 @@ def tenth_of(t: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
     return (t * BINS - 1e-6).long().clamp(0, BINS - 1)
 
 
-def listed(metrics: Mapping[str, Metric | None] | None) -> dict[str, Metric]:
+def listed(metrics: Mapping[str, object] | None) -> dict[str, Metric]:
     """Return the metrics of a configuration that have not been left out with null."""
-    return {name: metric for name, metric in (metrics or {}).items() if metric is not None}
+    found: dict[str, Metric] = {}
+    for name, metric in (metrics or {}).items():
+        if isinstance(metric, Metric):
+            found[name] = metric
+        elif metric is not None:
+            kind = type(metric).__name__
+            raise UserError(
+                f"metrics.{name}: {kind} is not a Metric; subclass litdiffusion.evaluation.Metric"
+            )
+    return found
 
 
 def numbers(metrics: Mapping[str, Metric]) -> dict[str, float]:

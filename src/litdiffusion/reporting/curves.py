@@ -53,7 +53,7 @@ class Series:
 class Curves(dict[str, Series]):
     """The finite values of rows, by name, over ``images_seen``, or ``step`` where that is not there (``axis``).
 
-    A run that resumed from an earlier checkpoint repeats some of its way; what it had logged beyond the point it went
+    A run that resumed from an earlier checkpoint repeats some steps; what it had logged beyond the point it went
     back to is dropped.
     """
 
@@ -77,7 +77,7 @@ class Curves(dict[str, Series]):
 def curves(metrics_csv: Path, png: Path, metrics: Iterable[str] = ()) -> None:
     """Draw what ``metrics.csv`` holds into ``png``.
 
-    Panels are loss, loss by timestep, learning rate and gradient norm, and one for each further metric that was
+    Panels are loss, loss by noise level, learning rate and gradient norm, and one for each further metric that was
     logged. What was not logged leaves its panel empty, in so many words.
 
     Args:
@@ -106,7 +106,7 @@ def curves(metrics_csv: Path, png: Path, metrics: Iterable[str] = ()) -> None:
 
 
 def schedules_figure(schedules: Mapping[str, Sequence[float] | Float[Tensor, " T"]]) -> Figure:
-    """Compare noise schedules: alpha_bar and log-SNR over t / T.
+    """Compare noise schedules: alpha_bar and log-SNR over t.
 
     Args:
         schedules: for each name, ``alphas_cumprod`` at t = 1..T, each in (0, 1).
@@ -119,9 +119,9 @@ def schedules_figure(schedules: Mapping[str, Sequence[float] | Float[Tensor, " T
         alpha_bar.plot(t, values, label=name)
         with np.errstate(divide="ignore"):
             log_snr.plot(t, np.log(values) - np.log1p(-values), label=name)
-    _dress(alpha_bar, "share of the image's variance that is left", "t / T")
+    _dress(alpha_bar, "share of the image's variance that is left", "t")
     alpha_bar.set_ylabel(r"$\bar\alpha_t$")
-    _dress(log_snr, "signal-to-noise ratio", "t / T")
+    _dress(log_snr, "signal-to-noise ratio", "t")
     log_snr.set_ylabel(r"$\log\,(\bar\alpha_t \,/\, (1 - \bar\alpha_t))$")
     alpha_bar.legend(frameon=False)
     return figure
@@ -195,11 +195,11 @@ def _draw_loss(axes: Axes, metrics: Curves) -> None:
 
 def _draw_loss_by_time(axes: Axes, metrics: Curves) -> None:
     tenths = [metrics.get(f"train/loss_t{tenth:02d}") for tenth in range(10)]
-    title = "training loss by timestep, at the end"
+    title = "training loss by noise level, at the end"
     if not any(tenths):
         _empty(axes, title)
         return
-    _dress(axes, title, "t / T")
+    _dress(axes, title, "t")
     for tenth, series in enumerate(tenths):
         if series is not None:
             axes.bar(tenth / 10, series.final(), width=0.094, align="edge", color=BLUE)

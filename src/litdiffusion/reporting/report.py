@@ -27,9 +27,9 @@ def paragraph(summary: Mapping[str, object], run_dir: Path) -> str:
     sentences = [_trained(summary), _losses(summary), _places(summary, run_dir)]
     checkpoint = summary.get("checkpoint")
     if checkpoint is not None:
-        command = (
-            f"python -m litdiffusion.sample {shlex.quote(f'ckpt={quoted(str(checkpoint))}')} num_images=64"
-        )
+        options = {"ckpt": str(checkpoint), "num_images": "64", "out": str(run_dir / "sampled")}
+        command = "python -m litdiffusion.sample"
+        command += "".join(f" {shlex.quote(f'{key}={quoted(value)}')}" for key, value in options.items())
         trust = summary.get("trust")
         if isinstance(trust, list) and trust:
             command += f" trust=[{','.join(trust)}]"

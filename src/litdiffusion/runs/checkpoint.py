@@ -19,6 +19,9 @@ CONTENT = {"state_dict": dict, "model_config": dict, "data_config": dict, "globa
 """What every checkpoint holds."""
 
 
+FORMAT = 2
+"""Of checkpoints of this release; 0.1.0 wrote none."""
+
 END = b"PK\x05\x06"
 """The first bytes of the record that closes a zip archive: 22 bytes and a comment."""
 
@@ -39,7 +42,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, previous: Path | No
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
             with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
+                torch.save({**checkpoint, "format": FORMAT}, file)
             if previous is not None and path.exists():
                 hardlink(path, previous)
     except WriteError:
@@ -72,11 +75,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is not a litdiffusion checkpoint: it holds more than tensors and plain values"
         ) from error
     except Exception as error:  # a file that is no checkpoint can trip the reader in any way
-        raise _damaged(path, "it cannot be taken apart") from error
+        raise _damaged(path, "it cannot be unpacked") from error
     if not isinstance(checkpoint, dict) or not all(
         isinstance(checkpoint.get(name), kind) for name, kind in CONTENT.items()
     ):
         raise UserError(f"{path} is not a litdiffusion checkpoint: it lacks {', '.join(CONTENT)}")
+    if checkpoint.get("format") != FORMAT:
+        raise UserError(
+            f"checkpoint {path} was written by another release of litdiffusion, which this one cannot continue or"
+            " sample from: use that release, or train anew"
+        )
     return checkpoint
 
 

@@ -87,7 +87,7 @@ class Resumption:
             if before != now:
                 raise UserError(
                     f"checkpoint {self.checkpoint} does not fit this configuration: {name} was {_spelled(before)} and"
-                    f" is {_spelled(now)}; repeat the checkpoint's own choices (net, ema, timesteps), or start in a"
+                    f" is {_spelled(now)}; repeat the checkpoint's choices (net, ema, noise_levels), or start in a"
                     " new run_dir"
                 )
         if tuple(frozenset(group) for group in optimizer.param_groups) != self.settings:
@@ -107,7 +107,7 @@ def find_resumption(run: RunFolder, config: dict[str, Any], resume: str) -> Resu
             in an empty folder only; anything else is the path of a checkpoint.
 
     Raises:
-        UserError: the folder holds a run of another configuration, or what ``resume`` asks for cannot be had.
+        UserError: the folder holds a run of another configuration, or what ``resume`` names cannot be used.
     """
     saved = any(path.exists() for path in _saved(run))
     started = saved or run.metrics.exists()
@@ -115,6 +115,7 @@ def find_resumption(run: RunFolder, config: dict[str, Any], resume: str) -> Resu
         if started:
             raise UserError(f"run_dir {run.path} already holds a run: with resume=never choose a new run_dir")
         return None
+    newest = _newest(run) if saved else None
     if run.config.exists():
         _require_same_run(run, config, started)
     if resume not in ("auto", "must"):
@@ -124,9 +125,9 @@ def find_resumption(run: RunFolder, config: dict[str, Any], resume: str) -> Resu
             raise UserError(
                 f"resume={resume}: there is no checkpoint at {path}; or choose auto, must or never"
             )
-        return _newest(run) if saved and path.parent != run.checkpoints else _from(path)
-    if saved:
-        return _newest(run)
+        return newest if newest and path.parent != run.checkpoints else _from(path)
+    if newest:
+        return newest
     if resume == "must":
         raise UserError(
             f"resume=must, but there is no checkpoint in {run.checkpoints}: check run_dir, or use resume=auto"

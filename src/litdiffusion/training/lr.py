@@ -21,7 +21,7 @@ def warmup_cosine(
     """
     if total_steps < 1 or not 0 <= final_factor <= 1:
         raise ValueError(
-            f"total_steps={total_steps} must be at least 1, final_factor={final_factor} in [0, 1]"
+            f"total_steps={total_steps}, final_factor={final_factor}: must be at least 1, and in [0, 1]"
         )
     warmup_steps = min(_checked(warmup_steps), total_steps // 2)
 
@@ -35,7 +35,7 @@ def warmup_cosine(
 
 def _checked(warmup_steps: int) -> int:
     if warmup_steps < 0:
-        raise ValueError(f"warmup_steps={warmup_steps} must be at least 0")
+        raise ValueError(f"warmup_steps={warmup_steps}: must be at least 0")
     return warmup_steps
 
 

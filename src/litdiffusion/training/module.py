@@ -62,7 +62,7 @@ class LitDiffusion(LightningModule):
         # In a plain dictionary, since they are no part of the model, nor of its checkpoints.
         self.metrics = listed(metrics)
         for metric in self.metrics.values():
-            metric.check(denoiser)
+            metric.require_support(denoiser)
         self.seed = seed
         self.to_log: dict[bool, set[str]] = {True: set(), False: set()}
 
@@ -72,7 +72,7 @@ class LitDiffusion(LightningModule):
         return self.denoiser if self.ema_net is None else self.denoiser.with_net(self.ema_net)
 
     def setup(self, stage: str) -> None:
-        """Check that a class-conditional network and the data speak of the same classes.
+        """Check that a class-conditional network and the data have the same number of classes.
 
         Raises:
             UserError: they do not.
@@ -92,7 +92,7 @@ class LitDiffusion(LightningModule):
         draws = self.draws(batch)
         torch.manual_seed(draws.seed("network", self.global_rank))  # dropout, the one thing drawn globally
         output: ObjectiveOutput = self.objective(self.denoiser, batch, draws)
-        self.log_dict({name: value.detach() for name, value in (output.logs or {}).items()})
+        self.log_dict({name: value.detach() for name, value in (output.logs or {}).items()}, sync_dist=True)
         if self.objective.learns:
             self.objective.observe(self.denoiser, *self._of_all_processes(output))
         return StepOutput(loss=output.loss, output=output)
@@ -130,7 +130,8 @@ class LitDiffusion(LightningModule):
     ) -> None:
         """Log a number as Lightning does; the monitor adds it to its next row, of training or of validation.
 
-        Lightning itself would hand it to the loggers in a row of its own, without ``images_seen``.
+        Lightning itself would hand it to the loggers in a row of its own, without ``images_seen``. The stream of
+        training images has no end, so what is logged by epoch (``on_epoch=True`` alone) never arrives.
         """
         super().log(name, value, prog_bar, False, *args, **kwargs)
         if logger is not False:
@@ -141,7 +142,7 @@ class LitDiffusion(LightningModule):
         if not (names := self.to_log[self.training]):
             return {}
         found = {name: value for name, value in self.trainer.callback_metrics.items() if name in names}
-        names -= found.keys()
+        names.difference_update(found)
         return found
 
     def _of_all_processes(self, output: ObjectiveOutput) -> tuple[Tensor | None, Tensor]:
@@ -155,7 +156,10 @@ class LitDiffusion(LightningModule):
             UserError: one of them refuses its arguments.
         """
         try:
-            optimizer = self.optimizer_factory(self.denoiser.core.net.parameters())
+            learned = (*self.denoiser.core.net.parameters(), *self.objective.parameters())
+            optimizer = self.optimizer_factory(
+                [parameter for parameter in learned if parameter.requires_grad]
+            )
         except ValueError as error:
             raise UserError(f"optimizer: {error}") from error
         if not math.isfinite(lr := optimizer.defaults.get("lr", 0)):
@@ -179,7 +183,8 @@ class LitDiffusion(LightningModule):
         [saved], [schedule] = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
         fresh = self.configure_optimizers()["optimizer"].param_groups
         for group, wanted in zip(saved["param_groups"], fresh, strict=True):
-            lr = group["lr"] * (wanted["initial_lr"] / group["initial_lr"])
+            factor = group["lr"] / group["initial_lr"] if group["initial_lr"] else 1.0
+            lr = wanted["initial_lr"] * factor
             group.update({**wanted, "lr": lr, "params": group["params"]})
         schedule["base_lrs"] = [group["initial_lr"] for group in fresh]
 

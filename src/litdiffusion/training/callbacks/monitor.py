@@ -23,7 +23,7 @@ STATE = ("loss", "validated", "validated_step", "images_per_second")
 
 
 class Monitor(Callback):
-    """Log loss, loss by tenth of 1..T, gradient norm, learning rate and throughput; stop at the first NaN.
+    """Log loss (by noise level, too), gradient norm, learning rate and throughput; stop at the first NaN.
 
     Every value is logged at an optimizer step, with ``images_seen`` beside it as the axis to compare runs on. What
     the module logs by ``self.log`` joins the row: the latest value since the last one. The losses are means over all
@@ -48,7 +48,7 @@ class Monitor(Callback):
         self.validated_step = -1
         self.clock = Clock()
         self._images = 0
-        self._astray_since: Tensor | None = None
+        self._nonfinite_since: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The unfinished line, as each process has it, and what the last ones said; all processes call this."""
@@ -106,7 +106,7 @@ class Monitor(Callback):
             self.images_per_second = self._speed()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation is not on the training's time."""
+        """Exclude validation from the throughput."""
         self.clock.stop(trainer)
         check_finite(trainer)
 
@@ -125,9 +125,9 @@ class Monitor(Callback):
         Raises:
             UserError: naming the step and the checkpoint to return to.
         """
-        if self._astray_since is None:
+        if self._nonfinite_since is None:
             return
-        step = int(trainer.strategy.reduce(self._astray_since.float(), reduce_op="max"))
+        step = int(trainer.strategy.reduce(self._nonfinite_since.float(), reduce_op="max"))
         if step:
             raise diverged(trainer, "the loss", step)
 
@@ -141,9 +141,9 @@ class Monitor(Callback):
         self.line = to_device(self.line, losses.device).index_add(1, bins, added)
         self._images += len(losses) * world_size
         # Which step was the first is kept on the device: reading it is what waits.
-        since = torch.zeros_like(bins[0]) if self._astray_since is None else self._astray_since
+        since = torch.zeros_like(bins[0]) if self._nonfinite_since is None else self._nonfinite_since
         sound = torch.isfinite(outputs["loss"].detach()) | (since > 0)
-        self._astray_since = torch.where(sound, since, step)
+        self._nonfinite_since = torch.where(sound, since, step)
 
     def _log(self, trainer: Trainer, module: LitDiffusion) -> None:
         sums, weights = self._line_of_all(trainer)
@@ -184,12 +184,12 @@ class Clock:
         self._since: float | None = None
 
     def start(self, trainer: Trainer) -> None:
-        """Go on, if it stands."""
+        """Start, unless it runs."""
         if self._since is None:
             self._since = _now(trainer)
 
     def stop(self, trainer: Trainer) -> None:
-        """Stand, if it runs."""
+        """Stop, if it runs."""
         if self._since is not None:
             self.seconds += _now(trainer) - self._since
             self._since = None
