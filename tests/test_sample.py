@@ -80,7 +80,7 @@ def test_weights_that_are_no_numbers_draw_no_pictures(ckpt, tmp_path):
     torch.save(checkpoint, tmp_path / "nan.ckpt")
     typed = type_command("sample", f"ckpt={tmp_path / 'nan.ckpt'}", f"out={tmp_path / 'out'}", *FEW)
     assert typed.code == 2
-    assert "nan.ckpt: its images came out infinite or NaN" in typed.err
+    assert "nan.ckpt: the images came out infinite or NaN" in typed.err
     assert "Traceback" not in typed.err
     assert not list((tmp_path / "out").iterdir())
 

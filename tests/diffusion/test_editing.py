@@ -326,14 +326,16 @@ def test_drawn_image_i_belongs_to_given_image_i_modulo_their_number():
 @every_sampler
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_labels_and_guidance_steer_every_edit(make, scale):
-    data, count = MixtureData(SCHEDULE), 30
+    data, count = MixtureData(SCHEDULE), 500
     first, last = (torch.full((1, 1, 1, 2), data.means[k], dtype=torch.float64) for k in (0, 2))
     x_T = normal(count, 1, 1, 2, dtype=torch.float64)
     plain = exact(data, num_classes=3)
     denoiser = Guided(Labelled(plain, torch.full((count,), 2)), plain, scale)
     for edit in (Inpaint(first, RIGHT, 1), Variation(first, 1.0), Interpolate(first, last, count, 1.0)):
         right = drawn(edit, make(10), denoiser, x_T)[..., 1]
-        assert float(right.mean()) == pytest.approx(data.means[2], abs=0.1)
+        # Guidance moves the mean on, away from the other classes: with churn, by up to 0.1.
+        beyond = float(right.mean()) - data.means[2]
+        assert abs(beyond) < 0.03 if scale == 1 else 0.02 < beyond < 0.11
     assert set(plain.net.calls) == {count}
 
 
