@@ -91,7 +91,7 @@ class TrainedModel:
             watch: called at every time of every batch.
             labels: the classes drawn by a network that knows some: ``all``, each in turn; one, or several, of which
                 image i gets number i modulo how many there are; None for no class in particular.
-            guidance_scale: how firmly: 1 as learned, more exaggerates what tells the class from others.
+            guidance_scale: 1 is no guidance; more exaggerates what tells the class from others.
             guidance_interval: guide only at times in it, from image (0) to noise (1).
             guide: a weaker model of the same kind (an earlier checkpoint, a smaller network): autoguidance, which
                 exaggerates what tells this model from that one.

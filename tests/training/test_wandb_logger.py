@@ -482,11 +482,11 @@ def test_pictures_that_cannot_be_shown_are_left_out(tmp_path: Path, caplog: pyte
 def test_odd_files_where_wandb_writes_are_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "wandb"
     folder.write_text("not a folder")
-    with pytest.raises(UserError, match=rf"logger.wandb: {folder}.* \(.*\): mend it, or move it away"):
+    with pytest.raises(UserError, match=rf"logger.wandb: {folder}.* \(.*\): repair or remove it"):
         train_tiny(tmp_path, "logger=wandb")
     folder.unlink()
     (folder / "run_id").mkdir(parents=True)
-    with pytest.raises(UserError, match=rf"logger.wandb: {folder}/run_id \(.*\): mend it, or move it away"):
+    with pytest.raises(UserError, match=rf"logger.wandb: {folder}/run_id \(.*\): repair or remove it"):
         train_tiny(tmp_path, "logger=wandb")
     (folder / "run_id").rmdir()
     for text in ("", "{", "4.5 1", "4", "1 2 3", "9" * 5000, "\xff"):  # as if nothing had been told

@@ -112,8 +112,8 @@ def reverse_bits(
     end = (s == 0)[:, None, None, None]
     if end.device.type == "cpu" and not bool(end.any()):  # on a GPU, looking would wait for it
         return bits(nats)
-    # For every row, so that none has to be picked out. Those not at the end are given harmless numbers: the gradient
-    # goes through both branches.
+    # For every row, so that none has to be picked out. Those not at the end are given dummy values, so that
+    # the gradient of the branch that is not used is finite.
     decoder = -decoder_log_prob(x0, torch.where(end, mean, 0.0), torch.where(end, log_variance / 2, 0.0))
     return bits(torch.where(end, decoder.to(nats.dtype), nats))
 
@@ -188,6 +188,6 @@ def bits(nats: Images) -> PerImage:
 def _log_1_minus_exp(x: Tensor) -> Tensor:
     """Return log(1 - e^x) for x < 0 (Mächler, 2012)."""
     near = x > -math.log(2)
-    # Each branch is given a harmless number where the other one counts: a gradient goes through both.
+    # Each branch is given a dummy value where the other one counts, so that its gradient is finite.
     a, b = torch.where(near, x, -1.0), torch.where(near, -1.0, x)
     return torch.where(near, (-torch.expm1(a)).log(), torch.log1p(-b.exp()))

@@ -38,7 +38,10 @@ def at_least_float32(x: Images) -> Images:
 
 
 class Transition(NamedTuple):
-    """The numbers a and v of q(x_t | x_s), and what the posterior needs of both ends."""
+    """Scale a and variance v of q(x_t | x_s), and what the posterior needs of both ends.
+
+    a is 0 where x_t is pure noise.
+    """
 
     a: Number
     v: Number

@@ -59,7 +59,7 @@ class Metric(torchmetrics.Metric):
         """Return the numbers by suffix, "" for the metric's main one; none where nothing was measured."""
 
     def extent(self) -> dict[str, int]:
-        """Return what ``evaluate`` reports beside the numbers of how much they rest on, by its full names."""
+        """Return over how many images and times the numbers are averages, for ``evaluate``, by full names."""
         return {}
 
 

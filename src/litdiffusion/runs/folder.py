@@ -163,7 +163,7 @@ def read_json(path: Path, kind: type[T]) -> T:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: mend it, or move it away") from error
+        raise UserError(f"{path} is damaged: repair or remove it") from error
     if not isinstance(value, kind):
         raise UserError(f"{path} is not what a run writes there: move it away")
     return value

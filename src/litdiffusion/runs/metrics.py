@@ -59,7 +59,7 @@ class MetricsTable:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a table with a column ``step`` or ``images_seen``, or both, as they lie in the file.
+    """Return the rows of a table with a column ``step`` or ``images_seen``, or both, in file order.
 
     Empty cells are left out, and so are a row without its line's end, which a kill has cut short, and a row that
     says neither when it was logged.
@@ -83,9 +83,7 @@ def read_rows(path: Path) -> list[Row]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, ValueError, OverflowError, csv.Error) as error:
-        raise UserError(
-            f"{path} is damaged or no table of numbers ({error}): mend it, or move it away"
-        ) from error
+        raise UserError(f"{path} is damaged or no table of numbers ({error}): repair or remove it") from error
     return rows
 
 

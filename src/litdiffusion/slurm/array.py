@@ -59,7 +59,7 @@ def run_array(
     waiting, others = _submitted_before(folder, parameters, jobs)
     if waiting:
         numbers = ", ".join(f"{job.number} (Slurm's {handle.job_id})" for job, handle in waiting.items())
-        print(f"{len(waiting)} of {len(jobs)} jobs are with the cluster already: {numbers}", flush=True)
+        print(f"{len(waiting)} of {len(jobs)} jobs are already queued or running: {numbers}", flush=True)
     missing = [job for job in jobs if job not in waiting]
     if missing:
         handles = _submit(_executor(cluster, parameters), task, folder.name, missing)

@@ -41,7 +41,7 @@ def share_of(count: int) -> range:
 
 
 def gathered(value: T) -> list[T]:
-    """Return what every process has, in order of rank; all of them must call this. Tensors travel on the CPU."""
+    """Return every process's value, in order of rank; all of them must call this. Tensors travel on the CPU."""
     _, number = rank_and_number()
     if number == 1:
         return [value]

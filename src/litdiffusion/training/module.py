@@ -90,7 +90,7 @@ class LitDiffusion(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
         """Return the loss of one share of a global batch."""
         draws = self.draws(batch)
-        torch.manual_seed(draws.seed("network", self.global_rank))  # dropout, the one thing drawn globally
+        torch.manual_seed(draws.seed("network", self.global_rank))  # for dropout
         output: ObjectiveOutput = self.objective(self.denoiser, batch, draws)
         self.log_dict({name: value.detach() for name, value in (output.logs or {}).items()}, sync_dist=True)
         if self.objective.learns:

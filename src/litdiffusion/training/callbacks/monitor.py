@@ -1,4 +1,4 @@
-"""Numbers over the course of a run, and the guard that stops a run whose loss is no number."""
+"""Numbers over the course of a run; a run whose loss is not finite is stopped."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -202,7 +202,7 @@ class Clock:
 
 @contextmanager
 def clock_stopped(trainer: Trainer) -> Iterator[None]:
-    """Do what is not training: the monitor's clock, if there is one, stands for the while."""
+    """Pause the training clock, if there is one, inside the block."""
     monitor = get_callback(trainer, Monitor)
     if monitor is None:
         yield
@@ -213,7 +213,7 @@ def clock_stopped(trainer: Trainer) -> Iterator[None]:
 
 
 def check_finite(trainer: Trainer) -> None:
-    """Stop the run rather than save, show or measure a model that has gone astray.
+    """Stop the run rather than save, show or measure a model that has diverged.
 
     Raises:
         UserError: a loss or a weight was not finite.

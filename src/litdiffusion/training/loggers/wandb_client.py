@@ -109,7 +109,7 @@ def files_in_order() -> Iterator[None]:
     except ConnectionError:
         raise
     except OSError as error:
-        raise UserError(f"logger.wandb: {reason(error)}: mend it, or move it away") from error
+        raise UserError(f"logger.wandb: {reason(error)}: repair or remove it") from error
 
 
 def reason(error: Exception) -> str:
