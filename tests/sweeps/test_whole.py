@@ -34,7 +34,7 @@ def test_a_sweep_trains_what_can_be_trained_and_repeats_the_rest(tmp_path: Path)
     typed = type_command(*command)
     assert typed.code == 2, typed.err
     assert [row["status"] for row in rows(tmp_path)] == ["finished", "failed"]
-    assert rows(tmp_path)[1]["reason"].startswith("denoiser: target=epsilon")
+    assert rows(tmp_path)[1]["reason"].startswith("target=epsilon")
     summary = json.loads((tmp_path / "0/summary.json").read_text())
     for metric in ("val_loss", "train_loss", "val_bits_per_dim", "images_per_second"):
         assert float(rows(tmp_path)[0][metric]) == summary[metric]
