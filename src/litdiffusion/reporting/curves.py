@@ -220,6 +220,7 @@ def _draw_one(axes: Axes, metrics: Curves, name: str, title: str, smooth: bool) 
         _log_scale(axes)
     else:
         _line(axes, series, BLUE, title)
-        axes.set_ylim(bottom=0)
+        if min(series.y) >= 0:
+            axes.set_ylim(0, 1.06 * max(series.y) or 1)
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlim(left=0)
