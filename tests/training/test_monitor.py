@@ -11,14 +11,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from commands import train_tiny, type_command
 from litdiffusion.data.datamodule import TrainLoader
-from litdiffusion.diffusion import L2, Denoising, ObjectiveOutput, Uniform, UniformLevels, schedules
+from litdiffusion.diffusion import ObjectiveOutput
 from litdiffusion.errors import UserError
 from litdiffusion.runs.metrics import read_rows
 from litdiffusion.training import checkpoint_io
 from litdiffusion.training.callbacks import Monitor, monitor, samples
-from litdiffusion.training.lr import constant
 from litdiffusion.training.module import LitDiffusion
-from small_worlds import affine_denoiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,14 +101,8 @@ def test_the_first_bad_step_is_named_even_if_nobody_looked_then(tmp_path: Path) 
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
-    module = LitDiffusion(
-        affine_denoiser(schedules.cosine(50)),
-        Denoising(L2(), Uniform(), UniformLevels()),
-        torch.optim.SGD,
-        constant,
-    )
     for step, loss in enumerate((0.5, float("inf"), 0.25, float("nan")), start=1):
-        watching._add(outputs(loss), module, 1, step)
+        watching._add(outputs(loss), 1, step)
         if step == 1:
             watching.check_loss(trainer)
     with pytest.raises(UserError, match="the loss became infinite or NaN at step 2; there was no checkpoint"):

@@ -297,7 +297,7 @@ class Guided(Wrapped):
     ) -> None:
         super().__init__(inner)
         self.guide = guide
-        self.scale = scale
+        self.scale = float(scale)  # a whole number, as typed, decides the same below
         self.low, self.high = interval
 
     def forward(

@@ -118,5 +118,5 @@ def _is_number(value: object) -> bool:
 
 def _kind(denoiser: Denoiser) -> tuple[Any, ...]:
     schedule = denoiser.schedule
-    noise = [round(x, 9) for i in range(1, 11) for x in schedule.at(i / 10) if isinstance(x, float)]
+    noise = [round(x, 9) for i in range(1, 11) for x in schedule.at(i / 10)]
     return denoiser.image_shape, denoiser.num_classes, noise

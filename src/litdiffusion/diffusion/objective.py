@@ -181,6 +181,8 @@ class Denoising(Objective):
         self, denoiser: Denoiser, labels: Int[Tensor, " batch"] | None, draws: Draws
     ) -> Int[Tensor, " batch"] | None:
         """Return the labels that the network is told: some are withheld, as ``num_classes``."""
-        if denoiser.num_classes is None or labels is None or not self.training:
-            return labels if denoiser.num_classes is not None else None
+        if denoiser.num_classes is None:
+            return None
+        if labels is None or not self.training:
+            return labels
         return labels.masked_fill(draws.uniform("label") < self.label_dropout, denoiser.num_classes)

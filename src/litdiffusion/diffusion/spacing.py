@@ -2,7 +2,7 @@
 
 import math
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float64
@@ -11,7 +11,7 @@ from torch import Tensor
 from litdiffusion.diffusion.schedules import MIN_TIME, Schedule
 
 Spacing = Literal["uniform", "quadratic", "log_snr", "karras"]
-SPACINGS = ("uniform", "quadratic", "log_snr", "karras")
+SPACINGS = get_args(Spacing)
 RHO = 7
 """Karras et al.'s exponent: between ``log_snr`` (infinity) and steps of equal size in sigma / alpha (1)."""
 SMALLEST_SIGMA = 0.002

@@ -50,8 +50,6 @@ class BitsPerDim(Mean):
         variance: of the model's steps; None for the learned one where there is one, else beta.
     """
 
-    higher_is_better = False
-
     def __init__(
         self, num_images: int, num_times: int | None = None, variance: Variance | None = None
     ) -> None:

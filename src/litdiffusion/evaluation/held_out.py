@@ -16,8 +16,6 @@ from litdiffusion.evaluation.metric import Mean, Model, tenth_of
 class HeldOutLoss(Mean):
     """The mean loss, as a whole and by noise level; ``_raw``: of the weights that are not averaged."""
 
-    higher_is_better = False
-
     def __init__(self) -> None:
         super().__init__("_raw")
 

@@ -12,8 +12,6 @@ from litdiffusion.evaluation.metric import Mean, Model, tenth_of
 class X0MeanAbsoluteError(Mean):
     """The mean absolute error of the estimate of x_0, of pixels in [-1, 1], as a whole and by noise level."""
 
-    higher_is_better = False
-
     def update(self, model: Model, batch: Batch) -> None:
         """See ``Metric``."""
         errors, t = x0_errors(model.denoiser, batch.images, batch.start, batch.labels)

@@ -87,7 +87,7 @@ class Monitor(Callback):
         assert isinstance(pl_module, LitDiffusion)
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         step = trainer.global_step + (not stepped)
-        self._add(outputs, pl_module, trainer.world_size, step)
+        self._add(outputs, trainer.world_size, step)
         self.logged |= pl_module.take_logged()
         due = step % self.every_n_steps == 0
         if due or pl_module.device.type == "cpu":  # on a GPU, looking at the loss waits for it
@@ -131,7 +131,7 @@ class Monitor(Callback):
         if step:
             raise diverged(trainer, "the loss", step)
 
-    def _add(self, outputs: StepOutput, module: LitDiffusion, world_size: int, step: int) -> None:
+    def _add(self, outputs: StepOutput, world_size: int, step: int) -> None:
         output = outputs["output"]
         losses = output.losses.detach().double()
         weights = torch.ones_like(losses) if output.weights is None else output.weights.double()
