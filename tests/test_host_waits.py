@@ -257,7 +257,7 @@ def train(denoiser: Denoiser, objective: Objective, steps: int) -> None:
             adam.step()
             adam.zero_grad()
             lit.ema.update(lit.ema_net, lit.denoiser.core.net, step + 1)
-            monitor._add(output, lit, 1, step + 1)
+            monitor._add(output, 1, step + 1)
 
 
 @pytest.mark.parametrize("options", NETS.values(), ids=NETS)

@@ -145,7 +145,7 @@ def test_what_is_still_queued_is_waited_for_and_not_handed_in_again(
     new = [Handle(tmp_path, f"8_{n}", returned(JobStatus.COMPLETED)) for n in range(2)]
     array = Array(monkeypatch, new)
     array.run(tmp_path, again)
-    assert "1 of 3 jobs are with the cluster already: 2 (Slurm's 7_1)" in capsys.readouterr().out
+    assert "1 of 3 jobs are already queued or running: 2 (Slurm's 7_1)" in capsys.readouterr().out
     assert [number for _, _, number, *_ in array.handed_in] == [0, 5]
     assert array.begun == [again[0], again[2]]
     assert array.outcomes == {
