@@ -82,7 +82,7 @@ def the_blog(plan: Plan) -> Seconds:
 
 
 def the_blog_with_our_allocator(plan: Plan) -> Seconds:
-    from litdiffusion.training.memory import keep_freed_memory
+    from litdiffusion.system.memory import keep_freed_memory
 
     keep_freed_memory()
     return the_blog(plan)
@@ -102,8 +102,8 @@ def ours(precision: str, preset: str = "cpu") -> Callable[[Plan], Seconds]:
         from litdiffusion.configuration.entry import config_folder
         from litdiffusion.configuration.nodes import build
         from litdiffusion.diffusion import DDIM, Draws
+        from litdiffusion.system.memory import keep_freed_memory
         from litdiffusion.system.processes import gathered, share_of
-        from litdiffusion.training.memory import keep_freed_memory
 
         class Stopwatch(Callback):
             def __init__(self) -> None:

@@ -25,7 +25,7 @@ from litdiffusion.inference import TrainedModel, load_model
 from litdiffusion.runs.folder import absolute, writable_folder
 from litdiffusion.system.files import write_text
 from litdiffusion.system.launch import num_started, num_tasks
-from litdiffusion.training.memory import keep_freed_memory
+from litdiffusion.system.memory import keep_freed_memory
 
 
 @entry_point("evaluate")

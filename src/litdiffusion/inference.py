@@ -24,7 +24,7 @@ from litdiffusion.diffusion.editing import (
     Variation,
     how_many,
 )
-from litdiffusion.diffusion.guidance import Guidance, Labels
+from litdiffusion.diffusion.guidance import Classes, Guidance
 from litdiffusion.errors import UserError
 from litdiffusion.nn.blocks import fold_weight_standardization
 from litdiffusion.runs.checkpoint import read_checkpoint
@@ -73,7 +73,7 @@ class TrainedModel:
         seed: int = 0,
         batch_size: int = 64,
         watch: Watch | None = None,
-        labels: Labels = "all",
+        labels: Classes = "all",
         guidance_scale: float = 1.0,
         guidance_interval: Sequence[float] = (0.0, 1.0),
         guide: "TrainedModel | None" = None,
@@ -138,7 +138,7 @@ class TrainedModel:
         masks: Masks,
         num_images: int | None = None,
         repeats: int = 10,
-        labels: Labels = None,
+        labels: Classes = None,
         **how: Any,
     ) -> Float[Tensor, "num_images channels h w"]:
         """Draw anew the pixels of images in [-1, 1] where ``masks`` is true; the others come out as they were.
@@ -157,7 +157,7 @@ class TrainedModel:
         images: Given,
         strength: float = 0.5,
         num_images: int | None = None,
-        labels: Labels = None,
+        labels: Classes = None,
         **how: Any,
     ) -> Float[Tensor, "num_images channels h w"]:
         """Draw images in [-1, 1] again from ``strength`` of the way to noise.
@@ -177,7 +177,7 @@ class TrainedModel:
         image2: Given,
         num_images: int = 9,
         strength: float | None = 0.5,
-        labels: Labels = None,
+        labels: Classes = None,
         **how: Any,
     ) -> Float[Tensor, "num_images channels h w"]:
         """Draw a path from one image in [-1, 1] to another.

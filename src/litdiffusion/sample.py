@@ -31,8 +31,8 @@ from litdiffusion.runs.folder import absolute, writable_folder
 from litdiffusion.sampling import sample_images
 from litdiffusion.system.files import whole_file, write_text
 from litdiffusion.system.launch import process_rank
+from litdiffusion.system.memory import keep_freed_memory
 from litdiffusion.system.processes import share_of, together
-from litdiffusion.training.memory import keep_freed_memory
 
 GRID_IMAGES = 64
 PICTURES = ("image", "image2", "mask")

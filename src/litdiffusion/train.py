@@ -23,13 +23,13 @@ from litdiffusion.reporting.report import paragraph
 from litdiffusion.runs.folder import absolute
 from litdiffusion.runs.run import Run
 from litdiffusion.slurm.cluster import leave
+from litdiffusion.system.memory import keep_freed_memory
 from litdiffusion.system.parent_death import children_end_with_this
 from litdiffusion.system.redaction import SECRET_KEY, without_secrets
 from litdiffusion.training.callbacks import Interrupted, Monitor, SampleImages, SaveCheckpoints
 from litdiffusion.training.callbacks.attached import get_callback, images_seen
 from litdiffusion.training.callbacks.interruption import ending_at_once, stop_child_observer, stopping_at_once
 from litdiffusion.training.loggers.base import RunLogger, close_loggers, complete_loggers, open_loggers
-from litdiffusion.training.memory import keep_freed_memory
 from litdiffusion.training.module import LitDiffusion
 from litdiffusion.training.trainer import build_loggers, build_trainer, validate_and_sample
 

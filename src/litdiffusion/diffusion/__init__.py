@@ -1,8 +1,9 @@
 """The mathematics: pure torch, no framework, nothing of ours. The network is passed in."""
 
 from litdiffusion.diffusion import schedules
-from litdiffusion.diffusion.denoiser import Clipped, Denoiser, Estimate, Guided, Labelled, Preconditioned
+from litdiffusion.diffusion.denoiser import Clipped, Denoiser, Estimate, Preconditioned
 from litdiffusion.diffusion.draws import Draws
+from litdiffusion.diffusion.guidance import Guided, Labelled
 from litdiffusion.diffusion.losses import (
     L1,
     L2,
@@ -22,7 +23,7 @@ from litdiffusion.diffusion.parametrizations import EDM, X0, Epsilon, Parametriz
 from litdiffusion.diffusion.process import posterior, q_sample, renoise, transition
 from litdiffusion.diffusion.sampler import Sampler, SamplerOutput, SamplerState
 from litdiffusion.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Heun
-from litdiffusion.diffusion.schedules import Schedule
+from litdiffusion.diffusion.schedule import Schedule
 
 __all__ = [
     "schedules",

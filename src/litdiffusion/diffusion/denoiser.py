@@ -1,8 +1,8 @@
 """Denoisers: at any noisy image x_t and time t, an estimate of the clean image.
 
 ``Preconditioned`` makes one of a network, a schedule and a parametrization. The others are denoisers around
-denoisers: ``Clipped`` keeps the estimate among the images, ``Labelled`` asks for a class, and ``Guided`` extrapolates
-from the estimate of a weaker denoiser. They compose: ``Clipped(Guided(Labelled(d, labels), guide=d, scale=2))``.
+denoisers: ``Clipped`` keeps the estimate among the images; those of guidance are in guidance.py. They compose:
+``Clipped(Guided(Labelled(d, labels), guide=d, scale=2))``.
 """
 
 import copy
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from litdiffusion.diffusion.network import Network
 from litdiffusion.diffusion.parametrizations import Parametrization
 from litdiffusion.diffusion.process import at_least_float32, scaled
-from litdiffusion.diffusion.schedules import Schedule, Time
+from litdiffusion.diffusion.schedule import Schedule, Time
 
 Images = Float[Tensor, "batch channels h w"]
 Labels = Int[Tensor, " batch"]
@@ -254,70 +254,6 @@ class Clipped(Wrapped):
             size = estimate.x0.abs().flatten(1).quantile(self.clip_quantile, dim=1).clamp(min=1)
             size = size[:, None, None, None]
             x0 = estimate.x0.clamp(-size, size) / size
-        return consistent(self.schedule, x0, x_t, t, estimate.variance)
-
-
-class Labelled(Wrapped):
-    """Ask for a class of each image.
-
-    Args:
-        inner: a denoiser of a network that knows classes.
-        labels: one for each image of the batch; ``num_classes`` stands for no class in particular.
-    """
-
-    def __init__(self, inner: Denoiser, labels: Labels) -> None:
-        super().__init__(inner)
-        self.labels = labels
-
-    def forward(
-        self, x_t: Images, t: Time, self_cond: Images | None = None, labels: Labels | None = None
-    ) -> Estimate:
-        """Tell the network the labels, whichever others are given."""
-        estimate: Estimate = self.inner(x_t, t, self_cond, self.labels)
-        return estimate
-
-
-class Guided(Wrapped):
-    """Extrapolate from a weaker denoiser's estimate.
-
-        x_0 = x_0(guide) + scale (x_0 - x_0(guide))
-
-    With the same denoiser without labels as the guide it is classifier-free guidance (Ho & Salimans, 2207.12598);
-    with a worse model of the same data, autoguidance (Karras et al., 2406.02507).
-
-    Args:
-        inner: the main denoiser.
-        guide: the weaker one, on the same schedule.
-        scale: 1 is the denoiser itself, 0 the guide; more than 1 exaggerates what tells them apart.
-        interval: guide only at times in it (Kynkäänniemi et al., 2404.07724); elsewhere as for scale 1.
-    """
-
-    def __init__(
-        self, inner: Denoiser, guide: Denoiser, scale: float, interval: Sequence[float] = (0.0, 1.0)
-    ) -> None:
-        super().__init__(inner)
-        self.guide = guide
-        self.scale = float(scale)  # a whole number, as typed, decides the same below
-        self.low, self.high = interval
-
-    def forward(
-        self, x_t: Images, t: Time, self_cond: Images | None = None, labels: Labels | None = None
-    ) -> Estimate:
-        """Ask both, or one of them where the other does not count."""
-        scale: float | Tensor = self.scale
-        if isinstance(t, Tensor):
-            inside = (t >= self.low) & (t <= self.high)
-            scale = torch.where(inside, self.scale, 1.0).to(x_t.dtype)[:, None, None, None]
-        elif not self.low <= t <= self.high:
-            scale = 1.0
-        if isinstance(scale, float) and scale == 0:
-            guide: Estimate = self.guide(x_t, t, self_cond, labels)
-            return guide
-        estimate: Estimate = self.inner(x_t, t, self_cond, labels)
-        if isinstance(scale, float) and scale == 1:
-            return estimate
-        guide = self.guide(x_t, t, self_cond, labels)
-        x0 = guide.x0 + scale * (estimate.x0 - guide.x0)
         return consistent(self.schedule, x0, x_t, t, estimate.variance)
 
 

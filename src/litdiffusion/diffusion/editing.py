@@ -19,7 +19,7 @@ from litdiffusion.diffusion.draws import Draws
 from litdiffusion.diffusion.process import renoise
 from litdiffusion.diffusion.sampler import Noise, Sampler, SamplerOutput
 from litdiffusion.diffusion.samplers import DDIM
-from litdiffusion.diffusion.schedules import Schedule
+from litdiffusion.diffusion.schedule import Schedule
 
 Images = Float[Tensor, "batch channels h w"]
 Given = Float[Tensor, "_images _channels _h _w"] | Float[Tensor, "_channels _h _w"]

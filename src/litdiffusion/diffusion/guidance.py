@@ -1,4 +1,8 @@
-"""Guidance: which classes are drawn, and how strongly, as one value that is checked once."""
+"""Guidance: which classes are drawn, and how strongly.
+
+``Labelled`` and ``Guided`` are denoisers around denoisers; ``Guidance`` is a user's request, checked once, that
+composes them.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,11 +14,76 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from litdiffusion.diffusion.denoiser import Denoiser, Guided, Labelled
+from litdiffusion.diffusion.denoiser import Denoiser, Estimate, Images, Labels, Wrapped, consistent
 from litdiffusion.diffusion.devices import to_device
+from litdiffusion.diffusion.schedule import Time
 
-Labels = str | int | Sequence[int] | Int[Tensor, " classes"] | None
+Classes = str | int | Sequence[int] | Int[Tensor, " classes"] | None
 """Classes to draw: ``all`` for each in turn, one, several (image i gets class i modulo their number), or none."""
+
+
+class Labelled(Wrapped):
+    """Ask for a class of each image.
+
+    Args:
+        inner: a denoiser of a network that knows classes.
+        labels: one for each image of the batch; ``num_classes`` stands for no class in particular.
+    """
+
+    def __init__(self, inner: Denoiser, labels: Labels) -> None:
+        super().__init__(inner)
+        self.labels = labels
+
+    def forward(
+        self, x_t: Images, t: Time, self_cond: Images | None = None, labels: Labels | None = None
+    ) -> Estimate:
+        """Tell the network the labels, whichever others are given."""
+        estimate: Estimate = self.inner(x_t, t, self_cond, self.labels)
+        return estimate
+
+
+class Guided(Wrapped):
+    """Extrapolate from a weaker denoiser's estimate.
+
+        x_0 = x_0(guide) + scale (x_0 - x_0(guide))
+
+    With the same denoiser without labels as the guide it is classifier-free guidance (Ho & Salimans, 2207.12598);
+    with a worse model of the same data, autoguidance (Karras et al., 2406.02507).
+
+    Args:
+        inner: the main denoiser.
+        guide: the weaker one, on the same schedule.
+        scale: 1 is the denoiser itself, 0 the guide; more than 1 exaggerates what tells them apart.
+        interval: guide only at times in it (Kynkäänniemi et al., 2404.07724); elsewhere as for scale 1.
+    """
+
+    def __init__(
+        self, inner: Denoiser, guide: Denoiser, scale: float, interval: Sequence[float] = (0.0, 1.0)
+    ) -> None:
+        super().__init__(inner)
+        self.guide = guide
+        self.scale = float(scale)  # a whole number, as typed, decides the same below
+        self.low, self.high = interval
+
+    def forward(
+        self, x_t: Images, t: Time, self_cond: Images | None = None, labels: Labels | None = None
+    ) -> Estimate:
+        """Ask both, or one of them where the other does not count."""
+        scale: float | Tensor = self.scale
+        if isinstance(t, Tensor):
+            inside = (t >= self.low) & (t <= self.high)
+            scale = torch.where(inside, self.scale, 1.0).to(x_t.dtype)[:, None, None, None]
+        elif not self.low <= t <= self.high:
+            scale = 1.0
+        if isinstance(scale, float) and scale == 0:
+            guide: Estimate = self.guide(x_t, t, self_cond, labels)
+            return guide
+        estimate: Estimate = self.inner(x_t, t, self_cond, labels)
+        if isinstance(scale, float) and scale == 1:
+            return estimate
+        guide = self.guide(x_t, t, self_cond, labels)
+        x0 = guide.x0 + scale * (estimate.x0 - guide.x0)
+        return consistent(self.schedule, x0, x_t, t, estimate.variance)
 
 
 @dataclass(frozen=True)
@@ -32,7 +101,7 @@ class Guidance:
         ValueError: a value is out of range.
     """
 
-    labels: Labels = "all"
+    labels: Classes = "all"
     scale: Any = 1.0  # of any type, as a user types it: checked below
     interval: Any = (0.0, 1.0)
     guide: Denoiser | None = None

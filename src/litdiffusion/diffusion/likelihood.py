@@ -28,7 +28,7 @@ from litdiffusion.diffusion.process import (
     q_sample,
     transition,
 )
-from litdiffusion.diffusion.schedules import Schedule
+from litdiffusion.diffusion.schedule import Schedule
 
 Images = Float[Tensor, "batch channels h w"]
 PerImage = Float[Tensor, " batch"]

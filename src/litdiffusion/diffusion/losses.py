@@ -14,7 +14,7 @@ from torch import Tensor
 
 from litdiffusion.diffusion.parametrizations import Parametrization
 from litdiffusion.diffusion.process import clipped_posterior_variance
-from litdiffusion.diffusion.schedules import Schedule
+from litdiffusion.diffusion.schedule import Schedule
 
 Images = Float[Tensor, "batch channels h w"]
 Times = Float[Tensor, " batch"]

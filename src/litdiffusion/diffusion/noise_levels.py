@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from litdiffusion.diffusion.devices import precise_dtype
 from litdiffusion.diffusion.draws import Draws
-from litdiffusion.diffusion.schedules import Schedule
+from litdiffusion.diffusion.schedule import Schedule
 
 Times = Float[Tensor, " batch"]
 

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from litdiffusion.diffusion.process import scaled
-from litdiffusion.diffusion.schedules import Number, Schedule
+from litdiffusion.diffusion.schedule import Number, Schedule
 
 Images = Float[Tensor, "batch channels h w"]
 

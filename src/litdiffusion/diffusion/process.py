@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from litdiffusion.diffusion.schedules import Number, Schedule, Time
+from litdiffusion.diffusion.schedule import Number, Schedule, Time
 
 Images = Float[Tensor, "batch channels h w"]
 

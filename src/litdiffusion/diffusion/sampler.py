@@ -17,7 +17,7 @@ from torch import Tensor
 from litdiffusion.diffusion.denoiser import Denoiser, Estimate
 from litdiffusion.diffusion.draws import Draws
 from litdiffusion.diffusion.process import renoise
-from litdiffusion.diffusion.schedules import Schedule
+from litdiffusion.diffusion.schedule import Schedule
 from litdiffusion.diffusion.spacing import SPACINGS, Spacing, spaced_times
 
 Images = Float[Tensor, "batch channels h w"]

@@ -14,7 +14,7 @@ import torch
 from litdiffusion.diffusion.denoiser import Denoiser
 from litdiffusion.diffusion.process import learned_log_variance, posterior, renoise, transition
 from litdiffusion.diffusion.sampler import Images, Noise, Sampler, SamplerState
-from litdiffusion.diffusion.schedules import Schedule
+from litdiffusion.diffusion.schedule import Schedule
 from litdiffusion.diffusion.spacing import Spacing
 
 

@@ -1,11 +1,7 @@
 """Noise schedules: how fast the signal-to-noise ratio falls.
 
-Time runs over [0, 1]: t = 0 is the clean image, t = 1 the end of the schedule. A schedule is two functions,
-
-    x_t = alpha(t) x_0 + sigma(t) eps,        eps ~ N(0, I)
-
-whose signal-to-noise ratio alpha^2 / sigma^2 falls. To add one, subclass ``Schedule``, write ``alpha`` and ``sigma``,
-and name the class in a YAML file. Nothing asks that alpha^2 + sigma^2 = 1.
+To add one, subclass ``Schedule``, write ``alpha`` and ``sigma`` as functions of t in (0, 1], and name the class in a
+YAML file.
 
 DDPM (Ho et al., 2006.11239) has T steps with variances beta_1..beta_T, and alpha_bar_i = prod_{j <= i} (1 - beta_j).
 Step i is time i / T; there, alpha = sqrt(alpha_bar_i) and sigma = sqrt(1 - alpha_bar_i). ``Discrete`` is that table.
@@ -13,140 +9,18 @@ DDPM's own "alpha_i" (1 - beta_i) is called ``1 - betas`` here.
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import overload
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor, nn
 
 from litdiffusion.diffusion.devices import precise_dtype
-
-Times = Float[Tensor, "*times"]
-Time = float | Float[Tensor, " batch"]
-"""One time for a whole batch, or one for each image."""
-Number = float | Float[Tensor, "batch 1 1 1"]
-"""What belongs to a ``Time``; tensors in float64."""
+from litdiffusion.diffusion.schedule import MIN_TIME, Schedule, Times, fractions, require_steps
 
 DDPM_STEPS = 1000
 """The number of steps that DDPM's beta_1 = 1e-4 and beta_T = 0.02 were chosen for."""
-MIN_TIME = 1e-12
-"""The smallest positive time."""
-BISECTIONS = 64
-"""Halvings of [0, 1] that leave nothing between neighbouring numbers of float64."""
-
-
-class Schedule(nn.Module, ABC):
-    """alpha(t) and sigma(t), in the precision of t: float64 but on Apple's GPUs.
-
-    Args:
-        num_steps: T, the number of steps of the reverse process where nobody asks for another. The bound on the
-            likelihood is that of these T steps, and the blog's clock counts in them.
-    """
-
-    discrete = False
-    """Whether the network is trained at the times i / T alone."""
-
-    def __init__(self, num_steps: int = 1000) -> None:
-        super().__init__()
-        if num_steps < 1:
-            raise ValueError(f"num_steps={num_steps}: a schedule needs at least 1 step")
-        self.num_steps = num_steps
-        self._numbers = {0.0: (1.0, 0.0)}  # of the times that samplers have asked for
-
-    @abstractmethod
-    def alpha(self, t: Times) -> Times:
-        """Return alpha at times in (0, 1], each at least 0."""
-
-    @abstractmethod
-    def sigma(self, t: Times) -> Times:
-        """Return sigma at times in (0, 1], each above 0."""
-
-    def time_of(self, log_snr: Times) -> Times:
-        """Return the time at which log(alpha^2 / sigma^2) is ``log_snr``, the nearest in (0, 1] if there is none.
-
-        By bisection; a schedule that knows the inverse of its log-SNR overrides this.
-        """
-        low, high = torch.zeros_like(log_snr), torch.ones_like(log_snr)
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            is_later = self.log_snr(middle) > log_snr
-            low, high = torch.where(is_later, middle, low), torch.where(is_later, high, middle)
-        return high.clamp(min=MIN_TIME)
-
-    def log_snr(self, t: Times) -> Times:
-        """Return log(alpha^2 / sigma^2) at times in (0, 1]; minus infinity where alpha = 0."""
-        return 2 * (self.alpha(t).log() - self.sigma(t).log())
-
-    @overload
-    def at(self, t: float) -> tuple[float, float]: ...
-
-    @overload
-    def at(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def at(self, t: Time) -> tuple[Number, Number]:
-        """Return alpha and sigma at t in [0, 1]: numbers for a number, [batch, 1, 1, 1] for one time of each image.
-
-        At t = 0 they are 1 and 0, whatever the limits of the functions are.
-        """
-        if not isinstance(t, Tensor):
-            if t not in self._numbers:
-                on_host = torch.tensor(t, dtype=torch.float64)
-                self._numbers[t] = float(self.alpha(on_host)), float(self.sigma(on_host))
-            return self._numbers[t]
-        is_clean = t == 0
-        later = torch.where(is_clean, 1.0, t)
-        alpha, sigma = self.alpha(later), self.sigma(later)
-        alpha, sigma = torch.where(is_clean, 1.0, alpha), torch.where(is_clean, 0.0, sigma)
-        return alpha[:, None, None, None], sigma[:, None, None, None]
-
-    def step_of(self, t: Times) -> Times:
-        """Return T t: a whole number where t is i / T up to rounding."""
-        step = t * self.num_steps
-        whole = step.round()
-        tolerance = 4 * torch.finfo(t.dtype).eps * self.num_steps
-        return torch.where((step - whole).abs() <= tolerance, whole, step)
-
-    def previous(self, t: Times) -> Times:
-        """Return the times one of T steps earlier; 0 where there is none."""
-        return (self.step_of(t) - 1).clamp(min=0) / self.num_steps
-
-    def trained_time(self, t: Times) -> Times:
-        """Return the time a network is trained at for a number in [0, 1): uniform times from uniform numbers."""
-        t = t.to(precise_dtype(t.device))
-        if not self.discrete:
-            return t.clamp(min=MIN_TIME)  # at 0 there is nothing to learn
-        return ((t * self.num_steps).floor() + 1).clamp(max=self.num_steps) / self.num_steps
-
-    @property
-    def betas(self) -> Float64[Tensor, " T"]:
-        """beta_1..beta_T: the variances of q(x_t | x_s) between neighbouring times of i / T."""
-        alpha, sigma = self._tables()
-        return sigma[1:].square() - (alpha[1:] / alpha[:-1] * sigma[:-1]).square()
-
-    @property
-    def alphas_cumprod(self) -> Float64[Tensor, " T"]:
-        """alpha_bar_1..alpha_bar_T, of the variance-preserving schedule with these signal-to-noise ratios."""
-        signal, noise = (table[1:].square() for table in self._tables())
-        return signal / (signal + noise)
-
-    @property
-    def init_noise_sigma(self) -> float:
-        """The standard deviation of the noise that sampling begins with: of x_1, for images of unit variance.
-
-        It is 1 for every variance-preserving schedule and for the straight path of flow matching.
-        """
-        return math.hypot(*self.at(1.0))
-
-    @property
-    def has_zero_terminal_snr(self) -> bool:
-        """Whether x_1 is pure noise: then the network cannot be asked for eps there."""
-        return self.at(1.0)[0] == 0
-
-    def _tables(self) -> tuple[Float64[Tensor, " times"], Float64[Tensor, " times"]]:
-        alpha, sigma = self.at(_fractions(self.num_steps))
-        return alpha.flatten(), sigma.flatten()
 
 
 class Discrete(Schedule):
@@ -277,7 +151,7 @@ def cosine(
 
     IDDPM clips beta from above at 0.999 and not from below; the blog clips to [1e-4, 0.9999].
     """
-    time = _fractions(num_steps)
+    time = fractions(num_steps)
     alphas_cumprod = torch.cos((time + s) / (1 + s) * math.pi / 2).square()
     betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
     return from_betas(betas.clamp(beta_min, beta_max), zero_terminal_snr)
@@ -296,7 +170,7 @@ def sigmoid(
     """
     if tau <= 0 or start >= end:
         raise ValueError(f"start={start}, end={end}, tau={tau}: needs start < end and a positive tau")
-    time = _fractions(num_steps)[1:]
+    time = fractions(num_steps)[1:]
     first, last = (torch.tensor(edge / tau, dtype=torch.float64).sigmoid() for edge in (start, end))
     alphas_cumprod = (last - ((time * (end - start) + start) / tau).sigmoid()) / (last - first)
     return Discrete(alphas_cumprod.clamp(min=1e-9), zero_terminal_snr)
@@ -431,19 +305,8 @@ def _alpha_of(log_snr: Times) -> Times:
 
 
 def _linspace(start: float, end: float, num_steps: int) -> Float64[Tensor, " T"]:
-    _require_steps(num_steps)
+    require_steps(num_steps)
     return torch.linspace(start, end, num_steps, dtype=torch.float64)
-
-
-def _fractions(num_steps: int) -> Float64[Tensor, " times"]:
-    """Return i / T for i = 0..T."""
-    _require_steps(num_steps)
-    return torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
-
-
-def _require_steps(num_steps: int) -> None:
-    if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps}: a schedule needs at least 1 step")
 
 
 def _rescaled(betas: Float64[Tensor, " T"], rescale: bool) -> Float64[Tensor, " T"]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from litdiffusion.diffusion.schedules import MIN_TIME, Schedule
+from litdiffusion.diffusion.schedule import MIN_TIME, Schedule
 
 Spacing = Literal["uniform", "quadratic", "log_snr", "karras"]
 SPACINGS = get_args(Spacing)

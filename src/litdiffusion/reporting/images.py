@@ -16,7 +16,7 @@ from torch import Tensor
 
 from litdiffusion.diffusion.draws import Draws
 from litdiffusion.diffusion.process import q_sample
-from litdiffusion.diffusion.schedules import Schedule
+from litdiffusion.diffusion.schedule import Schedule
 from litdiffusion.system.files import whole_file
 
 GUTTER = 2
