@@ -19,7 +19,7 @@ from litdiffusion.data.sources import Hub
 from litdiffusion.data.stores import MemoryStore
 from litdiffusion.errors import UserError
 
-CLASSES = ["ant", "bee", "cow"]
+CLASSES = ("ant", "bee", "cow")
 
 
 def table(count: int, seed: int = 0, label: str | None = "label", image: str = "image") -> datasets.Dataset:
@@ -30,7 +30,7 @@ def table(count: int, seed: int = 0, label: str | None = "label", image: str = "
     features = {image: datasets.Image()}
     if label is not None:
         columns[label] = [i % 3 for i in range(count)]
-        features[label] = datasets.ClassLabel(names=CLASSES)
+        features[label] = datasets.ClassLabel(names=list(CLASSES))
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
@@ -91,19 +91,19 @@ def test_integer_and_text_labels_are_numbered_alike_in_both_splits(tmp_path: Pat
     source = Hub(str(tmp_path))
     assert source.load("train")["label"][:] == [1, 0, 1, 2, 0, 1]
     assert source.load("test")["label"][:] == [2, 3]
-    assert source.class_names == ["3", "7", "10", "99"]
+    assert source.class_names == ("3", "7", "10", "99")
     words = tmp_path / "words.parquet"
     base.add_column("kind", ["b", "a", "b", "c", "a", "b"]).to_parquet(words)
     assert Hub(str(words)).load("train").column_names == ["image"]
     named = Hub(str(words), label_column="kind")
     assert sorted(named.load("train")["label"][:] + named.load("test")["label"][:]) == [0, 0, 1, 1, 1, 2]
-    assert named.class_names == ["a", "b", "c"]
+    assert named.class_names == ("a", "b", "c")
 
 
 def test_a_test_split_with_blanked_labels_is_passed_over(tmp_path: Path) -> None:
     table(6).to_parquet(tmp_path / "train.parquet")
     blank = table(3, label=None).add_column("label", [-1] * 3)
-    blank.cast_column("label", datasets.ClassLabel(names=CLASSES)).to_parquet(tmp_path / "test.parquet")
+    blank.cast_column("label", datasets.ClassLabel(names=list(CLASSES))).to_parquet(tmp_path / "test.parquet")
     table(2, seed=1).to_parquet(tmp_path / "validation.parquet")
     assert Hub(str(tmp_path)).load("test")["label"][:] == [0, 1]
     assert len(Hub(str(tmp_path), label_column=None).load("test")) == 3

@@ -75,7 +75,7 @@ def test_class_folders_give_labels_at_any_depth_and_in_any_case_of_suffix(tmp_pa
     save_images(tmp_path / "cat" / "young" / "very", 6, suffix=".webp")
     source = ImageFolder(tmp_path)
     found = labels(source)
-    assert source.class_names == ["cat", "dog"]
+    assert source.class_names == ("cat", "dog")
     assert len(found) == 18
     assert all(path.startswith(name) for path, name in found.items())
 
@@ -103,7 +103,7 @@ def test_a_train_and_a_held_out_folder_are_taken_as_they_are(tmp_path: Path, hel
     assert all(path.startswith("train/") for path in train)
     assert len(test) == 6
     assert all(path.startswith(f"{held_out}/") for path in test)
-    assert source.class_names == ["cat", "dog"]
+    assert source.class_names == ("cat", "dog")
     assert {path.split("/")[1] == name for path, name in labels(source).items()} == {True}
 
 

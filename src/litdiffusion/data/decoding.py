@@ -3,7 +3,7 @@
 Both stores (``stores.py``) use these functions, so their images are the same bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -21,12 +21,12 @@ Pixels = UInt8[np.ndarray, "batch channels height width"]
 
 
 def array_dataset(
-    images: Pixels, labels: UInt8[np.ndarray, " batch"], class_names: list[str]
+    images: Pixels, labels: UInt8[np.ndarray, " batch"], class_names: Sequence[str]
 ) -> datasets.Dataset:
     """Wrap arrays as a ``datasets.Dataset`` without a copy (``Dataset.from_dict`` walks them pixel by pixel)."""
     features = datasets.Features(
         image=datasets.Array3D(shape=images.shape[1:], dtype="uint8"),
-        label=datasets.ClassLabel(names=class_names),
+        label=datasets.ClassLabel(names=list(class_names)),
     )
     nested = pa.array(np.ascontiguousarray(images).reshape(-1))
     for length in reversed(images.shape[1:]):

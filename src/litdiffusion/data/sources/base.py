@@ -23,7 +23,7 @@ class Source(ABC):
 
     name: str
     """The name of this source in messages."""
-    class_names: list[str] | None = None
+    class_names: tuple[str, ...] | None = None
     """Names of the labels 0, 1, ... once a split is loaded; None where there are no labels."""
 
     def __init__(self, image_size: int | Sequence[int], channels: int, flip: bool) -> None:

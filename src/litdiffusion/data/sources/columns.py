@@ -81,24 +81,24 @@ def renamed(dataset: datasets.Dataset, columns: dict[str, str]) -> datasets.Data
 
 def with_class_labels(
     splits: list[datasets.Dataset], source: str
-) -> tuple[list[datasets.Dataset], list[str]]:
+) -> tuple[list[datasets.Dataset], tuple[str, ...]]:
     """Return the splits with their labels numbered 0, 1, ..., and the names of the classes."""
     if not all(is_labelled(split, "label") for split in splits):
         raise UserError(f"{source} has images without a label; ignore the labels by data.label_column=null")
     feature = splits[0].features["label"]
     if isinstance(feature, datasets.ClassLabel):
-        return splits, list(feature.names)
+        return splits, tuple(feature.names)
     columns = [_column(split, "label") for split in splits]
     if not all(pa.types.is_integer(c.type) or pa.types.is_string(c.type) for c in columns):
         raise UserError(
             f"labels of {source} must be integers or text, not {columns[0].type}: see data.label_column"
         )
     values = sorted(set().union(*(column.unique().to_pylist() for column in columns)))
-    names = [str(value) for value in values]
+    names = tuple(str(value) for value in values)
     numbered = []
     for split, column in zip(splits, columns, strict=True):
         index = pc.index_in(column, value_set=pa.array(values, type=column.type))
-        feature = datasets.ClassLabel(names=names)
+        feature = datasets.ClassLabel(names=list(names))
         # Not cast_column: that would write a second copy of every image to the cache.
         numbered.append(
             split.remove_columns("label").add_column(

@@ -73,7 +73,7 @@ class ImageFolder(Source):
         columns = [pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), full], ["bytes", "path"])]
         features = datasets.Features(image=datasets.Image())
         if self.class_names is not None:
-            features["label"] = datasets.ClassLabel(names=self.class_names)
+            features["label"] = datasets.ClassLabel(names=list(self.class_names))
             number = {name: i for i, name in enumerate(self.class_names)}
             columns.append(pa.array([number[path.parts[0]] for path in paths], pa.int64()))
         table = pa.table(columns, schema=features.arrow_schema)
@@ -155,7 +155,7 @@ def _hold_out(root: Path, paths: list[Path], fraction: float) -> dict[Split, Fil
     }
 
 
-def _classes(train: Files, test: Files) -> list[str] | None:
+def _classes(train: Files, test: Files) -> tuple[str, ...] | None:
     """Return the names of the classes; None if the folders are no classes.
 
     Raises:
@@ -170,4 +170,4 @@ def _classes(train: Files, test: Files) -> list[str] | None:
         raise UserError(
             f"{test.root} has class folders that {train.root} lacks: {', '.join(sorted(unknown))}"
         )
-    return sorted(classes) if len(classes) > 1 else None
+    return tuple(sorted(classes)) if len(classes) > 1 else None
