@@ -81,6 +81,7 @@ def train(run: Run, started: float) -> int | None:
             model_config=run.model_config,
             data_config=without_secrets(run.config["data"], SECRET_KEY),
             held_out=datamodule.held_out_fingerprint(),
+            class_names=datamodule.source.class_names,
         )
     log.info(
         f"{f'Continuing from step {run.step} of' if run.resumption else 'Training'} {trainer.max_steps:,} steps:"

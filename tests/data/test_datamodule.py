@@ -132,7 +132,7 @@ def test_validation_is_the_first_images_of_the_test_split() -> None:
 
 def test_finishing_flips_by_position_and_scales(tmp_path: Path) -> None:
     save_images(tmp_path, 40, size=(6, 6))
-    data = module(source=ImageFolder(tmp_path, image_size=6, channels=3), batch_size=24, seed=5)
+    data = module(source=ImageFolder(tmp_path, image_size=6, channels=3, flip=True), batch_size=24, seed=5)
     data.setup("fit")
     batch = take(data.train_dataloader(), 2)[1]
     finished = data.finish(batch, training=True)

@@ -1,3 +1,4 @@
+import io
 import multiprocessing
 import os
 import signal
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from image_worlds import noise, save_images
+from PIL import Image
 
 from litdiffusion.data.decoding import array_dataset
+from litdiffusion.data.fingerprint import changes, fingerprint
 from litdiffusion.data.sources import ImageFolder
 from litdiffusion.data.stores import ArrowStore, MemoryStore, Request, to_float
 from litdiffusion.errors import UserError
@@ -93,9 +96,13 @@ def test_without_labels_there_are_none(tmp_path: Path) -> None:
         assert len(store) == len(rows)
 
 
-def test_an_unreadable_image_is_named_by_both_in_one_line(tmp_path: Path) -> None:
+def test_an_unreadable_image_is_named_by_both_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("litdiffusion.data.stores.CHUNK", 3)
     rows = folder_dataset(tmp_path)
-    path = rows.cast_column("image", datasets.Image(decode=False))[4]["image"]["path"]
+    paths = [row["image"]["path"] for row in rows.cast_column("image", datasets.Image(decode=False))]
+    path, whole = paths[4], Path(paths[4]).read_bytes()
     Path(path).write_bytes(b"damaged")
     with pytest.raises(UserError, match=f"cannot read image {path}") as in_memory:
         MemoryStore(rows, (8, 8), 3)
@@ -106,6 +113,16 @@ def test_an_unreadable_image_is_named_by_both_in_one_line(tmp_path: Path) -> Non
             next(batches)
         assert str(in_worker.value) == str(in_memory.value)
         assert "\n" not in str(in_worker.value)
+    # All of them are counted, also those of other chunks; and a repaired image is the one that it was.
+    Path(paths[9]).write_bytes(b"damaged")
+    with pytest.raises(UserError, match=f"cannot read 2 images: {path}: .*; {paths[9]}: "):
+        MemoryStore(rows, (8, 8), 3)
+    monkeypatch.setattr("litdiffusion.data.fingerprint.SOME", 2)
+    before = fingerprint(ArrowStore(rows, (8, 8), 3, 0), rows)
+    Image.open(io.BytesIO(whole)).save(path, compress_level=0)
+    assert changes(before, fingerprint(ArrowStore(rows, (8, 8), 3, 0), rows)) == []
+    moved = rows.select([*range(1, len(rows)), 0])
+    assert changes(before, fingerprint(ArrowStore(moved, (8, 8), 3, 0), moved)) == ["files", "labels", "some"]
 
 
 def test_reading_leaves_the_global_generator_alone(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from litdiffusion.data.decoding import to_pixels
+from litdiffusion.data.decoding import open_picture, to_pixels
 from litdiffusion.errors import UserError, short_text
 
 Shape = tuple[int, int, int]
@@ -73,7 +73,6 @@ def _open(key: str, path: Path) -> Image.Image:
     if not path.is_file():
         raise UserError(f"{key}={path}: there is no such file")
     try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture)
+        return open_picture(path)
     except Exception as error:  # Pillow's plugins raise a dozen unrelated types on damaged files
         raise UserError(f"{key}={path}: cannot be read as a picture: {short_text(error)}") from error

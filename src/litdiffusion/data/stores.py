@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from litdiffusion.data.decoding import decode_column
+from litdiffusion.data.decoding import UnreadableError, decode_column
 from litdiffusion.errors import UserError
 from litdiffusion.system.processes import STOP_SIGNALS, usable_cores
 
@@ -58,6 +58,9 @@ class MemoryStore:
         image_size: (height, width).
         channels: 1 or 3.
         pin_memory: page-locked batches, for a CUDA device.
+
+    Raises:
+        UnreadableError: some images cannot be read.
     """
 
     def __init__(
@@ -73,19 +76,24 @@ class MemoryStore:
         self.labels = torch.empty(size, dtype=torch.int64) if "label" in dataset.column_names else None
         rows = dataset.with_format("arrow")
 
-        def decode(first: int) -> None:
-            batch = _read(rows, slice(first, first + CHUNK), image_size, channels, first)
+        def decode(first: int) -> Iterable[str]:
+            try:
+                batch = _read(rows, slice(first, first + CHUNK), image_size, channels, first)
+            except UnreadableError as error:
+                return error.args
             self.images[first : first + CHUNK] = batch.images
             if self.labels is not None and batch.labels is not None:
                 self.labels[first : first + CHUNK] = batch.labels
+            return ()
 
         # Pillow releases the interpreter lock while it decodes, so threads suffice.
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             try:
-                for _ in pool.map(decode, range(0, size, CHUNK)):
-                    pass
+                unreadable = [each for chunk in pool.map(decode, range(0, size, CHUNK)) for each in chunk]
             finally:
                 pool.shutdown(cancel_futures=True)
+        if unreadable:
+            raise UnreadableError(*unreadable)
 
     def __len__(self) -> int:
         return len(self.images)

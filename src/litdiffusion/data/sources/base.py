@@ -1,5 +1,6 @@
 """The interface of every source of images."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
@@ -60,3 +61,9 @@ def require_holdout(holdout: float) -> None:
     """Raise ValueError unless a fraction leaves images on both sides."""
     if not 0.0 < holdout < 1.0:
         raise ValueError(f"holdout={holdout}: must lie between 0 and 1, both excluded")
+
+
+def natural_order(name: str) -> tuple[list[str | int], str]:
+    """Return what to sort names of classes by: text as text and numbers by their value, so 2 before 10."""
+    parts = re.split(r"(^-?\d+|\d+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name

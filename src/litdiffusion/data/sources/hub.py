@@ -59,7 +59,7 @@ class Hub(Source):
         name: str,
         image_size: int | Sequence[int] = 32,
         channels: int = 3,
-        flip: bool = True,
+        flip: bool = False,
         config: str | None = None,
         revision: str | None = None,
         image_column: str = "auto",
