@@ -20,6 +20,9 @@ from litdiffusion.system.processes import STOP_SIGNALS, usable_cores
 CHUNK = 256
 """Images decoded together by one thread."""
 
+BATCH_SECONDS = 600
+"""How long a worker process may take over a batch: a disk that never answers must not hold up a run for ever."""
+
 
 class Request(NamedTuple):
     """The images of the next batch, and its position (see ``Batch``)."""
@@ -148,16 +151,30 @@ class ArrowStore:
             sampler=_Requests(requests),
             batch_size=None,
             num_workers=self._num_workers,
-            collate_fn=_as_is,
+            # Arrays pass through the worker's pipe. Tensors would need room in /dev/shm, and a socket below TMPDIR,
+            # whose path may be too long for one.
+            collate_fn=_as_arrays,
             worker_init_fn=_leave_signals_to_the_run,
-            pin_memory=self._pin_memory,
+            timeout=BATCH_SECONDS if self._num_workers else 0,
             # Otherwise the workers' seeds would be drawn from the global generator.
             generator=torch.Generator().manual_seed(0),
         )
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        stream: Any = iter(loader)
+        try:
+            for sent in stream:
+                if isinstance(sent, UserError):
+                    raise sent
+                images, labels, start, step = sent
+                tensors = torch.from_numpy(images), None if labels is None else torch.from_numpy(labels)
+                batch = Batch(*tensors, start, step)
+                yield _page_locked(batch) if self._pin_memory else batch
+        finally:
+            if (
+                self._num_workers
+            ):  # at exit Python waits for its children, and one that is stuck ignores SIGTERM
+                stream._shutdown_workers()
+                for worker in stream._workers:
+                    worker.kill()
 
     def read(self, indices: list[int]) -> Batch:
         """Return a few images, decoded here.
@@ -165,10 +182,7 @@ class ArrowStore:
         Raises:
             UserError: an image cannot be read.
         """
-        batch = self._reader[Request(indices, 0, 0)]
-        if isinstance(batch, UserError):
-            raise batch
-        return batch
+        return self._reader.read(Request(indices, 0, 0))
 
 
 ImageStore = MemoryStore | ArrowStore
@@ -192,10 +206,13 @@ class _Reader(Dataset[Batch | UserError]):
         self.image_size = image_size
         self.channels = channels
 
-    def __getitem__(self, request: Request) -> Batch | UserError:
+    def read(self, request: Request) -> Batch:
         indices, start, step = request
+        return _read(self.rows, indices, self.image_size, self.channels, start, step)
+
+    def __getitem__(self, request: Request) -> Batch | UserError:
         try:
-            return _read(self.rows, indices, self.image_size, self.channels, start, step)
+            return self.read(request)
         except UserError as error:
             return error
 
@@ -228,5 +245,5 @@ def _leave_signals_to_the_run(worker: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
-def _as_is(item: Any) -> Any:
-    return item
+def _as_arrays(read: Any) -> Any:
+    return read if isinstance(read, UserError) else [e.numpy() if isinstance(e, Tensor) else e for e in read]
