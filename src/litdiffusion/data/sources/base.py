@@ -1,5 +1,6 @@
 """The interface of every source of images."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
@@ -25,6 +26,8 @@ class Source(ABC):
     """The name of this source in messages."""
     class_names: tuple[str, ...] | None = None
     """Names of the labels 0, 1, ... once a split is loaded; None where there are no labels."""
+    hold_out = True
+    """Whether some training images are held out where the data set has no split for that; "test" is empty if not."""
 
     def __init__(self, image_size: int | Sequence[int], channels: int, flip: bool) -> None:
         self.image_size = _height_width(image_size)
@@ -59,4 +62,12 @@ def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
 def require_holdout(holdout: float) -> None:
     """Raise ValueError unless a fraction leaves images on both sides."""
     if not 0.0 < holdout < 1.0:
-        raise ValueError(f"holdout={holdout}: must lie between 0 and 1, both excluded")
+        raise ValueError(
+            f"holdout={holdout}: must lie between 0 and 1, both excluded; datamodule.num_val=0 holds out none"
+        )
+
+
+def natural_order(name: str) -> tuple[list[str | int], str]:
+    """Return what to sort names of classes by: text as text and numbers by their value, so 2 before 10."""
+    parts = re.split(r"(^-?\d+|\d+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
