@@ -94,7 +94,7 @@ class ImageFolder(Source):
                     return {"train": Files(train, _images_in(train)), "test": Files(test, _images_in(test))}
             root = self.path / subfolders["train"]
             everything = _images_in(root)
-        if len(everything) < 2:
+        if len(everything) < 1 + self.hold_out:
             what = (
                 "no images"
                 if not everything
@@ -103,7 +103,7 @@ class ImageFolder(Source):
             raise UserError(
                 f"data.path={self.path} has {what} (looked for {' '.join(EXTENSIONS)} at any depth)"
             )
-        return _hold_out(root, everything, self.holdout)
+        return _hold_out(root, everything, self.holdout * self.hold_out)
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -145,10 +145,10 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def _hold_out(root: Path, paths: list[Path], fraction: float) -> dict[Split, Files]:
-    """Hold out the images whose hash is below ``fraction``, but at least one image and not all."""
+    """Hold out the images whose hash is below ``fraction``: at least one image and not all, or none if it is 0."""
     hashes = {path: seed_of("holdout", path.as_posix()) / 2**63 for path in paths}
     ranked = sorted(hashes.values())
-    threshold = min(max(fraction, ranked[1]), ranked[-1])
+    threshold = min(max(fraction, ranked[1]), ranked[-1]) if fraction else 0.0
     return {
         "train": Files(root, [path for path in paths if hashes[path] >= threshold]),
         "test": Files(root, [path for path in paths if hashes[path] < threshold]),
