@@ -110,8 +110,14 @@ def test_a_test_split_with_blanked_labels_is_passed_over(tmp_path: Path) -> None
     assert len(Hub(str(tmp_path), label_column=None).load("test")) == 3
     with pytest.raises(UserError, match=r"without a label \(3 of 9; .*label_column=null"):
         Hub(str(tmp_path), test_split="test", label_column="label").load("test")
-    blanked = Hub(str(tmp_path), test_split="test")  # found by itself, it hinders no training without labels
-    assert blanked.load("test").column_names == blanked.load("train").column_names == ["image"]
+    datasets.DatasetDict(train=table(4), test=table(3, label=None)).save_to_disk(tmp_path / "without")
+    for folder in (
+        tmp_path,
+        tmp_path / "without",
+    ):  # found by themselves, they hinder no training without labels
+        source = Hub(str(folder), test_split="test")
+        assert source.load("test").column_names == source.load("train").column_names == ["image"]
+        assert len(source.load("test")) == 3
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ class MemoryStore:
         rows = dataset.with_format("arrow")
 
         def decode(first: int) -> None:
-            batch = _read(rows, slice(first, first + CHUNK), image_size, channels, first)
+            batch = _read(rows, image_size, channels, slice(first, first + CHUNK))
             self.images[first : first + CHUNK] = batch.images
             if self.labels is not None and batch.labels is not None:
                 self.labels[first : first + CHUNK] = batch.labels
@@ -113,7 +113,7 @@ def _page_locked(batch: Batch) -> Batch:
     return batch._replace(images=batch.images.pin_memory(), labels=labels)
 
 
-class ArrowStore:
+class ArrowStore(Dataset[Batch | UserError]):
     """A large split, left in memory-mapped Arrow or in its files; worker processes decode ahead.
 
     Args:
@@ -133,7 +133,7 @@ class ArrowStore:
         pin_memory: bool = False,
     ) -> None:
         self.dataset = dataset
-        self._reader = _Reader(dataset.with_format("arrow"), image_size, channels)
+        self._read = partial(_read, dataset.with_format("arrow"), image_size, channels)
         self._num_workers = min(num_workers, len(usable_cores()))
         self._pin_memory = pin_memory
 
@@ -147,8 +147,8 @@ class ArrowStore:
             UserError: an image cannot be read.
         """
         loader = DataLoader(
-            self._reader,
-            sampler=_Requests(requests),
+            self,
+            sampler=requests,
             batch_size=None,
             num_workers=self._num_workers,
             # Arrays pass through the worker's pipe. Tensors would need room in /dev/shm, and a socket below TMPDIR,
@@ -182,46 +182,24 @@ class ArrowStore:
         Raises:
             UserError: an image cannot be read.
         """
-        return self._reader.read(Request(indices, 0, 0))
+        return self._read(indices)
+
+    def __getitem__(self, request: Request) -> Batch | UserError:
+        """Read a batch, in a worker. An error is returned: raised, it would arrive as the text of a traceback."""
+        try:
+            return self._read(*request)
+        except UserError as error:
+            return error
 
 
 ImageStore = MemoryStore | ArrowStore
 
 
-class _Requests:
-    """Wraps a stream of requests as a sampler."""
-
-    def __init__(self, requests: Iterator[Request]) -> None:
-        self.requests = requests
-
-    def __iter__(self) -> Iterator[Request]:
-        return self.requests
-
-
-class _Reader(Dataset[Batch | UserError]):
-    """Reads a batch in a worker. An error is returned: raised, it would arrive as the text of a traceback."""
-
-    def __init__(self, rows: datasets.Dataset, image_size: tuple[int, int], channels: int) -> None:
-        self.rows = rows
-        self.image_size = image_size
-        self.channels = channels
-
-    def read(self, request: Request) -> Batch:
-        indices, start, step = request
-        return _read(self.rows, indices, self.image_size, self.channels, start, step)
-
-    def __getitem__(self, request: Request) -> Batch | UserError:
-        try:
-            return self.read(request)
-        except UserError as error:
-            return error
-
-
 def _read(
     rows: datasets.Dataset,
-    where: slice | list[int],
     image_size: tuple[int, int],
     channels: int,
+    where: slice | list[int],
     start: int = 0,
     step: int = 0,
 ) -> Batch:

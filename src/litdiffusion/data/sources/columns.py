@@ -58,6 +58,8 @@ def is_labelled(dataset: datasets.Dataset, column: str, train: datasets.Dataset)
 
 def labels_of(dataset: datasets.Dataset, column: str) -> list[int | str | None]:
     """Return each row's label: an integer or text, the name of the class where it has one; None for anything else."""
+    if column not in dataset.features:
+        return [None] * len(dataset)
     try:  # one column, without reading the others (the images)
         values = dataset.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
         encoded = values.dictionary_encode()
@@ -87,10 +89,9 @@ def _missing(labels: list[int | str | None]) -> set[int | None]:
 
 
 def renamed(dataset: datasets.Dataset, columns: dict[str, str]) -> datasets.Dataset:
-    """Return the given columns under their new names, with the type of images set."""
-    chosen = dataset.select_columns(list(columns)).rename_columns(
-        {a: b for a, b in columns.items() if a != b}
-    )
+    """Return the given columns, or those there are, under their new names, with the type of images set."""
+    there = {name: new for name, new in columns.items() if name in dataset.features}
+    chosen = dataset.select_columns(list(there)).rename_columns(there)
     if isinstance(chosen.features["image"], datasets.Image):
         return chosen
     try:

@@ -90,10 +90,7 @@ class Hub(Source):
             self._splits = self._choose(self._open())
         train, *tests = self._splits
         if not tests:
-            held_out = (
-                hold_out(train, self.holdout, self.name) if self.hold_out else [train, train.select([])]
-            )
-            train, *tests = held_out
+            train, *tests = hold_out(train, self.holdout * self.hold_out, self.name)
         return train if split == "train" else tests[0]
 
     def _open(self) -> Splits:
@@ -115,18 +112,16 @@ class Hub(Source):
                 " data.label_column to different ones"
             )
         columns = {image: "image"} if label is None else {image: "image", label: "label"}
-        if self.test_split == "auto":
-            candidates = [found[name] for name in HELD_OUT if name in found and name not in used]
-            tests = [split for split in candidates if set(columns) <= set(split.column_names)]
+        if self.test_split != "auto":
+            tests = [select_split(found, self.test_split, self.name)[0]]
+            if image not in tests[0].features:
+                raise UserError(f"split {self.test_split!r} of {self.name} has no column {image!r}")
+        else:
+            named = [found[name] for name in HELD_OUT if name in found and name not in used]
+            tests = [split for split in named if image in split.features]
             # Competitions publish test images with the labels blanked out.
             if label is not None and is_labelled(train, label, train):
                 tests = [split for split in tests if is_labelled(split, label, train)]
-        else:
-            tests = [select_split(found, self.test_split, self.name)[0]]
-            if not set(columns) <= set(tests[0].column_names):
-                raise UserError(
-                    f"split {self.test_split!r} of {self.name} lacks a column among {', '.join(columns)}"
-                )
         chosen = [renamed(split, columns) for split in [train, *tests[:1]]]
         if label is not None:
             try:
@@ -135,7 +130,7 @@ class Hub(Source):
                 if self.label_column != "auto":
                     raise UserError(f"{error}; ignore the labels by data.label_column=null") from error
                 log.warning("%s: its labels are ignored", error)
-                chosen = [split.remove_columns("label") for split in chosen]
+                chosen = [split.select_columns("image") for split in chosen]
         return chosen
 
 
@@ -200,11 +195,14 @@ def load_from_hub(name: str, config: str | None = None, revision: str | None = N
 
 
 def hold_out(train: datasets.Dataset, fraction: float, source: str) -> list[datasets.Dataset]:
-    """Split rows at random, the same way every time, with at least one row in each part."""
+    """Split rows at random, the same way every time: at least one row in each part, or all in the first for 0."""
     size = len(train)
-    if size < 2:
-        raise UserError(f"{source} has {size} images; at least 2 are needed, one of them to hold out")
-    held = min(max(round(size * fraction), 1), size - 1)
+    if size < 2 and fraction:
+        raise UserError(
+            f"{source} has {size} images; at least 2 are needed, one of them to hold out (datamodule.num_val=0 holds"
+            " out none)"
+        )
+    held = min(max(round(size * fraction), 1), size - 1) if fraction else 0
     order = torch.randperm(size, generator=generator_at("holdout", size))
     return [train.select(rows.sort().values.numpy()) for rows in (order[held:], order[:held])]
 
