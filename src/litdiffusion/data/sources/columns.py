@@ -11,8 +11,6 @@ from litdiffusion.errors import UserError
 def find_image_column(features: datasets.Features, wanted: str, source: str) -> str:
     """Return the column of images: ``wanted``, else the one of that type, preferably "image" or "img"."""
     if wanted != "auto":
-        if wanted not in features:
-            raise UserError(f"{source} has no column {wanted!r}; it has {', '.join(features)}")
         return wanted
     found = [name for name, feature in features.items() if _holds_images(feature)]
     preferred = [name for name in ("image", "img") if name in found]
@@ -27,13 +25,9 @@ def find_image_column(features: datasets.Features, wanted: str, source: str) -> 
     return (preferred or found)[0]
 
 
-def find_label_column(features: datasets.Features, wanted: str | None, source: str) -> str | None:
+def find_label_column(features: datasets.Features, wanted: str | None) -> str | None:
     """Return the column of labels: ``wanted``, else one of class labels, else one of any values called "label"."""
-    if wanted is None:
-        return None
     if wanted != "auto":
-        if wanted not in features:
-            raise UserError(f"{source} has no column {wanted!r}; it has {', '.join(features)}")
         return wanted
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     values = [name for name, feature in features.items() if isinstance(feature, datasets.Value)]

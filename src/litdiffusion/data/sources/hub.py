@@ -104,8 +104,11 @@ class Hub(Source):
     def _choose(self, found: Splits) -> list[datasets.Dataset]:
         """Choose the training split, and the held-out one if there is one, in the form of ``Source.load``."""
         train, used = select_split(found, self.train_split, self.name)
+        for wanted in (self.image_column, self.label_column):
+            if wanted not in ("auto", None, *train.features):
+                raise UserError(f"{self.name} has no column {wanted!r}; it has {', '.join(train.features)}")
         image = find_image_column(train.features, self.image_column, self.name)
-        label = find_label_column(train.features, self.label_column, self.name)
+        label = find_label_column(train.features, self.label_column)
         if label == image:
             raise UserError(
                 f"column {image!r} of {self.name} cannot be both image and label: set data.image_column and"
@@ -181,7 +184,7 @@ def load_from_hub(name: str, config: str | None = None, revision: str | None = N
     ) as unreachable:  # the errors of the HTTP library differ between versions of the Hub client
         with _offline(), _quiet():
             try:
-                loaded = datasets.load_dataset(name, config, revision=revision)
+                loaded: Splits = datasets.load_dataset(name, config, revision=revision)
             except Exception as error:
                 raise UserError(
                     f"the Hub cannot be reached for {name} ({short_text(unreachable)}), "
@@ -190,7 +193,7 @@ def load_from_hub(name: str, config: str | None = None, revision: str | None = N
         log.warning(
             "the Hub cannot be reached; using the latest earlier download of %s, its revision unchecked", name
         )
-        return _as_dict(loaded)
+        return loaded
     return _load(name, lambda: datasets.load_dataset(name, config, revision=revision))
 
 
@@ -222,12 +225,9 @@ def _load_local(path: Path, config: str | None) -> Splits:
 def _load(what: str, loading: Callable[[], datasets.Dataset | Splits]) -> Splits:
     try:
         with _quiet():
-            return _as_dict(loading())
+            loaded = loading()
     except Exception as error:  # the library's builders raise whatever their file formats raise
         raise UserError(f"cannot load the data set {what}: {short_text(error.__cause__ or error)}") from error
-
-
-def _as_dict(loaded: datasets.Dataset | Splits) -> Splits:
     return {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
 
 
