@@ -106,16 +106,16 @@ class ImageFolder(Source):
             unused = len(paths) - sum(len(split.paths) for split in splits)
             left_out[f"images outside {' and '.join(chosen)}"] = unused
         others = ", ".join(f"{kind} ({count})" for kind, count in (+left_out).most_common()) or "nothing"
-        if len(splits) == 1 and len(splits[0].paths) < 2:
-            what = "only one image, and at least 2 are needed" if splits[0].paths else "no images"
+        if len(splits) == 1 and len(splits[0].paths) < 1 + self.hold_out:
+            one = "only one image, and holding one out takes two (datamodule.num_val=0 holds out none)"
             raise UserError(
-                f"data.path={self.path} has {what} in formats that Pillow opens (.png, .jpg, ...), at any depth;"
-                f" left out: {short_text(others)}"
+                f"data.path={self.path} has {one if splits[0].paths else 'no images'}; looked for what Pillow opens"
+                f" (.png, .jpg, ...), at any depth; left out: {short_text(others)}"
             )
         if left_out.total():
             log.warning("%s: left out: %s", self.name, short_text(others))
         train, *tests = splits
-        return {"train": train, "test": tests[0]} if tests else _hold_out(train, self.holdout)
+        return {"train": train, "test": tests[0]} if tests else _hold_out(train, self.holdout * self.hold_out)
 
 
 def _find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
@@ -173,10 +173,10 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def _hold_out(images: Files, fraction: float) -> dict[Split, Files]:
-    """Hold out the images whose hash is below ``fraction``, but at least one image and not all."""
+    """Hold out the images whose hash is below ``fraction``: at least one image and not all, or none if it is 0."""
     hashes = {path: seed_of("holdout", path.as_posix()) / 2**63 for path in images.paths}
     ranked = sorted(hashes.values())
-    threshold = min(max(fraction, ranked[1]), ranked[-1])
+    threshold = min(max(fraction, ranked[1]), ranked[-1]) if fraction else 0.0
     return {
         "train": Files(images.root, [path for path in images.paths if hashes[path] >= threshold]),
         "test": Files(images.root, [path for path in images.paths if hashes[path] < threshold]),
