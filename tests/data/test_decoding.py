@@ -140,6 +140,18 @@ def test_transparency_lies_on_white() -> None:
     assert decode(gray_alpha, (1, 2), 1).ravel().tolist() == [9, 255]
 
 
+def test_white_on_transparent_is_refused_not_blank(tmp_path: Path) -> None:
+    white = Image.fromarray(np.array([[[255, 255], [255, 0]]], np.uint8))
+    with pytest.raises(UserError, match=r"it is white on transparent, .*: give it a background"):
+        decode(white, (1, 2), 1)
+    white.save(tmp_path / "white.png")
+    with pytest.raises(UserError, match=r"image=.*white\.png: it is white on transparent"):
+        read_image("image", tmp_path / "white.png", (1, 1, 2))
+    for alpha in (0, 255):  # nothing at all, and an opaque page
+        blank = Image.fromarray(np.array([[[255, alpha]] * 2], np.uint8))
+        assert decode(blank, (1, 2), 1).ravel().tolist() == [255, 255]
+
+
 def test_palettes_are_looked_up_with_their_transparent_colour() -> None:
     image = Image.new("P", (3, 1))
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
@@ -159,9 +171,10 @@ def test_cmyk_and_rotated_photographs_come_out_upright_rgb() -> None:
     ]
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to see it upright
-    buffer = io.BytesIO()
-    Image.fromarray(np.array([[0, 255]], np.uint8)).save(buffer, "png", exif=exif)
-    assert decode_bytes(buffer.getvalue(), (2, 1), 1).tolist() == [[[0], [255]]]
+    for suffix in ("png", "tiff", "webp"):
+        buffer = io.BytesIO()
+        Image.fromarray(np.array([[0, 255]], np.uint8)).save(buffer, suffix, exif=exif, lossless=True)
+        assert decode_bytes(buffer.getvalue(), (2, 1), 1).tolist() == [[[0], [255]]]
 
 
 def test_the_shorter_side_is_resized_and_the_centre_cropped() -> None:

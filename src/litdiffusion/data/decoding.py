@@ -114,16 +114,15 @@ def open_picture(source: str | Path | BytesIO) -> Image.Image:
         with Image.open(source) as picture:
             deep = any(re.search(";16[BLN]", str(tile[3])) for tile in picture.tile)
             picture.load()
-            with suppress(
-                Exception
-            ):  # from garbage for EXIF data, with which viewers show the picture unrotated
-                ImageOps.exif_transpose(picture, in_place=True)
-            return _eight_bit(picture, deep)
+            loaded = picture.copy()
     except UnidentifiedImageError as error:
         raise ValueError("not an image Pillow can open") from error
     except Image.DecompressionBombError as error:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise ValueError(f"it has more than {most:,} pixels, so make it smaller") from error
+    with suppress(Exception):  # garbage for EXIF data: viewers show the picture unrotated
+        ImageOps.exif_transpose(loaded, in_place=True)
+    return _eight_bit(loaded, deep)
 
 
 def _eight_bit(picture: Image.Image, deep: bool) -> Image.Image:
@@ -153,11 +152,17 @@ def _eight_bit(picture: Image.Image, deep: bool) -> Image.Image:
 
 
 def to_pixels(picture: Image.Image, image_size: tuple[int, int], channels: int) -> UInt8[np.ndarray, "c h w"]:
-    """Put transparency onto white, convert, resize the shorter side (antialiased bicubic), crop the centre."""
+    """Put transparency onto white, convert, resize the shorter side (antialiased bicubic), crop the centre.
+
+    Raises:
+        ValueError: what there is on a transparent background is white.
+    """
     height, width = image_size
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        if picture.convert("L").getextrema() == (255, 255) and np.ptp(np.asarray(layer)[..., 3]):
+            raise ValueError("it is white on transparent, which is put onto white: give it a background")
     picture = picture.convert("L" if channels == 1 else "RGB")
     if picture.size != (width, height):
         picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)

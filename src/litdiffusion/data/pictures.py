@@ -47,7 +47,11 @@ def read_image(key: str, path: Path, shape: Shape) -> Float[Tensor, "channels h 
         UserError: the file is missing or cannot be read; the line begins with ``key=path``.
     """
     channels, height, width = shape
-    return torch.tensor(to_pixels(_open(key, path), (height, width), channels)) / 127.5 - 1
+    picture = _open(key, path)
+    try:
+        return torch.tensor(to_pixels(picture, (height, width), channels)) / 127.5 - 1
+    except ValueError as error:
+        raise UserError(f"{key}={path}: {error}") from error
 
 
 def read_mask(key: str, path: Path, over: Path, shape: Shape) -> Bool[Tensor, "1 h w"]:

@@ -39,7 +39,7 @@ class Files(NamedTuple):
 
 
 class ImageFolder(Source):
-    """All images of a folder, at any depth, in the formats that Pillow opens; of an animation, the first image.
+    """All images of a folder, at any depth, in the formats that Pillow opens; of several frames or pages, the first.
 
     Subfolders are classes, in natural order, if there are at least two and every image is in one. Beside a
     subfolder ``train``, ``test`` (else ``val``, ``validation``, ``valid``) is the held-out split. Otherwise a
