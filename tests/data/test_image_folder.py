@@ -193,9 +193,8 @@ def test_what_this_program_has_drawn_is_left_out(tmp_path: Path, caplog: pytest.
             (folder / name).write_bytes(paths[0].read_bytes())
     save_images(tmp_path / "runs", 5)
     train, test = files(ImageFolder(tmp_path))
-    assert train | test == {f"{folder}{i:03d}.png" for folder in ("", "runs/") for i in range(5)}
-    assert "folders written by litdiffusion (1)" in caplog.text
-    assert "drawn by litdiffusion (3)" in caplog.text
+    assert train | test == {f"{folder}{i:03d}.png" for folder in ("", "runs/", "runs/a/") for i in range(5)}
+    assert "drawn by litdiffusion (6)" in caplog.text
 
 
 def test_images_beside_the_splits_are_counted_and_train_may_be_a_class(

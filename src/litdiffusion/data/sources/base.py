@@ -9,6 +9,9 @@ import datasets
 
 Split = Literal["train", "test"]
 
+HELD_OUT = ("test", "validation", "valid", "val", "eval", "dev")
+"""Names of held-out splits, in order of preference."""
+
 
 class Source(ABC):
     """A data set of images with a training and a held-out split.

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from litdiffusion.data.sources.base import Source, Split, require_holdout
+from litdiffusion.data.sources.base import HELD_OUT, Source, Split, require_holdout
 from litdiffusion.data.sources.columns import (
     find_image_column,
     find_label_column,
@@ -29,8 +29,6 @@ from litdiffusion.errors import UserError, short_text
 
 log = logging.getLogger(__name__)
 
-HELD_OUT = ("test", "validation", "valid", "val", "eval", "dev")
-"""Names of held-out splits, in order of preference."""
 
 Splits = dict[str, datasets.Dataset]
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import stat
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import datasets
 import pyarrow as pa
 from PIL import Image
 
-from litdiffusion.data.sources.base import Source, Split, natural_order, require_holdout
+from litdiffusion.data.sources.base import HELD_OUT, Source, Split, natural_order, require_holdout
 from litdiffusion.diffusion.draws import seed_of
 from litdiffusion.errors import UserError, short_text
 
@@ -22,8 +21,6 @@ RESULTS = {"provenance.json", "sample.json"}
 """Files by which a folder that ``train`` or ``sample`` has written is known."""
 DRAWN = {"samples", "wandb", "curves.png", "grid.png", "denoising.gif"}
 """What there is, or holds, a picture in such a folder."""
-HELD_OUT = ("test", "val", "validation", "valid")
-"""Names of held-out subfolders, in order of preference."""
 
 
 class Files(NamedTuple):
@@ -42,7 +39,7 @@ class ImageFolder(Source):
     """All images of a folder, at any depth, in the formats that Pillow opens; of several frames or pages, the first.
 
     Subfolders are classes, in natural order, if there are at least two and every image is in one. Beside a
-    subfolder ``train``, ``test`` (else ``val``, ``validation``, ``valid``) is the held-out split. Otherwise a
+    subfolder ``train``, ``test`` (else ``validation``, ``val``, ...) is the held-out split. Otherwise a
     fraction is held out by a hash of each path, so that adding images does not move the others from one split to
     the other. A warning names what is left out: other files, hidden ones, pictures that this program has drawn.
 
@@ -126,38 +123,26 @@ def _find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
     others: Counter[str] = Counter()
     visited: set[str] = set()
     for parent, subfolders, files in os.walk(folder, onerror=_refuse, followlinks=True):
-        real, is_ours = os.path.realpath(parent), not RESULTS.isdisjoint(files)
-        if real in visited or (is_ours and visited):
-            # A link may lead to a parent, so each folder is visited once.
-            why = "links to folders read already" if real in visited else "folders written by litdiffusion"
-            others[why] += 1
+        real, names = os.path.realpath(parent), {*files, *subfolders}
+        if real in visited:  # a link may lead to a parent
+            others["links to folders read already"] += 1
             subfolders.clear()
             continue
         visited.add(real)
-        names = {*files, *subfolders}
         hidden = {name for name in names if name[0] == "." or name == "__MACOSX"}
-        drawn = names & DRAWN if is_ours else set()
-        others["hidden"] += len(hidden)
-        others["drawn by litdiffusion"] += len(drawn)
+        drawn = names & DRAWN if names & RESULTS else set()
+        others.update({"hidden": len(hidden), "drawn by litdiffusion": len(drawn)})
         for name in set(files) - hidden - drawn:
             path = os.path.join(parent, name)  # noqa: PTH118  (a Path only for those that are kept)
             suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
             if suffix not in suffixes:
                 others[ascii(suffix)[1:-1] or "without a suffix"] += 1
-            elif _is_special(path):
-                others["pipes or devices"] += 1
+            elif os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
+                others["pipes or devices"] += 1  # which could block; a broken link is none, and fails later
             else:
                 found.append(Path(_named_in_unicode(path)).relative_to(folder))
         subfolders[:] = sorted(set(subfolders) - hidden - drawn)
     return sorted(found), others
-
-
-def _is_special(path: str) -> bool:
-    """Whether it is a pipe, a socket or a device, which could block; a broken link is not, and fails later."""
-    try:
-        return not stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116  (as above)
-    except OSError:
-        return False
 
 
 def _named_in_unicode(path: str) -> str:
