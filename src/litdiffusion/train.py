@@ -73,6 +73,7 @@ def train(run: Run, started: float) -> int | None:
     loggers = build_loggers(run.cfg)
     trainer = build_trainer(run.cfg, loggers)
 
+    datamodule.trainer = trainer  # it knows how many processes hold the images, and whether they go to a GPU
     datamodule.prepare_data()
     datamodule.setup("fit")
     run.begin(datamodule.fingerprint())

@@ -198,12 +198,17 @@ def test_an_empty_split_is_refused(tmp_path: Path) -> None:
 
 
 def test_parquet_of_other_tools(tmp_path: Path) -> None:
-    """Bytes without the library's metadata: a {bytes, path} struct is recognised, plain bytes when named."""
+    """Bytes without the library's metadata: a {bytes, path} struct is recognised, others by their name."""
     encoded = [row["image"] for row in table(4).cast_column("image", datasets.Image(decode=False))]
     pq.write_table(pa.table({"picture": encoded}), tmp_path / "struct.parquet")
     assert [len(part) for part in pixels(Hub(str(tmp_path / "struct.parquet")))] == [3, 1]
     pq.write_table(pa.table({"raw": [e["bytes"] for e in encoded]}), tmp_path / "bytes.parquet")
     assert [len(part) for part in pixels(Hub(str(tmp_path / "bytes.parquet"), image_column="raw"))] == [3, 1]
+    plain = pa.array([e["bytes"] for e in encoded], pa.large_binary())
+    for number, column in enumerate((plain, pa.StructArray.from_arrays([plain], ["bytes"]))):
+        file = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.table({"id": [1, 2, 3, 4], "image": column}), file)
+        assert [len(part) for part in pixels(Hub(str(file)))] == [3, 1]
 
 
 def test_no_column_or_too_many_are_listed(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from litdiffusion.errors import UserError
 
 
 def find_image_column(features: datasets.Features, wanted: str, source: str) -> str:
-    """Return the column of images: ``wanted``, else the one of that type, preferably "image" or "img"."""
+    """Return the column of images: ``wanted``, else the one of that type or, where there is none, of that name."""
     if wanted != "auto":
         return wanted
+    names = [name for name in ("image", "img") if name in features]
     found = [name for name, feature in features.items() if _holds_images(feature)]
-    preferred = [name for name in ("image", "img") if name in found]
+    found = found or [name for name in names if isinstance(features[name], datasets.Value)]  # bytes, or paths
+    preferred = [name for name in names if name in found]
     if not found:
         raise UserError(
             f"{source} has no column of images; it has {', '.join(features)}: name one by data.image_column"
@@ -41,7 +43,7 @@ def find_label_column(features: datasets.Features, wanted: str | None) -> str | 
 def _holds_images(feature: object) -> bool:
     """Whether a column holds images; also {bytes, path} without the library's metadata, as other tools write it."""
     return isinstance(feature, datasets.Image) or (
-        isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+        isinstance(feature, dict) and {"bytes"} <= set(feature) <= {"bytes", "path"}
     )
 
 
