@@ -106,6 +106,7 @@ def test_sixteen_bit_colours_keep_their_range() -> None:
     assert decode_bytes(deep_png([0, 0, 0]), (1, 3), 1).ravel().tolist() == [0, 0, 0]
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"garbage", b"MM\0*\0\0\0\x08\xff"])
 def test_garbage_for_exif_data_does_not_matter(exif: bytes, tmp_path: Path) -> None:
     whole = png()
