@@ -137,7 +137,7 @@ def _find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
             suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
             if suffix not in suffixes:
                 others[ascii(suffix)[1:-1] or "without a suffix"] += 1
-            elif os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
+            elif not os.path.isfile(path) and os.path.exists(path):  # noqa: PTH110, PTH113
                 others["pipes or devices"] += 1  # which could block; a broken link is none, and fails later
             else:
                 found.append(Path(_named_in_unicode(path)).relative_to(folder))
