@@ -228,6 +228,9 @@ def test_a_run_that_stops_itself_says_so_and_is_finished(
     train_tiny(tmp_path, *command)
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == saved_step(tmp_path) == 4
 
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    train_tiny(tmp_path / "other", *command[-3:], "trainer.max_steps=6", f"resume={last}")
+    assert saved_step(tmp_path / "other") == 6
     train_tiny(tmp_path, *command, "trainer.max_steps=21", "callbacks.early.patience=2")
     assert saved_step(tmp_path) > 4
 

@@ -43,7 +43,8 @@ class SaveCheckpoints(Checkpoint):
     ) -> None:
         """Note the step that was read, which need not be saved again; stop where a callback had stopped the run."""
         self.saved_step = checkpoint["global_step"]
-        trainer.should_stop = checkpoint.get("stopped_before", -1) >= trainer.max_steps
+        is_own = Path(str(trainer.ckpt_path)).parent == self.folder
+        trainer.should_stop = is_own and checkpoint.get("stopped_before", -1) >= trainer.max_steps
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
