@@ -7,7 +7,8 @@ from typing import NamedTuple
 import pytest
 from omegaconf import DictConfig
 
-from litdiffusion.configuration import build, entry_point, validate
+from litdiffusion.configuration import build, validate
+from litdiffusion.configuration.entry import entry_point
 from litdiffusion.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -259,7 +259,7 @@ def test_a_sampler_that_cannot_be_is_one_line(trained: Path, arguments: dict[str
 @pytest.mark.parametrize("name", ["num_images", "batch_size"])
 def test_no_images_are_no_sample(trained: Path, name: str) -> None:
     model = load_model(trained / "checkpoints" / "last.ckpt", device="cpu")
-    with pytest.raises(ValueError, match=f"{name}=0: must be at least 1"):
+    with pytest.raises(UserError, match=f"{name}=0: must be a whole number, at least 1"):
         model.sample(**{"num_images": 1, name: 0})
 
 

@@ -2,12 +2,11 @@
 
 from litdiffusion.configuration.allowlist import require_allowed
 from litdiffusion.configuration.checks import require_compatible, validate
-from litdiffusion.configuration.entry import config_folder, entry_point
+from litdiffusion.configuration.folder import config_folder
 from litdiffusion.configuration.hardware import native_accelerator, native_precision, resolve_hardware
 from litdiffusion.configuration.nodes import build, require_arguments, require_values
 
 __all__ = [
-    "entry_point",
     "config_folder",
     "validate",
     "require_values",

@@ -16,6 +16,7 @@ from torch import Tensor
 from litdiffusion.diffusion.denoiser import Denoiser
 from litdiffusion.diffusion.devices import to_device
 from litdiffusion.diffusion.draws import Draws
+from litdiffusion.diffusion.guidance import is_number
 from litdiffusion.diffusion.process import renoise
 from litdiffusion.diffusion.sampler import Noise, Sampler, SamplerOutput
 from litdiffusion.diffusion.samplers import DDIM
@@ -29,8 +30,13 @@ Masks = Shaped[Tensor, "_masks _any _h _w"] | Shaped[Tensor, "_masks _h _w"] | S
 
 
 class Edit(ABC):
-    """A way to draw images from given ones."""
+    """A way to draw images from given ones.
 
+    Attributes:
+        num_images: how many it draws where nobody asks for another number.
+    """
+
+    num_images: int
     same_noise: ClassVar[bool] = False
     """Whether all images of a run are drawn from one and the same noise, and differ by the edit alone."""
 
@@ -76,12 +82,16 @@ class Inpaint(Edit):
         repeats: how often each step is taken: 1 is the fastest, the paper's 10 joins the halves best.
 
     Raises:
-        ValueError: fewer than 1 repeat.
+        ValueError: fewer than 1 repeat, or several masks and not as many images.
     """
 
     def __init__(self, image: Given, mask: Masks, repeats: int = 10) -> None:
         if repeats < 1:
             raise ValueError(f"repeats={repeats}: each step is taken at least once")
+        self.num_images = how_many(image)
+        masks = len(mask) if mask.ndim > 2 else 1
+        if masks not in (1, self.num_images):
+            raise ValueError(f"mask: {masks} masks for {self.num_images} images; give one, or one for each")
         self.image = image
         self.mask = mask
         self.repeats = repeats
@@ -118,6 +128,7 @@ class Variation(Edit):
     """
 
     def __init__(self, image: Given, strength: float = 0.5) -> None:
+        self.num_images = how_many(image)
         self.image = image
         self.strength = _checked_strength(strength)
 
@@ -272,11 +283,11 @@ def _fractions(eps: Images, first: int, num_images: int) -> Float[Tensor, "batch
 
 
 def _checked_strength(strength: float) -> float:
-    if not 0 < strength <= 1:
+    if not (is_number(strength) and 0 < strength <= 1):
         raise ValueError(
             f"strength={strength}: must lie in (0, 1], as a fraction of the way from image to noise"
         )
-    return strength
+    return float(strength)  # of less precision, another of the sampler's times might be the nearest
 
 
 def _checked_ends(image: Given, image2: Given, num_images: int) -> tuple[Given, Given]:

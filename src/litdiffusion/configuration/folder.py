@@ -1,0 +1,19 @@
+"""Where the configuration lies."""
+
+from pathlib import Path
+
+import litdiffusion
+from litdiffusion.errors import UserError
+
+
+def config_folder() -> Path:
+    """Return the folder of the configuration: inside an installed package, or beside ``src`` in a checkout.
+
+    Raises:
+        UserError: there is neither.
+    """
+    package = Path(litdiffusion.__file__).parent
+    for folder in (package / "configs", package.parents[1] / "configs"):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"{package / 'configs'}: the configuration is missing; install litdiffusion again")
