@@ -12,10 +12,12 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from commands import run, train_tiny, type_command
 from litdiffusion import load_model
+from litdiffusion.configuration import config_folder
 from litdiffusion.data.pictures import read_image, read_mask
 from litdiffusion.diffusion import DDIM, DDPM, DPMSolverPP2M, Heun
 from litdiffusion.errors import UserError
@@ -198,6 +200,28 @@ def test_further_samplers_and_spacings_go_by_their_names(sampler, spacing, ckpt,
     assert json.loads((tmp_path / "sample.json").read_text())["num_steps"] == 3
 
 
+def test_results_lie_in_the_run_folder_and_replace_nothing_without_a_word(ckpt):
+    run_dir = ckpt.parents[1]
+    words = [type_command("sample", f"ckpt={ckpt}", *FEW).out.count("they are replaced") for _ in range(2)]
+    assert words == [0, 1]
+    assert (run_dir / "sampled" / "sample.json").exists()
+    mine = run_dir / "samples" / "grid.png"
+    mine.write_text("of the run")
+    typed = type_command("sample", f"ckpt={ckpt}", f"out={mine.parent}", *FEW)
+    line = f"error: out={mine.parent} holds a grid.png that is not of this command: choose another folder\n"
+    assert (typed.code, typed.err) == (2, line)
+    assert [path.name for path in mine.parent.iterdir()] == ["grid.png"]
+    assert mine.read_text() == "of the run"
+
+
+@pytest.mark.parametrize(
+    ("ckpt", "out"), [("a/checkpoints/last.ckpt", "a/evaluated"), ("b/c.ckpt", "b/evaluated")]
+)
+def test_measurements_lie_beside_the_checkpoint(ckpt, out):
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        assert compose("evaluate", [f"ckpt={ckpt}"]).out == str(Path(out).absolute())
+
+
 EQUAL: list[dict[str, Any]] = [
     {"seed": np.int64(3), "num_images": np.uint8(2), "batch_size": np.int32(1)},
     {"seed": torch.tensor(3), "num_images": torch.tensor(2), "batch_size": torch.tensor(1)},
@@ -224,9 +248,11 @@ MISTYPED: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({"seed": None}, "seed=null: must be a whole number"),
     "a negative seed": ({"seed": -1}, "seed=-1: must be a whole number, from 0"),
     "a huge seed": ({"seed": 2**63}, f"seed={2**63}: must be a whole number, from 0 to {2**63 - 1}"),
+    "no image": ({"num_images": 0}, "num_images=0: must be a whole number, at least 1"),
     "half an image": ({"num_images": 1.5}, "num_images=1.5: must be a whole number, at least 1"),
     "no batch": ({"batch_size": 0}, "batch_size=0: must be a whole number, at least 1"),
     "steps in words": ({"sampler": "ddim", "num_steps": "5"}, "sampler.num_steps: '5' is not an int"),
+    "no steps": ({"sampler": "ddim", "num_steps": 0}, "sampler.num_steps=0: a sampler needs"),
     "true steps": ({"sampler": "ddim", "num_steps": True}, "sampler.num_steps: True is not an int"),
     "an object": ({"sampler": "ddim", "eta": object()}, "sampler.eta: "),
     "labels as floats": ({"labels": np.array([1.0])}, "labels=[1.0]: give all"),

@@ -303,7 +303,7 @@ def load_model(
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in state.items() if str(name).startswith(prefix)}
 
 
 def _build(config: dict[str, Any], path: str | Path, trust: Iterable[str]) -> dict[str, Any]:

@@ -148,6 +148,11 @@ class Preconditioned(Denoiser):
         """Return ``change(self)``."""
         return change(self)
 
+    @property
+    def largest_input(self) -> float:
+        """The standard deviation of the network's input at t = 1, for images of unit variance."""
+        return self.schedule.init_noise_sigma * float(self.target.coefficients(*self.schedule.at(1.0)).c_in)
+
     def output(
         self, x_t: Images, t: Time, self_cond: Images | None = None, labels: Labels | None = None
     ) -> tuple[Images, Images | None]:
