@@ -257,10 +257,13 @@ MISTYPED: dict[str, tuple[dict[str, Any], str]] = {
     "an object": ({"sampler": "ddim", "eta": object()}, "sampler.eta: "),
     "labels as floats": ({"labels": np.array([1.0])}, "labels=[1.0]: give all"),
     "an edit by name": ({"edit": "inpaint"}, "edit=inpaint: must be an Edit"),
-    "gray levels": ({"images": IMAGE.byte(), "masks": MASK}, "images: must be floats in [-1, 1], not uint8"),
+    "gray levels": (
+        {"images": IMAGE.byte(), "masks": MASK},
+        "images: must be floats in [-1, 1], not uint8 from 0",
+    ),
     "beyond white": (
         {"images": 255 * IMAGE, "masks": MASK},
-        "images: must lie in [-1, 1], and these run from -",
+        "images: must be floats in [-1, 1], not float32 from -",
     ),
     "a path": (
         {"images": "cat.png", "masks": MASK},

@@ -1,6 +1,7 @@
 """``load_model``: from a checkpoint file, and nothing else, to a model that samples."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, SupportsFloat, SupportsIndex
 
@@ -11,9 +12,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
+from litdiffusion.configuration import config_folder
 from litdiffusion.configuration.allowlist import require_allowed
 from litdiffusion.configuration.checks import MAX_SEED, whole_number
-from litdiffusion.configuration.folder import config_folder
 from litdiffusion.configuration.hardware import torch_device
 from litdiffusion.configuration.messages import one_line, suggestion
 from litdiffusion.configuration.nodes import build, refused, require_arguments
@@ -34,6 +35,7 @@ MODEL_PARTS: dict[str, type] = {"denoiser": Denoiser, "sampler": Sampler, "objec
 """The configuration nodes that a checkpoint carries as ``model_config``, and what they build."""
 
 
+@dataclass(eq=False)
 class TrainedModel:
     """A denoiser ready to sample, and what its checkpoint says of its training.
 
@@ -47,23 +49,13 @@ class TrainedModel:
         held_out: what the first held-out images of its data are known by (see ``data.fingerprint``).
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        default_sampler: Sampler,
-        objective: Objective,
-        data_config: dict[str, Any],
-        step: int,
-        weights: str,
-        held_out: dict[str, Any] | None = None,
-    ) -> None:
-        self.denoiser = denoiser
-        self.default_sampler = default_sampler
-        self.objective = objective
-        self.data_config = data_config
-        self.step = step
-        self.weights = weights
-        self.held_out = held_out
+    denoiser: Denoiser
+    default_sampler: Sampler
+    objective: Objective
+    data_config: dict[str, Any]
+    step: int
+    weights: str
+    held_out: dict[str, Any] | None = None
 
     @refused()
     def sample(
@@ -206,28 +198,16 @@ def named_sampler(name: str, **options: Any) -> Sampler:
 
 
 def _images(given: Given) -> Float[Tensor, "*images channels h w"]:
-    """Return given images, in float32.
-
-    Raises:
-        UserError: they are not numbers in [-1, 1].
-    """
+    """Return given images in float32; UserError where they are not."""
     images = _tensor("images", given)
-    if not images.is_floating_point():
-        kind = str(images.dtype).removeprefix("torch.")
-        raise UserError(f"images: must be floats in [-1, 1], not {kind}; of gray levels, x / 127.5 - 1")
-    if not bool((images.abs() <= 1.001).all()):
-        raise UserError(
-            f"images: must lie in [-1, 1], and these run from {float(images.min()):g} to {float(images.max()):g}"
-        )
+    if not (images.is_floating_point() and bool((images.abs() <= 1.001).all())):
+        kind, low, high = str(images.dtype).removeprefix("torch."), images.min().item(), images.max().item()
+        raise UserError(f"images: must be floats in [-1, 1], not {kind} from {low:g} to {high:g}")
     return images.float()
 
 
 def _masks(given: Masks) -> Bool[Tensor, "*masks h w"]:
-    """Return given masks as true and false.
-
-    Raises:
-        UserError: they hold something else.
-    """
+    """Return given masks as true and false; UserError where they hold something else."""
     masks = _tensor("masks", given)
     if not bool(((masks == 0) | (masks == 1)).all()):
         raise UserError(

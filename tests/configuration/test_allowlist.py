@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from litdiffusion.configuration import require_allowed
-from litdiffusion.configuration.allowlist import trusted_packages
+from litdiffusion.configuration.allowlist import require_allowed, trusted_packages
 from litdiffusion.errors import UserError
 
 HARMLESS = {"_target_": "litdiffusion.diffusion.V"}

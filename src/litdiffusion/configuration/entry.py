@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from litdiffusion.configuration.folder import config_folder
+from litdiffusion.configuration import config_folder
 from litdiffusion.configuration.messages import PROCESS_LOST, one_line, user_error
 from litdiffusion.configuration.overrides import CommandLine, find_fault
 from litdiffusion.configuration.resolvers import is_sweep

@@ -34,19 +34,28 @@ class Edit(ABC):
 
     Attributes:
         num_images: how many it draws where nobody asks for another number.
+        strength: the time at which it begins, in (0, 1].
     """
 
     num_images: int
+    strength: float = 1.0
     same_noise: ClassVar[bool] = False
     """Whether all images of a run are drawn from one and the same noise, and differ by the edit alone."""
 
     def start(self, sampler: Sampler, schedule: Schedule) -> float:
-        """Return the time, one of the sampler's, at which it begins.
+        """Return where it begins: the sampler's time nearest to ``strength``; it is 1 for strength 1 alone.
 
         Raises:
-            ValueError: it has no time for what is asked.
+            ValueError: the sampler has no time between 0 and 1.
         """
-        return 1.0
+        first, *between, _ = sampler.times(schedule)
+        if self.strength == 1:
+            return first
+        if not between:
+            raise ValueError(
+                f"strength={self.strength}: a sampler of 1 step begins with pure noise; take more steps"
+            )
+        return min(between, key=lambda t: abs(t - self.strength))
 
     @abstractmethod
     def steps(
@@ -132,14 +141,6 @@ class Variation(Edit):
         self.image = image
         self.strength = _checked_strength(strength)
 
-    def start(self, sampler: Sampler, schedule: Schedule) -> float:
-        """Return the sampler's time nearest to ``strength``; it is 1 for strength 1 alone.
-
-        Raises:
-            ValueError: the sampler has no time between 0 and 1.
-        """
-        return _nearest_time(sampler, schedule, self.strength)
-
     def steps(
         self, sampler: Sampler, denoiser: Denoiser, eps: Images, draws: Draws, first: int = 0
     ) -> Iterator[SamplerOutput]:
@@ -173,14 +174,6 @@ class Interpolate(Edit):
         self.ends = _checked_ends(image, image2, num_images)
         self.num_images = num_images
         self.strength = _checked_strength(strength)
-
-    def start(self, sampler: Sampler, schedule: Schedule) -> float:
-        """Return the sampler's time nearest to ``strength``; it is 1 for strength 1 alone.
-
-        Raises:
-            ValueError: the sampler has no time between 0 and 1.
-        """
-        return _nearest_time(sampler, schedule, self.strength)
 
     def steps(
         self, sampler: Sampler, denoiser: Denoiser, eps: Images, draws: Draws, first: int = 0
@@ -242,15 +235,6 @@ def how_many(given: Given) -> int:
 def _noised(schedule: Schedule, image: Images, t: float, eps: Images) -> Images:
     """The x_t of q(x_t | image), for t > 0; at 1 what samplers begin with, which is noise alone."""
     return schedule.init_noise_sigma * eps if t == 1 else renoise(schedule, image, 0.0, t, eps)
-
-
-def _nearest_time(sampler: Sampler, schedule: Schedule, strength: float) -> float:
-    last, *between, _ = sampler.times(schedule)
-    if strength == 1:
-        return last
-    if not between:
-        raise ValueError(f"strength={strength}: a sampler of 1 step begins with pure noise; take more steps")
-    return min(between, key=lambda t: abs(t - strength))
 
 
 def _rows(given: Given, eps: Images, first: int) -> Images:
