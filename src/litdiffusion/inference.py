@@ -35,7 +35,7 @@ MODEL_PARTS: dict[str, type] = {"denoiser": Denoiser, "sampler": Sampler, "objec
 """The configuration nodes that a checkpoint carries as ``model_config``, and what they build."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class TrainedModel:
     """A denoiser ready to sample, and what its checkpoint says of its training.
 
@@ -76,7 +76,7 @@ class TrainedModel:
         """Draw images in [-1, 1], float32 on the CPU; image i of a seed is the same in any batch.
 
         Numbers may be Python's, NumPy's or torch's. Under ``torch.autocast`` the network computes in its precision;
-        no other setting of torch changes the images.
+        no other setting of torch changes the images, but for rounding.
 
         Args:
             num_images: how many; None for one for each image that an edit is given.
@@ -218,7 +218,7 @@ def _masks(given: Masks) -> Bool[Tensor, "*masks h w"]:
 
 def _tensor(name: str, given: Any) -> Tensor:
     try:
-        return given if isinstance(given, Tensor) else torch.tensor(np.ascontiguousarray(given))
+        return given if isinstance(given, Tensor) else torch.tensor(np.ascontiguousarray(given), device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         kind = type(given).__name__
         raise UserError(f"{name}: must be a tensor or an array of numbers, not a {kind}") from error

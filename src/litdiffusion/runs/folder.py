@@ -5,6 +5,7 @@ overrides.txt     what was typed                      metrics.csv     numbers ov
 provenance.json   code, versions, hardware, seed      samples/        grids, noised strip, denoising GIF
 data.json         fingerprint of the images           curves.png, wandb/, tensorboard/
 summary.json      how it ended                        .lock           which job is at work here
+sampled/, evaluated/    what these commands make of its checkpoints
 
 None of these files holds a secret from the configuration, the command or the code.
 """
