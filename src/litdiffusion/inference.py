@@ -282,7 +282,7 @@ def load_model(
     )
 
 
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _part(state: dict[Any, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if str(name).startswith(prefix)}
 
 

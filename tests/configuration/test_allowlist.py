@@ -178,7 +178,7 @@ def test_no_key_is_offered_for_what_it_would_not_let_in(target: str) -> None:
 @pytest.mark.usefixtures("package")
 def test_a_trusted_package_that_is_not_there_is_named() -> None:
     with pytest.raises(
-        UserError, match=r"^_target_: absent\.nets\.Net: absent\.nets cannot be imported \(No"
+        UserError, match=r"^_target_: absent\.nets\.Net; absent\.nets cannot be imported \(No"
     ):
         require_allowed({"_target_": "absent.nets.Net"}, trust=["absent"])
 

@@ -93,7 +93,8 @@ def _refusal(target: Any, allowed: tuple[str, ...], trusted: tuple[str, ...]) ->
     try:
         importlib.import_module(path)
     except Exception as error:
-        return f"{target}: {path} cannot be imported ({one_line(error)})"
+        missing = isinstance(error, ModuleNotFoundError) and str(error.name).startswith(f"{package}.")
+        return f"{refusal if missing else target}; {path} cannot be imported ({one_line(error)})"
     return refusal
 
 
