@@ -7,6 +7,7 @@ a network, ``Spy`` remembers what it was asked, and ``Affine`` is a network that
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from litdiffusion.diffusion import (
     Velocity,
     schedules,
 )
+from litdiffusion.diffusion.likelihood import Variance, bound_term, prior_bits
 
 SCHEDULES = {
     "linear": schedules.linear,
@@ -287,3 +289,41 @@ def draws(count: int, seed: int = 0, device: str = "cpu") -> Draws:
 def times(*t: float) -> Tensor:
     """A time of each image."""
     return torch.tensor(t, dtype=torch.float64)
+
+
+class Bound(NamedTuple):
+    """The bound of each image, part by part, in bits per dimension.
+
+    Attributes:
+        prior: L_T.
+        terms: L_0..L_{T-1}, in this order.
+    """
+
+    prior: Tensor
+    terms: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The bound: all parts together."""
+        return self.prior + self.terms.sum(1)
+
+
+def variational_bound(
+    denoiser: Denoiser, x0: Tensor, noise: Callable[[Tensor], Tensor], variance: Variance
+) -> Bound:
+    """Return the whole bound of each image, each term's expectation over x_t taken at one draw of noise.
+
+    The network is called once (twice where it is self-conditioned) at each of the T times, on all images.
+
+    Args:
+        denoiser: of the model; with its guidance, where it has any.
+        x0: images in [-1, 1], on the gray levels.
+        noise: from the times, the same for every image, to standard normal images.
+        variance: of p(x_s | x_t).
+    """
+    terms = []
+    T = denoiser.schedule.num_steps
+    for step in range(1, T + 1):
+        t = torch.full((len(x0),), step / T, dtype=torch.float64, device=x0.device)
+        terms.append(bound_term(denoiser, x0, t, noise(t), variance))
+    return Bound(prior_bits(denoiser.schedule, x0), torch.stack(terms, dim=1))

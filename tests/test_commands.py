@@ -14,9 +14,9 @@ from PIL import Image
 
 from commands import run, train_tiny, type_command
 from litdiffusion import load_model, train
-from litdiffusion.configuration import build
+from litdiffusion.configuration import config_folder
 from litdiffusion.configuration.checks import validate
-from litdiffusion.configuration.entry import config_folder
+from litdiffusion.configuration.nodes import build
 from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.diffusion import Network
 from litdiffusion.errors import UserError

@@ -22,7 +22,7 @@ from litdiffusion.data.sources import Source
 from litdiffusion.errors import UserError
 from litdiffusion.evaluation import Model, listed, numbers
 from litdiffusion.inference import TrainedModel, load_model
-from litdiffusion.runs.folder import absolute, writable_folder
+from litdiffusion.runs.folder import absolute, results_folder
 from litdiffusion.system.files import write_text
 from litdiffusion.system.launch import num_started, num_tasks
 from litdiffusion.system.memory import keep_freed_memory
@@ -41,7 +41,7 @@ def main(cfg: DictConfig) -> None:
     for metric in metrics.values():
         metric.to(device).require_support(model.denoiser)
     source = data_source(cfg, model)
-    out = writable_folder("out", absolute(cfg.out, "out"))
+    out = results_folder(cfg.out, ("metrics.json",), "metrics.json")
 
     started = time.perf_counter()
     held_out = held_out_images(source, model, cfg.num_images, cfg.batch_size)

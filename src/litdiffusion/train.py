@@ -35,6 +35,8 @@ from litdiffusion.training.trainer import build_loggers, build_trainer, reason_t
 
 log = logging.getLogger("litdiffusion.train")  # run as a script, __name__ is __main__
 
+LARGEST_INPUT = 10.0
+"""From where on a network should not be given x_t as it is (Karras et al., 2206.00364, section 5)."""
 SUPPLIED = {"trainer": ("logger", "callbacks", "plugins")}
 """Arguments that are not configuration: what is built here and passed on."""
 
@@ -64,6 +66,12 @@ def train(run: Run, started: float) -> int | None:
     datamodule: ImageDataModule = build(run.cfg.datamodule, "datamodule")
     torch.manual_seed(run.cfg.seed)  # every process starts from the same weights
     module: LitDiffusion = build(run.cfg.module, "module")
+    if run.is_first and (size := module.denoiser.core.largest_input) > LARGEST_INPUT:
+        log.warning(
+            "The network's input has a standard deviation of up to %.0f, with which it hardly learns:"
+            " target=edm scales it to 1",
+            size,
+        )
     with refused("sampler"):
         build(run.cfg.sampler, "sampler").require_support(module.denoiser)
     optimizer = module.configure_optimizers()["optimizer"]

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import pytest
 from omegaconf import DictConfig
 
-from litdiffusion.configuration import build, entry_point, validate
+from litdiffusion.configuration.checks import validate
+from litdiffusion.configuration.entry import entry_point
+from litdiffusion.configuration.nodes import build
 from litdiffusion.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -208,7 +208,8 @@ def test_the_package_finds_its_own_configuration() -> None:
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
-from litdiffusion.configuration import entry_point, validate
+from litdiffusion.configuration.checks import validate
+from litdiffusion.configuration.entry import entry_point
 
 @entry_point("train", Path(sys.argv.pop(1)))
 def main(cfg):

@@ -11,8 +11,9 @@ from lightning.pytorch.plugins import FSDPPrecision
 from omegaconf import OmegaConf
 from torch import nn, optim
 
-from litdiffusion.configuration import build, config_folder, require_arguments
+from litdiffusion.configuration import config_folder
 from litdiffusion.configuration.annotations import accepts, could_accept, spelled
+from litdiffusion.configuration.nodes import build, require_arguments
 from litdiffusion.diffusion import V
 from litdiffusion.errors import UserError
 from litdiffusion.nn import UNet

@@ -219,6 +219,7 @@ def put(value: Any, *path: str) -> Any:
         (put(None, "model_config"), "model_config"),
         (put("three", "global_step"), "global_step"),
         (put([], "state_dict"), "state_dict"),
+        (put({1: torch.zeros(1)}, "state_dict"), "do not fit"),
     ],
 )
 def test_what_no_version_can_build_is_one_line(ckpt: Path, change: Any, told: str) -> None:
@@ -237,30 +238,6 @@ def test_samplers_are_those_of_the_configuration(trained: Path) -> None:
     assert not torch.equal(stochastic, same)
     by_class = model.sample(1, sampler=DDIM(3))
     assert torch.equal(same, by_class)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        ({"sampler": "ddmi"}, "nearest: ddim"),
-        ({"sampler": "ddim", "etta": 1.0}, "etta"),
-        ({"sampler": "ddim", "num_steps": 0}, "num_steps=0"),
-        ({"sampler": "../data/digits"}, "there is no sampler"),
-        ({"num_steps": 3}, "num_steps: give a sampler by name"),
-    ],
-    ids=str,
-)
-def test_a_sampler_that_cannot_be_is_one_line(trained: Path, arguments: dict[str, Any], told: str) -> None:
-    model = load_model(trained / "checkpoints" / "last.ckpt", device="cpu")
-    with pytest.raises(UserError, match=told):
-        model.sample(1, **arguments)
-
-
-@pytest.mark.parametrize("name", ["num_images", "batch_size"])
-def test_no_images_are_no_sample(trained: Path, name: str) -> None:
-    model = load_model(trained / "checkpoints" / "last.ckpt", device="cpu")
-    with pytest.raises(ValueError, match=f"{name}=0: must be at least 1"):
-        model.sample(**{"num_images": 1, name: 0})
 
 
 def test_the_previous_one_is_kept_until_the_next_is_whole(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from litdiffusion.configuration import entry_point
+from litdiffusion.configuration.entry import entry_point
 from litdiffusion.sweeps import sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"

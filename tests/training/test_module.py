@@ -436,7 +436,7 @@ def test_a_schedule_of_torch_goes_on_with_its_new_settings():
         ({}, partial(constant, warmup_steps=-1), "lr_scheduler: warmup_steps=-1: must be at least 0"),
         ({}, partial(torch.optim.lr_scheduler.LinearLR, start_factor=2.0), "lr_scheduler: Starting multip"),
     ],
-    ids=str,
+    ids=range(6),
 )
 def test_what_torch_refuses_is_one_line(optimizer, schedule, line):
     lit = module(optimizer=partial(torch.optim.Adam, **optimizer), lr_scheduler=schedule)

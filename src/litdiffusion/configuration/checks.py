@@ -4,6 +4,7 @@ A constructor checks its own arguments, and ``nodes.build`` puts their keys in f
 """
 
 import math
+import operator
 import os
 from typing import Any, TypeGuard
 
@@ -100,14 +101,28 @@ def require_compatible(cfg: DictConfig) -> None:
     _require_memory(cfg)
 
 
+def whole_number(key: str, value: Any, least: int, most: int | None = None) -> int:
+    """Return a whole number of any type: Python's, NumPy's, or torch's.
+
+    Raises:
+        UserError: it is none, or out of bounds.
+    """
+    try:
+        fits = not isinstance(value, bool) and least <= operator.index(value) <= (most or math.inf)
+    except TypeError:
+        fits = False
+    if not fits:
+        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise UserError(f"{key}={_shown(value)}: must be a whole number, {bounds}")
+    return operator.index(value)
+
+
 def _require_numbers(cfg: DictConfig) -> None:
     for key, (least, most) in BOUNDS.items():
         value = OmegaConf.select(cfg, key)
         if value is None and key not in cfg:  # a dotted key never is: the trainer has defaults for null
             continue
-        if not _is_whole(value) or value < least or (most is not None and value > most):
-            bounds = f"at least {least}" if most is None else f"from {least} to {most}"
-            raise UserError(f"{key}={_shown(value)}: must be a whole number, {bounds}")
+        whole_number(key, value, least, most)
 
 
 def _require_words(cfg: DictConfig) -> None:

@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-import litdiffusion
+from litdiffusion.configuration import config_folder
 from litdiffusion.configuration.messages import PROCESS_LOST, one_line, user_error
 from litdiffusion.configuration.overrides import CommandLine, find_fault
 from litdiffusion.configuration.resolvers import is_sweep
@@ -79,19 +79,6 @@ def entry_point(
         return main
 
     return decorate
-
-
-def config_folder() -> Path:
-    """Return the folder of the configuration: inside an installed package, or beside ``src`` in a checkout.
-
-    Raises:
-        UserError: there is neither.
-    """
-    package = Path(litdiffusion.__file__).parent
-    for folder in (package / "configs", package.parents[1] / "configs"):
-        if folder.is_dir():
-            return folder
-    raise UserError(f"{package / 'configs'}: the configuration is missing; install litdiffusion again")
 
 
 class _Job:

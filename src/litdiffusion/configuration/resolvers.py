@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -37,8 +38,7 @@ def new_run_dir() -> str:
         UserError: torchrun or srun has started several processes, and each would choose its own folder.
     """
     if is_sweep():
-        sweep = HydraConfig.get().sweep
-        return f"{sweep.dir}/{sweep.subdir}"
+        return _job_dir()
     environment = os.environ
     if int(environment.get("LOCAL_RANK", 0)) > 0 and _INHERITED in environment:
         return environment[_INHERITED]
@@ -47,6 +47,19 @@ def new_run_dir() -> str:
         raise UserError("run_dir: processes started by torchrun or srun need to be told; give run_dir=DIR")
     environment[_INHERITED] = f"logs/{chosen_experiment() or 'default'}/{new_run_name()}"
     return environment[_INHERITED]
+
+
+def results_dir(ckpt: Any, name: str) -> str:
+    """Return ``name`` in the run folder of a checkpoint, or beside one without; in a sweep, the job's folder."""
+    if is_sweep():
+        return _job_dir()
+    folder = Path(str(ckpt)).expanduser().absolute().parent
+    return str((folder.parent if folder.name == "checkpoints" else folder) / name)
+
+
+def _job_dir() -> str:
+    sweep = HydraConfig.get().sweep
+    return f"{sweep.dir}/{sweep.subdir}"
 
 
 def sweep_name(*, _root_: DictConfig) -> str:
@@ -113,6 +126,7 @@ def is_sweep() -> bool:
 
 OmegaConf.register_new_resolver("new_run_name", new_run_name, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("results_dir", results_dir, replace=True)
 OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
 OmegaConf.register_new_resolver("digest", digest, replace=True)
 OmegaConf.register_new_resolver("slurm", of_step, replace=True)

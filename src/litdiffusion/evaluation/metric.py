@@ -1,16 +1,18 @@
 """What a metric is. ``configs/metrics`` lists those of a run, and whatever shows numbers goes by that list."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torchmetrics
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import Module
 
 from litdiffusion.data.stores import Batch
 from litdiffusion.diffusion import Denoiser, Objective
+from litdiffusion.diffusion.devices import precise_dtype
 from litdiffusion.errors import UserError
 
 BINS = 10
@@ -62,6 +64,11 @@ class Metric(torchmetrics.Metric):
         """Return over how many images and times the numbers are averages, for ``evaluate``, by full names."""
         return {}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> Module:
+        """Follow the model's device; the states are as precise as numbers are there."""
+        precise = precise_dtype(fn(torch.empty(0)).device)
+        return super()._apply(lambda x: fn(x.to(precise) if x.is_floating_point() else x), *args)
+
 
 class Mean(Metric):
     """Means over images: of one number for each, of further ones under ``suffixes``, and of either by noise level."""
@@ -86,7 +93,7 @@ class Mean(Metric):
         self._add(values, len(self.suffixes) - BINS + tenth)
 
     def _add(self, values: Float[Tensor, " images"], index: Int[Tensor, " images"]) -> None:
-        values = values.double()
+        values = values.to(self.sums.dtype)
         self.sums = self.sums.index_add(0, index, values)
         self.counts = self.counts.index_add(0, index, torch.ones_like(values))
 

@@ -5,11 +5,13 @@ overrides.txt     what was typed                      metrics.csv     numbers ov
 provenance.json   code, versions, hardware, seed      samples/        grids, noised strip, denoising GIF
 data.json         fingerprint, names of classes       curves.png, wandb/, tensorboard/
 summary.json      how it ended                        .lock           which job is at work here
+sampled/, evaluated/    what these commands make of its checkpoints
 
 None of these files holds a secret from the configuration, the command or the code.
 """
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +22,8 @@ from omegaconf import OmegaConf
 from litdiffusion.errors import UserError
 from litdiffusion.system.files import UNFINISHED, write_text
 from litdiffusion.system.redaction import redacted_override, without_secrets
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -183,6 +187,26 @@ def writable_folder(key: str, path: str) -> Path:
     except OSError as error:
         raise _unwritable(key, folder, error) from error
     _require_writable(key, folder, folder)
+    return folder
+
+
+def results_folder(out: object, files: Iterable[str], report: str) -> Path:
+    """Make the folder ``out`` for the files of a command, or say that those of an earlier one are replaced.
+
+    Args:
+        out: as it was given.
+        files: what the command writes.
+        report: the one of them by which its folders are known.
+
+    Raises:
+        UserError: it cannot be written, or holds such files of something else.
+    """
+    folder = writable_folder("out", absolute(out, "out"))
+    found = [name for name in files if (folder / name).exists()]
+    if found and report not in found:
+        raise UserError(f"out={folder} holds a {found[0]} that is not of this command: choose another folder")
+    if found:
+        log.info("%s holds results already: they are replaced", folder)
     return folder
 
 

@@ -13,7 +13,9 @@ from litdiffusion.system.launch import num_started
 
 T = TypeVar("T")
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
 """Signals that ask a run to stop: ``scripts/slurm`` have SIGUSR1 sent before the time limit, submitit SIGUSR2.
 
 Slurm sends them to every process of a job, helpers included; those that train decide what follows.

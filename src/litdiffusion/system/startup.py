@@ -1,4 +1,4 @@
-"""What every entry point imports first: it ends the command where a release is installed that is known to be bad.
+"""What every entry point imports first: it ends the command where a release or the system will not do.
 
 Until everything else is imported, a Ctrl-C ends the command at once, without a traceback out of the imports.
 """
@@ -7,7 +7,7 @@ import signal
 import sys
 
 from litdiffusion.errors import UserError
-from litdiffusion.system.version_check import require_sound_versions
+from litdiffusion.system.version_check import require_sound_versions, require_unix
 
 _command = getattr(sys.modules["__main__"], "__spec__", None)
 if (
@@ -19,6 +19,8 @@ if (
 
 try:
     require_sound_versions()
+    if _command is not None and _command.name == "litdiffusion.train":
+        require_unix()
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
-from litdiffusion.diffusion.devices import to_device
+from litdiffusion.diffusion.devices import precise_dtype, to_device
 from litdiffusion.evaluation.metric import BINS, TENTHS, tenth_of
 from litdiffusion.system.processes import gathered, rank_and_number
 from litdiffusion.training.callbacks.attached import get_callback
@@ -140,12 +140,12 @@ class Monitor(Callback):
 
     def _add(self, outputs: StepOutput, world_size: int, step: int) -> None:
         output = outputs["output"]
-        losses = output.losses.detach().double()
-        weights = torch.ones_like(losses) if output.weights is None else output.weights.double()
+        losses = output.losses.detach().to(precise_dtype(output.losses.device))
+        weights = torch.ones_like(losses) if output.weights is None else output.weights.to(losses)
         t = torch.ones_like(losses) if output.t is None else output.t
         added = torch.stack((weights * losses, weights))
         bins = tenth_of(t)
-        self.line = to_device(self.line, losses.device).index_add(1, bins, added)
+        self.line = to_device(self.line.to(losses.dtype), losses.device).index_add(1, bins, added)
         self._images += len(losses) * world_size
         # Which step was the first is kept on the device: reading it is what waits.
         since = torch.zeros_like(bins[0]) if self._nonfinite_since is None else self._nonfinite_since
