@@ -3,8 +3,8 @@
 import litdiffusion.system.startup  # noqa: F401  # isort: skip
 
 import logging
+import signal
 import time
-from contextlib import nullcontext
 
 import torch
 from lightning import Trainer
@@ -25,10 +25,11 @@ from litdiffusion.runs.run import Run
 from litdiffusion.slurm.cluster import leave
 from litdiffusion.system.memory import keep_freed_memory
 from litdiffusion.system.parent_death import children_end_with_this
+from litdiffusion.system.processes import handling
 from litdiffusion.system.redaction import SECRET_KEY, without_secrets
 from litdiffusion.training.callbacks import Interrupted, Monitor, SampleImages, SaveCheckpoints
 from litdiffusion.training.callbacks.attached import get_callback, images_seen
-from litdiffusion.training.callbacks.interruption import ending_at_once, stop_child_observer, stopping_at_once
+from litdiffusion.training.callbacks.interruption import stop_child_observer, stopping_at_once
 from litdiffusion.training.loggers.base import RunLogger, close_loggers, complete_loggers, open_loggers
 from litdiffusion.training.module import LitDiffusion
 from litdiffusion.training.trainer import build_loggers, build_trainer, validate_and_sample
@@ -90,7 +91,9 @@ def train(run: Run, started: float) -> int | None:
     try:
         images_per_step = trainer.accumulate_grad_batches * datamodule.batch_size
         open_loggers(loggers, run, run.step, images_per_step)
-        with children_end_with_this(), ending_at_once() if trainer.world_size > 1 else nullcontext():
+        # Processes wait for each other in C++, where Python's own handler of a Ctrl-C would not run.
+        at_once = [signal.SIGINT] if trainer.world_size > 1 else []
+        with children_end_with_this(), handling(at_once, signal.SIG_DFL):
             trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
         with stopping_at_once(trainer):
             validate_and_sample(trainer, module, run)
