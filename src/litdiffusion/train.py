@@ -3,6 +3,7 @@
 import litdiffusion.system.startup  # noqa: F401  # isort: skip
 
 import logging
+import os
 import signal
 import time
 
@@ -15,6 +16,7 @@ from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import entry_point
 from litdiffusion.configuration.nodes import build, refused
 from litdiffusion.configuration.resolvers import chosen_experiment
+from litdiffusion.configuration.sweeps import typed
 from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.errors import UserError
 from litdiffusion.inference import MODEL_PARTS
@@ -23,6 +25,8 @@ from litdiffusion.reporting.report import paragraph
 from litdiffusion.runs.folder import absolute
 from litdiffusion.runs.run import Run
 from litdiffusion.slurm.cluster import leave
+from litdiffusion.sweeps.machine import SWEEP
+from litdiffusion.sweeps.ranking import goals
 from litdiffusion.system.memory import keep_freed_memory
 from litdiffusion.system.parent_death import children_end_with_this
 from litdiffusion.system.processes import handling
@@ -45,6 +49,7 @@ def main(cfg: DictConfig) -> None:
     """Train, or continue to train, the model that the configuration describes."""
     started = time.perf_counter()
     cfg.run_dir = absolute(cfg.run_dir)
+    goals(cfg)
     validate(cfg, SUPPLIED)
     run = Run(cfg, MODEL_PARTS)
     with run.lock:
@@ -101,7 +106,8 @@ def train(run: Run, started: float) -> int | None:
                 summarize(run, trainer, module, loggers, started)
     except Interrupted as interrupted:
         if run.is_first:
-            log.warning("%s: the same command with run_dir=%s continues", interrupted, run.folder.path)
+            again = "" if SWEEP in os.environ else f" with {typed('run_dir', run.folder.path)}"
+            log.warning("%s: the same command%s continues", interrupted, again)
         return interrupted.signum
     finally:
         stop_child_observer()
@@ -132,9 +138,8 @@ def summarize(
         "parameters": num_parameters(module),
         "device": str(trainer.strategy.root_device),
         "precision": trainer.precision,
-        "run_dir": str(run.folder.path),
         **({"trust": list(trusted_packages(run.config["trust"]))} if run.config["trust"] else {}),
-        **{name: str(path) for name, path in files.items() if path.exists()},
+        **{name: str(path.relative_to(run.folder.path)) for name, path in files.items() if path.exists()},
     }
     close_loggers(loggers)  # a run that is killed before its dashboard has everything is not finished
     run.folder.write_summary(summary)

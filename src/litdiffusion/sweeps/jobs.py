@@ -2,13 +2,14 @@
 
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -38,6 +39,7 @@ class Job:
         result: the file in it that holds the job's results.
         command: the whole command line.
         wanted: names of the numbers in ``result`` that a sweeper asks for.
+        varied: the keys that the sweep varies, each with the job's value.
         num_processes: how many the job starts on this machine.
         on_gpu: whether it computes on GPUs.
         config: of a training run, its whole configuration; None for other commands, or where it cannot be resolved.
@@ -49,9 +51,15 @@ class Job:
     result: Path
     command: tuple[str, ...]
     wanted: tuple[str, ...] = ()
+    varied: dict[str, str] = field(default_factory=dict)
     num_processes: int = 1
     on_gpu: bool = False
     config: dict[str, Any] | None = None
+
+    @property
+    def title(self) -> str:
+        """What is special about the job, as it would be typed."""
+        return " ".join(f"{key}={value}" for key, value in self.varied.items())
 
     def results(self) -> dict[str, Any]:
         """Return the job's results; {} where there are none, or the file is damaged."""
@@ -150,6 +158,9 @@ def make_job(
     task = [text for text in overrides if text.partition("=")[0].lstrip("+") != key]
     ours = [f"{key}={quoted(str(folder))}", f"hydra.job.num={number}", "hydra.mode=RUN"]
     wanted = cfg.get("optimized_metric") or ()
+    typed: Any = OmegaConf.to_container(master.hydra.overrides.task)
+    parsed = OverridesParser.create().parse_overrides(typed)
+    fixed = {override.key_or_group for override in parsed if not override.is_sweep_override()}
     name = "summary.json" if key == "run_dir" else RESULTS.get(cfg.hydra.job.config_name, "result.json")
     num_processes, on_gpu = _devices(cfg)
     return Job(
@@ -159,10 +170,17 @@ def make_job(
         result=folder / name,
         command=(*program, *kept, *task, *ours),
         wanted=(wanted,) if isinstance(wanted, str) else tuple(wanted),
+        varied={name: value for name, value in choices(overrides).items() if name not in {key, *fixed}},
         num_processes=num_processes,
         on_gpu=on_gpu,
         config=config,
     )
+
+
+def choices(overrides: Iterable[str]) -> dict[str, str]:
+    """Return what overrides say, by key, without secrets."""
+    parts = [redacted_override(text).partition("=") for text in overrides]
+    return {key.lstrip("+"): value for key, _, value in parts}
 
 
 def program_of(module: str) -> list[str]:

@@ -24,6 +24,7 @@ GRACE_SECONDS = 5.0
 _ERROR = re.compile(r"error(?: \(process \d+\))?: ")
 
 FINISHED, SKIPPED, FAILED, STOPPED, WAITING = "finished", "skipped-finished", "failed", "stopped", "waiting"
+RUNNING, SUBMITTED = "running", "submitted"
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from litdiffusion.sweeps.jobs import Job
-from litdiffusion.sweeps.machine import Share, environment
+from litdiffusion.sweeps.machine import JOB, Share, environment
 from litdiffusion.sweeps.process import FAILED, Outcome, RunningJob
 from litdiffusion.system.processes import handling, stop_signals
 
@@ -52,7 +52,9 @@ class Runner:
         return self._signals[0] if self._signals else None
 
     def _start(self, job: Job, place: Share, ended: Callable[[Job, Outcome], None]) -> None:
-        variables = environment(place, job.num_processes, self._sweep, self._wants_traceback)
+        variables = environment(place, job.num_processes, self._sweep, self._wants_traceback) | {
+            JOB: job.title
+        }
         terminal = (sys.stdout, sys.stderr) if len(self._places) == 1 else None
         try:
             job.note_start()

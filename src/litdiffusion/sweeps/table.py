@@ -3,14 +3,13 @@
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from litdiffusion.sweeps.jobs import Job
+from litdiffusion.sweeps.jobs import Job, choices
 from litdiffusion.sweeps.process import FAILED, Outcome
 from litdiffusion.system.files import write_text
-from litdiffusion.system.redaction import redacted_override
 
 NUMBERS = ("train_loss", "images_per_second", "wall_seconds")
 """What of a training run is shown beside its metrics; of other commands, all that their results hold is."""
@@ -22,7 +21,8 @@ class Results:
     """The jobs of a sweep, by number, and how each of them stands.
 
     Args:
-        path: of the csv file, which holds all rows from one call of ``note`` to the next.
+        path: of the csv file, which holds all rows from one call of ``note`` to the next. Folders of jobs are
+            relative to its own, so that they may be moved together.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +44,7 @@ class Results:
         text = io.StringIO()
         writer = csv.DictWriter(text, _columns(rows), restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({**row, "run_dir": _from(self.path.parent, row["run_dir"])} for row in rows)
         write_text(self.path, text.getvalue())
 
     def rows(self) -> list[Row]:
@@ -53,8 +53,8 @@ class Results:
         rows = []
         for number in sorted(self._jobs):
             job, outcome = self._jobs[number]
-            choices = _choices(job.overrides)
-            row = {"job": number, "status": outcome.status, **{key: choices.get(key, "") for key in varied}}
+            chosen = choices(job.overrides)
+            row = {"job": number, "status": outcome.status, **{key: chosen.get(key, "") for key in varied}}
             if outcome.status.endswith("finished"):
                 row |= _numbers(job)
             rows.append({**row, "run_dir": str(job.folder), "reason": outcome.reason})
@@ -62,20 +62,15 @@ class Results:
 
     def varied(self) -> list[str]:
         """Return the keys in whose values the jobs differ."""
-        chosen = [_choices(job.overrides) for job, _ in self._jobs.values()]
-        keys = dict.fromkeys(key for choices in chosen for key in choices)
-        return [key for key in keys if len({choices.get(key) for choices in chosen}) > 1]
+        chosen = [choices(job.overrides) for job, _ in self._jobs.values()]
+        keys = dict.fromkeys(key for each in chosen for key in each)
+        return [key for key in keys if len({each.get(key) for each in chosen}) > 1]
 
-    def title(self, job: Job) -> str:
-        """Return what is special about a job, as it would be typed."""
-        choices = _choices(job.overrides)
-        return " ".join(f"{key}={choices[key]}" for key in self.varied() if key in choices)
-
-    def table(self, metric: str = "val_loss", higher_is_better: bool = False) -> str:
+    def table(self, metric: str | None, higher_is_better: bool = False) -> str:
         """Return a table for the terminal, the best by ``metric`` first, and the rest in order."""
 
         def place(row: Row) -> tuple[float, int]:
-            value = row.get(metric)
+            value = row.get(metric or "")
             if not (isinstance(value, int | float) and math.isfinite(value)):
                 return math.inf, row["job"]
             return -value if higher_is_better else value, row["job"]
@@ -106,11 +101,6 @@ def _numbers(job: Job) -> Row:
     return {key: found[key] for key in shown if key in found}
 
 
-def _choices(overrides: Iterable[str]) -> dict[str, str]:
-    parts = [redacted_override(text).partition("=") for text in overrides]
-    return {key.lstrip("+"): value for key, _, value in parts}
-
-
 def _columns(rows: Sequence[Row]) -> list[str]:
     """Return the names of all columns, the folder and the reason last."""
     names = dict.fromkeys(name for row in rows for name in row)
@@ -121,5 +111,8 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = str(value)
-    return str(Path(text).relative_to(Path.cwd())) if text and Path(text).is_relative_to(Path.cwd()) else text
+    return _from(Path.cwd(), str(value))
+
+
+def _from(folder: Path, text: str) -> str:
+    return str(Path(text).relative_to(folder)) if text and Path(text).is_relative_to(folder) else text

@@ -16,8 +16,8 @@ from litdiffusion.system.launch import num_started
 T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that ask a run to stop: SIGHUP comes when a terminal or connection is closed; ``scripts/slurm`` have SIGUSR1
-sent before the time limit, submitit SIGUSR2.
+"""Signals that ask a run to stop: SIGHUP when its terminal is closed; ``scripts/slurm`` have SIGUSR1 sent before the
+time limit, submitit SIGUSR2.
 
 Terminals and Slurm send them to every process of a job, helpers included; those that train decide what follows.
 """

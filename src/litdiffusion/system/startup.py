@@ -37,13 +37,16 @@ def outlive_the_terminal() -> None:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        coding = [getattr(getattr(sys, name), word, None) for word in ("encoding", "errors")]
+        before = getattr(sys, name)  # None where it was closed
+        encoding, errors = (before.encoding, before.errors) if before else (None, None)
         buffer = io.BufferedWriter(Output(number, "w", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(buffer, *coding, line_buffering=True))
+        setattr(sys, name, io.TextIOWrapper(buffer, encoding, errors, line_buffering=True))
 
 
 _command = getattr(sys.modules["__main__"], "__spec__", None)
-if _command is not None and _command.name.startswith("litdiffusion."):  # python -m, not an import of a command
+if _command is not None and _command.name.startswith(
+    "litdiffusion."
+):  # python -m, not an import of a command
     outlive_the_terminal()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

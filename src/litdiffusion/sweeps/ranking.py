@@ -1,0 +1,110 @@
+"""Which number ranks the runs of a sweep: one that means the same in all of them."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig
+
+from litdiffusion.configuration.messages import suggestion
+from litdiffusion.configuration.resolvers import metric_of
+from litdiffusion.errors import UserError
+from litdiffusion.evaluation import HeldOutLoss
+from litdiffusion.runs.resume import flat
+from litdiffusion.sweeps.jobs import Job
+
+OTHER_NUMBERS = ("train_loss", "steps", "images_seen", "images_per_second", "wall_seconds", "parameters")
+"""Numbers of ``summary.json`` that are no metric's."""
+
+OF_TRAINING = "data.flip"
+"""What a metric's images do not depend on, though it is below one of its keys."""
+
+
+def goals(config: DictConfig) -> list[str]:
+    """Return what ``optimized_metric`` names; nothing for null.
+
+    Raises:
+        UserError: ``summary.json`` has no such number.
+    """
+    named = config.get("optimized_metric")
+    names = [] if named is None else list(named) if isinstance(named, ListConfig) else [named]
+    known = (*_metrics(config), *OTHER_NUMBERS)
+    for name in names if "run_dir" in list(config) else ():  # `in config` would resolve it
+        if name not in known:
+            raise UserError(
+                f"optimized_metric={name}: no number of summary.json{suggestion(str(name), known)}"
+            )
+    return names
+
+
+def require_comparable(config: DictConfig, jobs: Sequence[Job], searched: bool) -> None:
+    """Require that what is to be optimized means the same in all runs.
+
+    Args:
+        config: of the sweep.
+        jobs: all so far.
+        searched: whether a search chooses the jobs, from values that are yet to come.
+
+    Raises:
+        UserError: it does not, or a search has no goal.
+    """
+    names = goals(config)
+    free = next((name for name in _metrics(config) if not differing(name, config, jobs, searched)), None)
+    instead = f"; use {free}" if free else ""
+    if searched and not names:
+        raise UserError(f"optimized_metric=null: a search needs to know what to optimize{instead}")
+    for name in names:
+        if keys := differing(name, config, jobs, searched):
+            raise UserError(
+                f"optimized_metric={name}: not comparable between runs that differ in {', '.join(keys)}{instead}"
+            )
+
+
+def ranking(config: DictConfig, jobs: Sequence[Job], available: Collection[str]) -> tuple[str | None, str]:
+    """Return the number to sort runs by, and a line that says so; None where none compares them.
+
+    That is ``optimized_metric``, or else the first of ``metrics`` that compares the runs and is ``available``.
+    """
+    passed_over: dict[str, list[str]] = {}
+    for name in goals(config) or _metrics(config):
+        if keys := differing(name, config, jobs):
+            passed_over[name] = keys
+        elif name in available:
+            return name, f"Sorted by {name}, the best first{_why_not(passed_over)}."
+    return None, f"Not sorted{_why_not(passed_over)}." if passed_over else ""
+
+
+def differing(number: str, config: DictConfig, jobs: Sequence[Job], searched: bool = False) -> list[str]:
+    """Return the keys in which the jobs differ, or may in a search, and on which the meaning of a number depends."""
+    metric = HeldOutLoss if number == "train_loss" else metric_of(number, config)
+    if metric is None:
+        return []
+    keys = (*metric.depends_on, f"metrics.{number.removeprefix('val_')}")
+    values: dict[str, set[str]] = {}
+    for job in jobs:
+        for key, value in job.varied.items():
+            values.setdefault(key, set()).add(value)
+    varied = [key for key, found in values.items() if searched or len(found) > 1]
+    if typed := [key for key in varied if any(_is_at(key, other) for other in keys)]:
+        return typed
+    # A preset may vary anything, and a checkpoint be of any data.
+    settled = [flat(found) for job in jobs if (found := job.config or job.results())]
+    return [key for key in keys if len({_part(each, key) for each in settled}) > 1]
+
+
+def _metrics(config: DictConfig) -> list[str]:
+    return [f"val_{name}" for name, node in (config.get("metrics") or {}).items() if node is not None]
+
+
+def _is_at(key: str, other: str) -> bool:
+    return f"{key}.".startswith(f"{other}.") and key != OF_TRAINING
+
+
+def _part(settings: Mapping[str, Any], key: str) -> str:
+    return repr({name: value for name, value in settings.items() if _is_at(name, key)})
+
+
+def _why_not(passed_over: Mapping[str, list[str]]) -> str:
+    return "".join(
+        f"; {name} does not compare runs that differ in {', '.join(keys)}"
+        for name, keys in passed_over.items()
+    )
