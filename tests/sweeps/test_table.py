@@ -27,6 +27,7 @@ def results(tmp_path: Path) -> Results:
             folder / "summary.json",
             (),
             config={"seed": number, "metrics": METRICS},
+            varied={"seed": str(number), "net.dim": str(8 * (number % 2 + 1))},
         )
         summary = {
             "val_loss": loss,

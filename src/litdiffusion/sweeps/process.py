@@ -9,8 +9,9 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from io import TextIOBase
 from threading import Thread
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, TextIO
 
 from litdiffusion.configuration.messages import PROCESS_LOST
 from litdiffusion.sweeps.jobs import Job
@@ -27,21 +28,8 @@ FINISHED, SKIPPED, FAILED, STOPPED, WAITING = "finished", "skipped-finished", "f
 RUNNING, SUBMITTED = "running", "submitted"
 
 
-@runtime_checkable
-class Stream(Protocol):
-    """Where a job's output is passed on to: ``sys.stdout``, or its replacement."""
-
-    def write(self, text: str, /) -> int:
-        """Write text."""
-
-    def flush(self) -> None:
-        """Flush it."""
-
-    def isatty(self) -> bool:
-        """Whether it is a terminal."""
-
-    def fileno(self) -> int:
-        """Return the file descriptor."""
+Stream = TextIO | TextIOBase
+"""Where a job's output is passed on to: ``sys.stdout``, or its replacement."""
 
 
 @dataclass(frozen=True)

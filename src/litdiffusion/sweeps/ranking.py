@@ -39,21 +39,16 @@ def goals(config: DictConfig) -> list[str]:
 def require_comparable(config: DictConfig, jobs: Sequence[Job], searched: bool) -> None:
     """Require that what is to be optimized means the same in all runs.
 
-    Args:
-        config: of the sweep.
-        jobs: all so far.
-        searched: whether a search chooses the jobs, from values that are yet to come.
-
     Raises:
         UserError: it does not, or a search has no goal.
     """
     names = goals(config)
-    free = next((name for name in _metrics(config) if not differing(name, config, jobs, searched)), None)
+    free = next((name for name in _metrics(config) if not differing(name, config, jobs)), None)
     instead = f"; use {free}" if free else ""
     if searched and not names:
         raise UserError(f"optimized_metric=null: a search needs to know what to optimize{instead}")
     for name in names:
-        if keys := differing(name, config, jobs, searched):
+        if keys := differing(name, config, jobs):
             raise UserError(
                 f"optimized_metric={name}: not comparable between runs that differ in {', '.join(keys)}{instead}"
             )
@@ -73,17 +68,13 @@ def ranking(config: DictConfig, jobs: Sequence[Job], available: Collection[str])
     return None, f"Not sorted{_why_not(passed_over)}." if passed_over else ""
 
 
-def differing(number: str, config: DictConfig, jobs: Sequence[Job], searched: bool = False) -> list[str]:
-    """Return the keys in which the jobs differ, or may in a search, and on which the meaning of a number depends."""
+def differing(number: str, config: DictConfig, jobs: Sequence[Job]) -> list[str]:
+    """Return the keys in which the jobs of a sweep differ and on which the meaning of a number depends."""
     metric = HeldOutLoss if number == "train_loss" else metric_of(number, config)
     if metric is None:
         return []
     keys = (*metric.depends_on, f"metrics.{number.removeprefix('val_')}")
-    values: dict[str, set[str]] = {}
-    for job in jobs:
-        for key, value in job.varied.items():
-            values.setdefault(key, set()).add(value)
-    varied = [key for key, found in values.items() if searched or len(found) > 1]
+    varied = dict.fromkeys(key for job in jobs for key in job.varied)
     if typed := [key for key in varied if any(_is_at(key, other) for other in keys)]:
         return typed
     # A preset may vary anything, and a checkpoint be of any data.

@@ -1,6 +1,5 @@
 """A sweep: its jobs, which of them are unfinished, and what the sweeper gets to know of each."""
 
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,8 +24,6 @@ from litdiffusion.system.files import write_text
 from litdiffusion.system.launch import num_started, num_tasks
 from litdiffusion.system.processes import interruptible
 from litdiffusion.system.redaction import redacted_override, without_secrets
-
-log = logging.getLogger(__name__)
 
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
@@ -75,7 +72,7 @@ class Sweep:
                 "a sweep is started once, without torchrun or srun: its jobs start their own processes, as many as"
                 " trainer.devices says"
             )
-        goals(self._config)
+        self._goals = goals(self._config)
         jobs = [
             make_job(first + index, overrides, self._config, self._loader, self._program)
             for index, overrides in enumerate(job_overrides)
@@ -168,13 +165,12 @@ class Sweep:
             overrides=list(job.overrides), working_dir=str(Path.cwd()), status=JobStatus.COMPLETED
         )
         outcome = self._outcomes[job.number]
-        try:
-            if outcome.status == FAILED:
-                raise UserError(f"job {job.number}: {outcome.reason}")
-            if job.wanted and (self._searching or job.results()):
-                returned.return_value = job.value()
-        except UserError as error:
-            if self._searching:
+        if self._searching:
+            try:
+                if outcome.status == FAILED:
+                    raise UserError(f"job {job.number}: {outcome.reason}")
+                returned.return_value = job.value(self._goals)
+            except UserError as error:
                 returned.status, returned.return_value = JobStatus.FAILED, error
         return returned
 

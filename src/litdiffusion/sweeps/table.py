@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from litdiffusion.sweeps.jobs import Job, choices
+from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.process import FAILED, Outcome
 from litdiffusion.system.files import write_text
 
@@ -49,22 +49,19 @@ class Results:
 
     def rows(self) -> list[Row]:
         """Return one row for each job, in order of their numbers; a job that has not ended has no numbers."""
-        varied = self.varied()
+        varied = dict.fromkeys(key for job, _ in self._jobs.values() for key in job.varied)
         rows = []
         for number in sorted(self._jobs):
             job, outcome = self._jobs[number]
-            chosen = choices(job.overrides)
-            row = {"job": number, "status": outcome.status, **{key: chosen.get(key, "") for key in varied}}
+            row = {
+                "job": number,
+                "status": outcome.status,
+                **{key: job.varied.get(key, "") for key in varied},
+            }
             if outcome.status.endswith("finished"):
                 row |= _numbers(job)
             rows.append({**row, "run_dir": str(job.folder), "reason": outcome.reason})
         return rows
-
-    def varied(self) -> list[str]:
-        """Return the keys in whose values the jobs differ."""
-        chosen = [choices(job.overrides) for job, _ in self._jobs.values()]
-        keys = dict.fromkeys(key for each in chosen for key in each)
-        return [key for key in keys if len({each.get(key) for each in chosen}) > 1]
 
     def table(self, metric: str | None, higher_is_better: bool = False) -> str:
         """Return a table for the terminal, the best by ``metric`` first, and the rest in order."""
