@@ -38,7 +38,7 @@ def results(tmp_path: Path) -> Results:
         }
         job.result.write_text(json.dumps(summary))
         failed = number == 1
-        results.note(job, Outcome("failed", "it, too,\nis one") if failed else Outcome("finished"))
+        results.note({job: Outcome("failed", "it, too,\nis one") if failed else Outcome("finished")})
     return results
 
 
@@ -96,6 +96,6 @@ def test_paths_are_shown_from_here(results: Results, monkeypatch: pytest.MonkeyP
 
 def test_columns_without_a_word_are_left_out(tmp_path: Path) -> None:
     results = Results(tmp_path / "sweep.csv")
-    results.plan(Job(0, ("seed=1",), tmp_path, tmp_path / "summary.json", ()), Outcome("waiting"))
+    results.note({Job(0, ("seed=1",), tmp_path, tmp_path / "summary.json", ()): Outcome("waiting")})
     assert results.table("val_loss").splitlines()[0].split() == ["job", "status", "run_dir"]
     assert not results.failed()

@@ -54,8 +54,6 @@ class Sweep:
         self.wants_traceback = self._command.wants_traceback
         self.results = Results(self.folder / "sweep.csv")
         self._lock = RunLock(self.folder, key="hydra.sweep.dir")
-        self._jobs: list[Job] = []
-        self._outcomes: dict[int, Outcome] = {}
         self._searching = config.hydra.sweeper._target_ != BASIC_SWEEPER
 
     def jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
@@ -77,8 +75,7 @@ class Sweep:
             make_job(first + index, overrides, self._config, self._loader, self._program)
             for index, overrides in enumerate(job_overrides)
         ]
-        self._jobs += jobs
-        require_comparable(self._config, self._jobs, self._searching)
+        require_comparable(self._config, [*self.results.outcomes, *jobs], self._searching)
         return jobs
 
     def run(self, jobs: Sequence[Job], perform: Perform, on_this_machine: bool = True) -> list[JobReturn]:
@@ -94,7 +91,9 @@ class Sweep:
             SystemExit: a signal has stopped the sweep; the code is 128 + the signal.
             UserError: the folder cannot be written, or another sweep is at work there.
         """
-        self._begin()
+        writable_folder("hydra.sweep.dir", str(self.folder))
+        self._lock.take()
+        self._command.report = self._report
         if on_this_machine:
             self._await_jobs_of_killed_sweep(job for job in jobs if not job.is_finished())
         self._begun = RUNNING if on_this_machine else SUBMITTED
@@ -103,11 +102,6 @@ class Sweep:
         if signum:
             sys.exit(128 + signum)
         return [self._returned(job) for job in jobs]
-
-    def _begin(self) -> None:
-        writable_folder("hydra.sweep.dir", str(self.folder))
-        self._lock.take()
-        self._command.report = self._report
 
     def _hide_secrets(self) -> None:
         """Mask secrets in the command, which Hydra's sweeper has written by now, before anything is refused."""
@@ -123,12 +117,10 @@ class Sweep:
         """Return the jobs that are not finished, and say how many are."""
         left = [job for job in jobs if not job.is_finished()]
         finished = [job for job in jobs if job not in left]
-        for job in jobs:
-            self._note(job, Outcome(WAITING if job in left else SKIPPED))
+        self.results.note({job: Outcome(WAITING if job in left else SKIPPED) for job in jobs})
         if finished:
             numbers = ", ".join(str(job.number) for job in finished)
             print(f"{len(finished)} of {len(jobs)} jobs are finished already: {numbers}", flush=True)
-        self.results.write()
         return left
 
     def _await_jobs_of_killed_sweep(self, jobs: Iterable[Job]) -> None:
@@ -140,17 +132,12 @@ class Sweep:
             while is_locked(job.folder) and time.monotonic() < deadline:
                 time.sleep(0.2)
 
-    def _note(self, job: Job, outcome: Outcome) -> None:
-        self._outcomes[job.number] = outcome
-        self.results.plan(job, outcome)
-
     def _note_begun(self, job: Job) -> None:
-        self.results.note(job, Outcome(self._begun))
+        self.results.note({job: Outcome(self._begun)})
         print(f"{self._title(job)} {self._begun}: {job.folder}", flush=True)
 
     def _note_end(self, job: Job, outcome: Outcome) -> None:
-        self._note(job, outcome)
-        self.results.write()
+        self.results.note({job: outcome})
         seconds = job.results().get("wall_seconds") if outcome.status == FINISHED else None
         spent = f" in {duration(seconds)}" if isinstance(seconds, int | float) else ""
         why = f": {outcome.reason}" if outcome.reason else ""
@@ -164,7 +151,7 @@ class Sweep:
         returned = JobReturn(
             overrides=list(job.overrides), working_dir=str(Path.cwd()), status=JobStatus.COMPLETED
         )
-        outcome = self._outcomes[job.number]
+        outcome = self.results.outcomes[job]
         if self._searching:
             try:
                 if outcome.status == FAILED:
@@ -179,6 +166,6 @@ class Sweep:
         self._lock.release()
         self._command.failed |= self.results.failed()
         available = {name for row in self.results.rows() for name in row}
-        metric, line = ranking(self._config, self._jobs, available)
+        metric, line = ranking(self._config, list(self.results.outcomes), available)
         table = self.results.table(metric, direction(metric, _root_=self._config) == "maximize")
         print(f"\n{table}\n{line} {self.results.path} holds this table.".replace("\n ", "\n"), flush=True)

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +18,19 @@ Row = dict[str, Any]
 
 
 class Results:
-    """The jobs of a sweep, by number, and how each of them stands.
+    """The jobs of a sweep, and how each of them stands.
 
     Args:
-        path: of the csv file, which holds all rows from one call of ``note`` to the next. Folders of jobs are
-            relative to its own, so that they may be moved together.
+        path: of the csv file. Folders of jobs are relative to its own, so that they may be moved together.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._jobs: dict[int, tuple[Job, Outcome]] = {}
+        self.outcomes: dict[Job, Outcome] = {}
 
-    def note(self, job: Job, outcome: Outcome) -> None:
-        """Say how a job stands, and write the file anew."""
-        self.plan(job, outcome)
-        self.write()
-
-    def plan(self, job: Job, outcome: Outcome) -> None:
-        """Say how a job stands."""
-        self._jobs[job.number] = (job, outcome)
-
-    def write(self) -> None:
-        """Write the file, whole."""
+    def note(self, outcomes: Mapping[Job, Outcome]) -> None:
+        """Say how jobs stand, and write the file anew."""
+        self.outcomes |= outcomes
         rows = self.rows()
         text = io.StringIO()
         writer = csv.DictWriter(text, _columns(rows), restval="", lineterminator="\n")
@@ -48,20 +39,14 @@ class Results:
         write_text(self.path, text.getvalue())
 
     def rows(self) -> list[Row]:
-        """Return one row for each job, in order of their numbers; a job that has not ended has no numbers."""
-        varied = dict.fromkeys(key for job, _ in self._jobs.values() for key in job.varied)
-        rows = []
-        for number in sorted(self._jobs):
-            job, outcome = self._jobs[number]
-            row = {
-                "job": number,
-                "status": outcome.status,
-                **{key: job.varied.get(key, "") for key in varied},
-            }
-            if outcome.status.endswith("finished"):
-                row |= _numbers(job)
-            rows.append({**row, "run_dir": str(job.folder), "reason": outcome.reason})
-        return rows
+        """Return one row for each job; one that has not ended has no numbers."""
+        varied = dict.fromkeys((key for job in self.outcomes for key in job.varied), "")
+        return [
+            {"job": job.number, "status": outcome.status, **varied, **job.varied}
+            | (_numbers(job) if outcome.status.endswith("finished") else {})
+            | {"run_dir": str(job.folder), "reason": outcome.reason}
+            for job, outcome in self.outcomes.items()
+        ]
 
     def table(self, metric: str | None, higher_is_better: bool = False) -> str:
         """Return a table for the terminal, the best by ``metric`` first, and the rest in order."""
@@ -83,7 +68,7 @@ class Results:
 
     def failed(self) -> bool:
         """Whether a job has failed."""
-        return any(outcome.status == FAILED for _, outcome in self._jobs.values())
+        return any(outcome.status == FAILED for outcome in self.outcomes.values())
 
 
 def _numbers(job: Job) -> Row:
