@@ -49,8 +49,8 @@ def main(cfg: DictConfig) -> None:
     """Train, or continue to train, the model that the configuration describes."""
     started = time.perf_counter()
     cfg.run_dir = absolute(cfg.run_dir)
-    goals(cfg)
     validate(cfg, SUPPLIED)
+    goals(cfg)
     run = Run(cfg, MODEL_PARTS)
     with run.lock:
         if run.is_finished:

@@ -5,7 +5,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -14,7 +14,9 @@ from hydra import compose, initialize_config_dir
 
 from litdiffusion.evaluation import BitsPerDim
 from litdiffusion.runs.lock import RunLock, is_locked
+from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.process import Outcome, RunningJob
+from litdiffusion.sweeps.sweep import Sweep
 
 
 def statuses(sweeps) -> list[str]:
@@ -110,6 +112,23 @@ def test_the_table_holds_how_a_job_stands_while_it_runs(sweeps) -> None:
     assert seen[0] == ["running", "waiting"]
     assert seen[-1] == ["finished", "running"]
     assert statuses(sweeps) == ["finished", "finished"]
+
+
+def test_the_jobs_of_an_interrupted_array_are_still_submitted(
+    sweeps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(jobs: Sequence[Job], begun: Callable[[Job], None], ended: object) -> None:
+        begun(jobs[0])
+        raise KeyboardInterrupt
+
+    run = Sweep.run
+    monkeypatch.setattr(
+        Sweep, "run", lambda self, jobs, perform: run(self, jobs, interrupted, on_this_machine=False)
+    )
+    code, out, _ = sweeps("-m", "seed=0,1")
+    assert code == 130
+    assert statuses(sweeps) == ["submitted", "waiting"]
+    assert "\n0    submitted  0" in out, "the table is printed"
 
 
 def test_a_job_may_be_given_its_folder(sweeps) -> None:

@@ -76,10 +76,11 @@ def test_wandb_falls_to_offline_and_keeps_its_run(tmp_path: Path, caplog: pytest
 
 
 @pytest.mark.usefixtures("no_account")
-def test_a_wandb_run_is_grouped_by_its_sweep_and_tagged_by_its_experiment(
+def test_a_wandb_run_is_named_and_grouped_by_its_sweep_and_tagged_by_its_experiment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LITDIFFUSION_SWEEP", "a-sweep")
+    monkeypatch.setenv("LITDIFFUSION_JOB", f"loss=l2 seed={'1' * 200}")
     monkeypatch.setattr(resolvers, "chosen_experiment", lambda: "quickstart+mine")
     quick = ["trainer.max_steps=2", "callbacks.sample_images=null", "datamodule.num_val=0"]
     train_tiny(tmp_path, "logger=wandb", *quick)
@@ -90,7 +91,7 @@ def test_a_wandb_run_is_grouped_by_its_sweep_and_tagged_by_its_experiment(
         time.sleep(0.2)
     assert runs[0].run_group == "a-sweep"
     assert list(runs[0].tags) == ["quickstart", "mine"]
-    assert runs[0].display_name == tmp_path.name
+    assert runs[0].display_name == f"loss=l2 seed={'1' * 115}", "as long as W&B takes it"
 
 
 @pytest.mark.usefixtures("no_account")

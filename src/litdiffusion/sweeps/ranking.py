@@ -59,21 +59,19 @@ def ranking(config: DictConfig, jobs: Sequence[Job], available: Collection[str])
 
     That is ``optimized_metric``, or else the first of ``metrics`` that compares the runs and is ``available``.
     """
-    passed_over: dict[str, list[str]] = {}
+    why_not = ""
     for name in goals(config) or _metrics(config):
         if keys := differing(name, config, jobs):
-            passed_over[name] = keys
+            why_not += f"; {name} does not compare runs that differ in {', '.join(keys)}"
         elif name in available:
-            return name, f"Sorted by {name}, the best first{_why_not(passed_over)}."
-    return None, f"Not sorted{_why_not(passed_over)}." if passed_over else ""
+            return name, f"Sorted by {name}, the best first{why_not}."
+    return None, f"Not sorted{why_not}." if why_not else ""
 
 
 def differing(number: str, config: DictConfig, jobs: Sequence[Job]) -> list[str]:
     """Return the keys in which the jobs of a sweep differ and on which the meaning of a number depends."""
     metric = HeldOutLoss if number == "train_loss" else metric_of(number, config)
-    if metric is None:
-        return []
-    keys = (*metric.depends_on, f"metrics.{number.removeprefix('val_')}")
+    keys = (*getattr(metric, "depends_on", ()), f"metrics.{number.removeprefix('val_')}")
     varied = dict.fromkeys(key for job in jobs for key in job.varied)
     if typed := [key for key in varied if any(_is_at(key, other) for other in keys)]:
         return typed
@@ -92,10 +90,3 @@ def _is_at(key: str, other: str) -> bool:
 
 def _part(settings: Mapping[str, Any], key: str) -> str:
     return repr({name: value for name, value in settings.items() if _is_at(name, key)})
-
-
-def _why_not(passed_over: Mapping[str, list[str]]) -> str:
-    return "".join(
-        f"; {name} does not compare runs that differ in {', '.join(keys)}"
-        for name, keys in passed_over.items()
-    )

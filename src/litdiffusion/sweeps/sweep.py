@@ -168,4 +168,10 @@ class Sweep:
         available = {name for row in self.results.rows() for name in row}
         metric, line = ranking(self._config, list(self.results.outcomes), available)
         table = self.results.table(metric, direction(metric, _root_=self._config) == "maximize")
-        print(f"\n{table}\n{line} {self.results.path} holds this table.".replace("\n ", "\n"), flush=True)
+        print(
+            f"\n{table}",
+            *filter(None, [line]),
+            f"{self.results.path} holds this table.",
+            sep="\n",
+            flush=True,
+        )
