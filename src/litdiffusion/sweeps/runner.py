@@ -13,7 +13,7 @@ from litdiffusion.system.processes import handling, stop_signals
 
 LOOK_SECONDS = 0.1
 PATIENCE = 3
-"""After this many times Ctrl-C the jobs are killed; Slurm and a closed terminal may send their signals repeatedly."""
+"""At the third Ctrl-C the jobs are killed. Other signals do not count: Slurm and a closing terminal repeat theirs."""
 
 
 class Runner:
