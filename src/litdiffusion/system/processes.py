@@ -44,7 +44,7 @@ def handling(
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Have a Ctrl-C raise KeyboardInterrupt in the block. Elsewhere it ends a command at once: see ``system.startup``.
+    """Have a Ctrl-C raise KeyboardInterrupt in the block. Elsewhere it ends a command: see ``system.startup``.
 
     While Hydra composes, OmegaConf could turn the exception into another, and the command would go on.
     """
