@@ -36,7 +36,7 @@ from litdiffusion.training.callbacks.attached import get_callback, images_seen
 from litdiffusion.training.callbacks.interruption import stop_child_observer, stopping_at_once
 from litdiffusion.training.loggers.base import RunLogger, close_loggers, complete_loggers, open_loggers
 from litdiffusion.training.module import LitDiffusion
-from litdiffusion.training.trainer import build_loggers, build_trainer, validate_and_sample
+from litdiffusion.training.trainer import build_loggers, build_trainer, reason_to_stop, validate_and_sample
 
 log = logging.getLogger("litdiffusion.train")  # run as a script, __name__ is __main__
 
@@ -74,7 +74,7 @@ def train(run: Run, started: float) -> int | None:
         build(run.cfg.sampler, "sampler").require_support(module.denoiser)
     optimizer = module.configure_optimizers()["optimizer"]
     if run.resumption:
-        run.resumption.require_fitting(module.state_dict(), optimizer)
+        run.resumption.require_fitting(module, optimizer)
     run.folder.require_usable()
     loggers = build_loggers(run.cfg)
     trainer = build_trainer(run.cfg, loggers)
@@ -95,6 +95,7 @@ def train(run: Run, started: float) -> int | None:
         f" {num_parameters(module):,} parameters on {trainer.strategy.root_device}, {trainer.precision}."
         f" Run folder: {run.folder.path}"
     )
+    exit_code = 1
     try:
         images_per_step = trainer.accumulate_grad_batches * datamodule.batch_size
         open_loggers(loggers, run, run.step, images_per_step)
@@ -102,18 +103,22 @@ def train(run: Run, started: float) -> int | None:
         at_once = [signal.SIGINT] if trainer.world_size > 1 else []
         with children_end_with_this(), handling(at_once, signal.SIG_DFL):
             trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
+        if reason := reason_to_stop(trainer):
+            log.info("Stopped at step %d of %d: %s", trainer.global_step, trainer.max_steps, reason)
         with stopping_at_once(trainer):
             validate_and_sample(trainer, module, run)
             if trainer.is_global_zero:
                 summarize(run, trainer, module, loggers, started)
+        exit_code = 0
     except Interrupted as interrupted:
+        exit_code = 128 + interrupted.signum
         if run.is_first:
             again = "" if SWEEP in os.environ else f" with {typed('run_dir', run.folder.path)}"
             log.warning("%s: the same command%s continues", interrupted, again)
         return interrupted.signum
     finally:
         stop_child_observer()
-        close_loggers(loggers)
+        close_loggers(loggers, exit_code)
     return None
 
 
@@ -121,6 +126,7 @@ def summarize(
     run: Run, trainer: Trainer, module: LitDiffusion, loggers: list[RunLogger], started: float
 ) -> None:
     """Draw the curves, write and print the summary."""
+    reason = reason_to_stop(trainer)
     monitor, saving = get_callback(trainer, Monitor), get_callback(trainer, SaveCheckpoints)
     if run.folder.metrics.exists():
         curves(run.folder.metrics, run.folder.curves, module.metrics)
@@ -132,6 +138,7 @@ def summarize(
         "experiment": chosen_experiment(),
         "seed": run.config["seed"],
         "steps": trainer.global_step,
+        **({"stopped": reason, "max_steps": trainer.max_steps} if reason else {}),
         "images_seen": images_seen(trainer),
         "wall_seconds": round(time.perf_counter() - started, 1),
         "images_per_second": round(monitor.images_per_second, 1) if monitor else None,
@@ -152,7 +159,10 @@ def report_end(run: Run) -> None:
     """Print how a finished run ended, and send dashboards what they lack."""
     if run.is_first:
         summary = run.folder.read_summary()
-        print(f"This run is finished, at step {summary['steps']:,}; a larger trainer.max_steps continues it.")
+        reason = f" ({summary['stopped']})" if "stopped" in summary else ""
+        print(
+            f"This run is finished, at step {summary['steps']:,}{reason}; a larger trainer.max_steps continues it."
+        )
         print(paragraph(summary, run.folder.path), flush=True)
         try:
             complete_loggers(build_loggers(run.cfg), run)

@@ -35,13 +35,35 @@ BOUNDS: dict[str, tuple[int, int | None]] = {
 }
 """Whole numbers that no constructor of ours checks: the smallest and the largest value."""
 
-WHOLE_RUN = {
-    "max_time": [],
-    "limit_train_batches": ["1.0"],  # 1 is a single batch
-    "overfit_batches": ["0", "0.0"],
-    "fast_dev_run": ["False", "0"],
+_IN_STEPS = "a run's length is counted in steps, or it could not be continued; use trainer.max_steps"
+_ENDLESS = "the training images are one endless epoch; use "
+TRAINER: dict[str, tuple[list[str], str]] = {
+    "max_time": ([], _IN_STEPS),
+    "limit_train_batches": (["1.0"], _IN_STEPS),  # 1 is a single batch
+    "overfit_batches": (["0", "0.0"], _IN_STEPS),
+    "fast_dev_run": (["False", "0"], f"{_IN_STEPS}, or debug=tiny"),
+    "min_epochs": (["0"], f"{_ENDLESS}trainer.min_steps"),
+    "check_val_every_n_epoch": (["1"], f"{_ENDLESS}trainer.val_check_interval"),
+    "reload_dataloaders_every_n_epochs": (["0"], f"{_ENDLESS}null"),
+    "limit_test_batches": (["1.0"], "training runs no test; use python -m litdiffusion.evaluate"),
+    "limit_predict_batches": (["1.0"], "training predicts nothing; use python -m litdiffusion.sample"),
+    "use_distributed_sampler": (
+        ["False"],
+        "the datamodule divides each batch among the processes; use false",
+    ),
+    "logger": ([], "use logger=csv, tensorboard, wandb or none"),
+    "callbacks": ([], "use +callbacks.NAME._target_=CLASS"),
+    "plugins": ([], "the run chooses its own; use trainer.strategy or trainer.precision"),
+    "enable_checkpointing": ([], "use callbacks.save_checkpoints, or null in its place for none"),
+    "enable_progress_bar": ([], "use callbacks.progress, or null in its place for none"),
+    "enable_autolog_hparams": (
+        ["True"],
+        "loggers always get the configuration; use logger=none to log nothing",
+    ),
+    "model_registry": ([], "checkpoints stay in run_dir; use callbacks.save_checkpoints"),
+    "barebones": (["False"], "use logger=none, and null for each of the callbacks"),
 }
-"""Arguments of the trainer that would shorten a run, and the values, besides null, with which they do not."""
+"""Arguments of the trainer that a run cannot obey, the values besides null that change nothing, and what to use."""
 
 
 def validate(cfg: DictConfig, supplied: Supplied | None = None) -> None:
@@ -157,13 +179,10 @@ def _require_length(cfg: DictConfig) -> None:
             f"trainer.max_epochs={trainer.max_epochs}: a run's length is counted in steps; give "
             f"trainer.max_steps = epochs x training images / batch size ({batch_size}) instead"
         )
-    for name, harmless in WHOLE_RUN.items():
+    for name, (harmless, way_out) in TRAINER.items():
         given = trainer.get(name)
         if given is not None and str(given) not in harmless:
-            raise UserError(
-                f"trainer.{name}={given}: a run's length is counted in steps, or it could not be continued;"
-                " use trainer.max_steps"
-            )
+            raise UserError(f"trainer.{name}={given}: {way_out}")
     clip = trainer.get("gradient_clip_val")
     if isinstance(clip, int | float) and clip <= 0:
         raise UserError(f"trainer.gradient_clip_val={clip}: must be positive; null does not clip")

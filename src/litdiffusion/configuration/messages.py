@@ -65,6 +65,9 @@ def user_error(error: BaseException) -> str | None:
     while cause is not None:
         if isinstance(cause, UserError):
             return _of_user_error(cause)
+        # By name, since Lightning is slow to import. What EarlyStopping finds missing is a plain RuntimeError.
+        if type(cause).__name__ == "MisconfigurationException" or "conditioned on metric" in str(cause):
+            return _flat(str(cause))
         if isinstance(cause, WriteError) or (isinstance(cause, OSError) and cause.errno in _DISK_ERRORS):
             return _not_written(cause)
         if isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader"):

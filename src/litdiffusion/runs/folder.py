@@ -106,7 +106,8 @@ class RunFolder:
         if not self.summary.exists():
             return {}
         summary: dict[str, Any] = read_json(self.summary, dict)
-        if type(summary.get("steps")) is not int or type(summary.get("images_seen", 0)) is not int:
+        counts = {"steps": None, "images_seen": 0, "max_steps": 0}
+        if any(type(summary.get(name, default)) is not int for name, default in counts.items()):
             raise UserError(f"{self.summary} is not what a run writes there: move it away")
         return summary
 
@@ -135,14 +136,15 @@ class RunFolder:
         return {**drawn, "noised_strip": self.samples / "noised_strip.png", "curves": self.curves}
 
     def has_ended_at(self, step: int) -> bool:
-        """Whether the run has ended, at this step or a later one.
+        """Whether the run has ended, at this step or a later one, or before it, since a callback stopped it.
 
         A run that is continued beyond its end keeps the summary of it until the next end.
 
         Raises:
             UserError: the summary is damaged.
         """
-        return int(self.read_summary().get("steps", -1)) >= step
+        summary = self.read_summary()
+        return max(summary.get("steps", -1), summary.get("max_steps", -1)) >= step
 
 
 def shown_as(picture: Path) -> str:
