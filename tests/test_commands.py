@@ -52,7 +52,7 @@ def test_every_choice_trains_and_samples(overrides: list[str], tmp_path: Path) -
     train_tiny(tmp_path, *overrides)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 4
-    model = load_model(summary["checkpoint"], device="cpu")
+    model = load_model(tmp_path / summary["checkpoint"], device="cpu")
     images = model.sample(2)
     assert images.shape == (2, *model.denoiser.image_shape)
     assert images.dtype == torch.float32
@@ -72,6 +72,9 @@ def test_run_folder(trained: Path) -> None:
     for name in ("wall_seconds", "images_per_second", "train_loss", "val_loss", "parameters", "images_seen"):
         assert summary[name] > 0, name
     assert summary["images_seen"] == 4 * 16
+    assert str(trained.parent) not in (trained / "summary.json").read_text()  # the folder may be moved
+    for name in ("checkpoint", "grid", "gif", "curves", "noised_strip"):
+        assert (trained / summary[name]).is_file()
     provenance = json.loads((trained / "provenance.json").read_text())
     assert provenance[0]["seed"] == 0
     assert provenance[0]["versions"]["torch"] == torch.__version__.partition("+")[0]
@@ -256,6 +259,10 @@ REFUSED = {
     "an infinite learning rate": (
         ["debug=tiny", "optimizer.lr=inf"],
         ["optimizer.lr=inf: must be a finite number"],
+    ),
+    "a goal without a search": (
+        ["debug=tiny", "optimized_metric=val_los"],
+        ["error: optimized_metric=val_los: no number of summary.json; nearest: val_loss"],
     ),
     "an image of nothing": (["data.image_size=0"], ["error: data.image_size=0"]),
 }

@@ -3,8 +3,9 @@
 import litdiffusion.system.startup  # noqa: F401  # isort: skip
 
 import logging
+import os
+import signal
 import time
-from contextlib import nullcontext
 
 import torch
 from lightning import Trainer
@@ -15,6 +16,7 @@ from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import entry_point
 from litdiffusion.configuration.nodes import build, refused
 from litdiffusion.configuration.resolvers import chosen_experiment
+from litdiffusion.configuration.sweeps import typed
 from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.errors import UserError
 from litdiffusion.inference import MODEL_PARTS
@@ -23,12 +25,15 @@ from litdiffusion.reporting.report import paragraph
 from litdiffusion.runs.folder import absolute
 from litdiffusion.runs.run import Run
 from litdiffusion.slurm.cluster import leave
+from litdiffusion.sweeps.machine import SWEEP
+from litdiffusion.sweeps.ranking import goals
 from litdiffusion.system.memory import keep_freed_memory
 from litdiffusion.system.parent_death import children_end_with_this
+from litdiffusion.system.processes import handling
 from litdiffusion.system.redaction import SECRET_KEY, without_secrets
 from litdiffusion.training.callbacks import Interrupted, Monitor, SampleImages, SaveCheckpoints
 from litdiffusion.training.callbacks.attached import get_callback, images_seen
-from litdiffusion.training.callbacks.interruption import ending_at_once, stop_child_observer, stopping_at_once
+from litdiffusion.training.callbacks.interruption import stop_child_observer, stopping_at_once
 from litdiffusion.training.loggers.base import RunLogger, close_loggers, complete_loggers, open_loggers
 from litdiffusion.training.module import LitDiffusion
 from litdiffusion.training.trainer import build_loggers, build_trainer, reason_to_stop, validate_and_sample
@@ -47,6 +52,7 @@ def main(cfg: DictConfig) -> None:
     started = time.perf_counter()
     cfg.run_dir = absolute(cfg.run_dir)
     validate(cfg, SUPPLIED)
+    goals(cfg)
     run = Run(cfg, MODEL_PARTS)
     with run.lock:
         if run.is_finished:
@@ -101,7 +107,9 @@ def train(run: Run, started: float) -> int | None:
     try:
         images_per_step = trainer.accumulate_grad_batches * datamodule.batch_size
         open_loggers(loggers, run, run.step, images_per_step)
-        with children_end_with_this(), ending_at_once() if trainer.world_size > 1 else nullcontext():
+        # Processes wait for each other in C++, where Python's own handler of a Ctrl-C would not run.
+        at_once = [signal.SIGINT] if trainer.world_size > 1 else []
+        with children_end_with_this(), handling(at_once, signal.SIG_DFL):
             trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
         if reason := reason_to_stop(trainer):
             log.info("Stopped at step %d of %d: %s", trainer.global_step, trainer.max_steps, reason)
@@ -113,7 +121,8 @@ def train(run: Run, started: float) -> int | None:
     except Interrupted as interrupted:
         exit_code = 128 + interrupted.signum
         if run.is_first:
-            log.warning("%s: the same command with run_dir=%s continues", interrupted, run.folder.path)
+            again = "" if SWEEP in os.environ else f" with {typed('run_dir', run.folder.path)}"
+            log.warning("%s: the same command%s continues", interrupted, again)
         return interrupted.signum
     finally:
         stop_child_observer()
@@ -146,9 +155,8 @@ def summarize(
         "parameters": num_parameters(module),
         "device": str(trainer.strategy.root_device),
         "precision": trainer.precision,
-        "run_dir": str(run.folder.path),
         **({"trust": list(trusted_packages(run.config["trust"]))} if run.config["trust"] else {}),
-        **{name: str(path) for name, path in files.items() if path.exists()},
+        **{name: str(path.relative_to(run.folder.path)) for name, path in files.items() if path.exists()},
     }
     close_loggers(loggers)  # a run that is killed before its dashboard has everything is not finished
     run.folder.write_summary(summary)

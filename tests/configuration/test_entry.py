@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 import litdiffusion
 from litdiffusion.configuration import config_folder, entry
+from litdiffusion.system.processes import handling
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -119,6 +121,27 @@ def test_bug_keeps_its_traceback(command: Command) -> None:
 def test_interruption_is_quiet(command: Command) -> None:
     code, _, err = command("seed=1002")
     assert (code, err) == (130, "")
+
+
+def test_a_ctrl_c_raises_nothing_before_the_task_begins(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OmegaConf could turn a KeyboardInterrupt into an error of its own, and the command would go on."""
+    seen: list[object] = []
+
+    def note(*args: object) -> None:
+        seen.append(signal.getsignal(signal.SIGINT))
+
+    compose = ConfigLoaderImpl.load_configuration
+    monkeypatch.setattr(
+        ConfigLoaderImpl, "load_configuration", lambda *args, **kwargs: note() or compose(*args, **kwargs)
+    )
+    monkeypatch.setattr("builtins.print", note)  # of the task
+    with handling([signal.SIGINT], signal.SIG_DFL):
+        assert command()[0] == 0
+        note()
+    assert list(dict.fromkeys(seen)) == [signal.SIG_DFL, signal.default_int_handler]
+    assert seen[-1] is signal.SIG_DFL
 
 
 def test_the_first_process_speaks_and_the_others_when_they_have_had_time_to_be_ended(

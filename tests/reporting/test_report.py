@@ -18,9 +18,9 @@ SUMMARY = {
     "parameters": 2_020_257,
     "device": "cpu",
     "precision": "bf16-mixed",
-    "checkpoint": str(RUN / "checkpoints" / "last.ckpt"),
-    "grid": str(RUN / "samples" / "grid.png"),
-    "gif": "/elsewhere/denoising.gif",
+    "checkpoint": "checkpoints/last.ckpt",
+    "grid": "samples/grid.png",
+    "gif": "samples/denoising.gif",
 }
 
 
@@ -30,7 +30,7 @@ def test_paragraph_tells_the_whole_run_on_one_line():
         "on cpu at precision bf16-mixed (271 images/s). "
         "The loss ended at 0.03123 in training and 0.0345 on held-out images. "
         "It left in logs/quickstart/one: a grid of samples (samples/grid.png), the reverse process as a GIF "
-        "(/elsewhere/denoising.gif) and the checkpoint (checkpoints/last.ckpt). "
+        "(samples/denoising.gif) and the checkpoint (checkpoints/last.ckpt). "
         "Sample from it with: "
         "python -m litdiffusion.sample ckpt=logs/quickstart/one/checkpoints/last.ckpt num_images=64"
         " out=logs/quickstart/one/sampled"
@@ -53,10 +53,12 @@ def test_an_empty_summary_still_says_where():
     "path", ["a b/last.ckpt", "it's/last.ckpt", "lr=0.1,x/last.ckpt", "plain-1/last.ckpt"]
 )
 def test_the_command_survives_the_shell_and_hydra(path):
-    command = paragraph({"checkpoint": path}, RUN).split("Sample from it with: ")[1]
+    command = paragraph({"checkpoint": path, "trust": ["a", "b"]}, RUN).split("Sample from it with: ")[1]
     words = shlex.split(command)
     override = OverridesParser.create().parse_override(words[3])
-    assert str(override.value()).strip() == path
+    assert str(override.value()).strip() == str(RUN / path)
+    assert words[-1] == "trust=[a,b]"
+    assert "'trust=[a,b]'" in command  # zsh would look for a file
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ LAST_STEP = 4  # of ``train_tiny``
 @pytest.fixture
 def same_handlers() -> Iterator[None]:
     """Whatever became of the run, the process is as it was."""
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(signum) for signum in signals]
     yield
     assert [signal.getsignal(signum) for signum in signals] == before
@@ -135,7 +135,7 @@ def test_killed_at_its_second_end(
 
 
 @pytest.mark.parametrize(
-    ("signum", "kind"), [(signal.SIGTERM, Monitor), (signal.SIGINT, SaveCheckpoints)], ids=["done", "saving"]
+    ("signum", "kind"), [(signal.SIGHUP, Monitor), (signal.SIGINT, SaveCheckpoints)], ids=["done", "saving"]
 )
 def test_asked_to_stop_when_the_last_step_is(
     signum: signal.Signals,

@@ -13,6 +13,7 @@ from lightning import LightningModule, Trainer
 
 from commands import run
 from interrupted_runs import COMMAND, differences, finish, kill, rows, start, wait_for
+from litdiffusion.system.processes import STOP_SIGNALS, handling, stop_signals
 from litdiffusion.training.callbacks import StopCleanly, interruption
 
 
@@ -44,8 +45,8 @@ def test_killed_and_repeated(uninterrupted: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_asked_to_stop_twice_and_repeated(uninterrupted: Path, tmp_path: Path) -> None:
-    for signum, lines in ((signal.SIGTERM, 3), (signal.SIGINT, 8)):
+def test_asked_to_stop_three_times_and_repeated(uninterrupted: Path, tmp_path: Path) -> None:
+    for signum, lines in ((signal.SIGTERM, 3), (signal.SIGINT, 8), (signal.SIGHUP, 10)):
         process = start(tmp_path)
         wait_for(has_logged(tmp_path, lines), process)
         process.send_signal(signum)
@@ -93,6 +94,13 @@ def test_continued_for_longer(tmp_path: Path) -> None:
         for name in ("at once", "in two")
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_under_nohup_outlives_its_terminal() -> None:
+    with handling([signal.SIGHUP], signal.SIG_DFL):
+        assert signal.SIGHUP in stop_signals()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert stop_signals() == [signum for signum in STOP_SIGNALS if signum != signal.SIGHUP]
 
 
 class Processes:

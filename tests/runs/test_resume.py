@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from commands import run, train_tiny, type_command
 from litdiffusion.data.datamodule import ImageDataModule
@@ -48,6 +49,21 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert told in line
     assert f"checkpoint {trained}/checkpoints/last.ckpt" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_cut_short_is_not_another_one(trained: Path, tmp_path: Path) -> None:
+    text = (trained / "config.yaml").read_text()
+    folder = RunFolder(tmp_path)
+    folder.metrics.touch()
+    config = OmegaConf.to_container(OmegaConf.create(text))
+    for length in range(0, text.rindex("\npaths:"), 41):
+        folder.config.write_text(text[:length])
+        with pytest.raises(UserError, match="put back a copy, or choose another run_dir"):
+            find_resumption(folder, config, "auto")
+    folder.config.write_text(text)
+    assert find_resumption(folder, config, "auto") is None
+    with pytest.raises(UserError, match="belongs to another configuration: seed was 0 and is 1"):
+        find_resumption(folder, {**config, "seed": 1}, "auto")
 
 
 def test_a_checkpoint_of_the_same_model_is_continued_elsewhere(trained: Path, tmp_path: Path) -> None:

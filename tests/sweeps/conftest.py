@@ -25,7 +25,7 @@ weighting: uniform
 optimizer: {lr: 1e-3}
 trainer: {max_steps: 2, accelerator: cpu, devices: 1}
 run_dir: ${new_run_dir:}
-optimized_metric: val_loss
+optimized_metric: null
 metrics:
   loss: {_target_: litdiffusion.evaluation.HeldOutLoss}
   bits_per_dim: {_target_: litdiffusion.evaluation.BitsPerDim, num_images: 1}
@@ -47,7 +47,7 @@ out = pathlib.Path((given.get("run_dir") or given["out"]).strip("'"))
 out.mkdir(parents=True, exist_ok=True)
 seed, behaviour = int(given.get("seed", 0)), given.get("behaviour", "good")
 max_steps = int(given.get("trainer.max_steps", 2))
-settings = {"seed": seed, "behaviour": behaviour, "optimized_metric": "val_loss", "run_dir": str(out),
+settings = {"seed": seed, "behaviour": behaviour, "optimized_metric": None, "run_dir": str(out),
             "metrics": {"loss": {"_target_": "litdiffusion.evaluation.HeldOutLoss"}, "bits_per_dim":
                         {"_target_": "litdiffusion.evaluation.BitsPerDim", "num_images": 1}},
             "loss": given.get("loss", "l2"), "weighting": given.get("weighting", "uniform"),
@@ -61,10 +61,15 @@ def stop(signum, frame):
     print(f"stopped by {signum}", flush=True)
     sys.exit(128 + signum)
 def wait():
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(signum, stop)
     (out / "met").touch()
     time.sleep(60)
+if behaviour == "deaf":
+    def stop(signum, frame):
+        with (out / "heard").open("a") as file:
+            print(int(signum), file=file)
+    wait()
 if behaviour == "patient" and not (out / "met").exists():
     wait()
 if behaviour == "refused":

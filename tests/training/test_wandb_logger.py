@@ -79,10 +79,11 @@ def test_wandb_falls_to_offline_and_keeps_its_run(tmp_path: Path, caplog: pytest
 
 
 @pytest.mark.usefixtures("no_account")
-def test_a_wandb_run_is_grouped_by_its_sweep_and_tagged_by_its_experiment(
+def test_a_wandb_run_is_named_and_grouped_by_its_sweep_and_tagged_by_its_experiment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LITDIFFUSION_SWEEP", "a-sweep")
+    monkeypatch.setenv("LITDIFFUSION_JOB", f"loss=l2 seed={'1' * 200}")
     for name, value in {"PROJECT": "a-project", "JOB_TYPE": "a-job", "TAGS": "yours"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     monkeypatch.setattr(resolvers, "chosen_experiment", lambda: "quickstart+mine")
@@ -96,7 +97,7 @@ def test_a_wandb_run_is_grouped_by_its_sweep_and_tagged_by_its_experiment(
     assert runs[0].run_group == "a-sweep"
     assert list(runs[0].tags) == ["quickstart", "mine", "yours"]
     assert (runs[0].entity, runs[0].project, runs[0].job_type) == ("us", "a-project", "a-job")
-    assert runs[0].display_name == tmp_path.name
+    assert runs[0].display_name == f"loss=l2 seed={'1' * 115}", "as long as W&B takes it"
 
 
 @pytest.mark.usefixtures("no_account")

@@ -7,7 +7,6 @@ so that is set here. If the user has set it, the traceback is printed before the
 import functools
 import logging
 import os
-import signal
 import sys
 import time
 import traceback
@@ -33,6 +32,7 @@ from litdiffusion.configuration.sweeps import require_own_folders, sweep_command
 from litdiffusion.errors import UserError
 from litdiffusion.system.launch import environment_variable, process_rank
 from litdiffusion.system.parent_death import end_with_parent
+from litdiffusion.system.processes import interruptible
 from litdiffusion.system.redaction import REDACTED_LOG, redact_tracebacks, redacted
 from litdiffusion.system.version_check import require_sound_versions
 
@@ -57,8 +57,6 @@ def entry_point(
             wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
             job = _Job(task, wants_traceback)
             end_with_parent()
-            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of system/startup.py
-                signal.signal(signal.SIGINT, signal.default_int_handler)
             redact_tracebacks()
             try:
                 require_sound_versions()
@@ -96,7 +94,8 @@ class _Job:
         for handler in logging.getLogger().handlers:
             handler.addFilter(REDACTED_LOG)
         try:
-            self.task(cfg)
+            with interruptible():
+                self.task(cfg)
         except Exception as error:
             line = user_error(error) or _deleted(error)
             if line is None:

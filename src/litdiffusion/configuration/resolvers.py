@@ -111,12 +111,14 @@ def direction(number: Any, *, _root_: DictConfig) -> Any:
     """
     if isinstance(number, ListConfig):
         return ListConfig([direction(each, _root_=_root_) for each in number])
+    return "maximize" if getattr(metric_of(number, _root_), "higher_is_better", False) else "minimize"
+
+
+def metric_of(number: object, config: DictConfig) -> Any:
+    """Return the class of the metric that a number of ``summary.json`` belongs to; None where it belongs to none."""
     name = str(number).removeprefix("val_")
-    node = (_root_.get("metrics") or {}).get(name) or {}
-    if "_target_" not in node:
-        return "minimize"
-    higher = getattr(locate(f"metrics.{name}", node["_target_"]), "higher_is_better", False)
-    return "maximize" if higher else "minimize"
+    node = (config.get("metrics") or {}).get(name) or {}
+    return locate(f"metrics.{name}", node["_target_"]) if "_target_" in node else None
 
 
 def is_sweep() -> bool:

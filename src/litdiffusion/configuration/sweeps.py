@@ -1,6 +1,7 @@
 """Sweeps on the command line: one folder for each job, and what a launcher reports at the end."""
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -80,6 +81,11 @@ def quoted(value: str) -> str:
         return value
     escaped = value.replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def typed(key: str, value: object) -> str:
+    """Return ``key=value`` as it is typed at a shell's prompt."""
+    return shlex.quote(f"{key}={quoted(str(value))}")
 
 
 def require_own_folders(overrides: Iterable[str], params: Iterable[str] = ()) -> None:

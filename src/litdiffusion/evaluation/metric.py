@@ -41,9 +41,13 @@ class Metric(torchmetrics.Metric):
     in a sweep's table; its further numbers add a suffix to ``val/NAME``. A subclass sets ``higher_is_better``, adds
     its states with ``add_state(..., dist_reduce_fx="sum")``, so that it is the same on any number of processes, and
     writes ``update`` and ``compute``. For a mean over images, see ``Mean``.
+
+    ``depends_on`` names the keys of the configuration, with all below them, that decide what the number means. Runs
+    that differ in one of them, or in the metric's own settings, are not ranked by it.
     """
 
     higher_is_better = False
+    depends_on: tuple[str, ...] = ("data", "datamodule.num_val", "trainer.limit_val_batches")
 
     def require_support(self, denoiser: Denoiser) -> None:
         """Make sure, before anything is trained or measured, that a denoiser has what this metric needs.

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from litdiffusion.configuration.sweeps import quoted
+from litdiffusion.configuration.sweeps import typed
 
 PICTURES = {
     "grid": "a grid of samples",
@@ -22,18 +22,16 @@ def paragraph(summary: Mapping[str, object], run_dir: Path) -> str:
         summary: any of ``experiment``, ``steps``, ``images_seen``, ``wall_seconds``, ``images_per_second``,
             ``train_loss``, ``val_loss``, ``parameters``, ``device``, ``precision``, ``trust`` and the paths
             ``checkpoint``, ``grid``, ``gif``, ``curves``, ``noised_strip``; what is missing goes unsaid.
-        run_dir: the run folder; paths within it are given relative to it.
+        run_dir: the run folder, which the paths are relative to.
     """
     sentences = [_trained(summary), _losses(summary), _places(summary, run_dir)]
     checkpoint = summary.get("checkpoint")
     if checkpoint is not None:
-        options = {"ckpt": str(checkpoint), "num_images": "64", "out": str(run_dir / "sampled")}
-        command = "python -m litdiffusion.sample"
-        command += "".join(f" {shlex.quote(f'{key}={quoted(value)}')}" for key, value in options.items())
+        words = [typed("ckpt", run_dir / str(checkpoint)), "num_images=64", typed("out", run_dir / "sampled")]
         trust = summary.get("trust")
         if isinstance(trust, list) and trust:
-            command += f" trust=[{','.join(trust)}]"
-        sentences.append(f"Sample from it with: {command}")
+            words.append(shlex.quote(f"trust=[{','.join(trust)}]"))
+        sentences.append(f"Sample from it with: python -m litdiffusion.sample {' '.join(words)}")
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -78,19 +76,11 @@ def _losses(summary: Mapping[str, object]) -> str:
 
 
 def _places(summary: Mapping[str, object], run_dir: Path) -> str:
-    places = [
-        f"{name} ({_within(Path(str(summary[key])), run_dir)})"
-        for key, name in PICTURES.items()
-        if summary.get(key) is not None
-    ]
+    places = [f"{name} ({summary[key]})" for key, name in PICTURES.items() if summary.get(key) is not None]
     if not places:
         return f"Everything lies in {run_dir}."
     listed = places[0] if len(places) == 1 else f"{', '.join(places[:-1])} and {places[-1]}"
     return f"It left in {run_dir}: {listed}."
-
-
-def _within(path: Path, run_dir: Path) -> Path:
-    return path.relative_to(run_dir) if path.is_relative_to(run_dir) else path
 
 
 def _number(summary: Mapping[str, object], key: str) -> float | None:

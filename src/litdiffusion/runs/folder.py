@@ -97,10 +97,6 @@ class RunFolder:
         """Write the fingerprint of the training images, with the names of their classes."""
         write_text(self.data, json.dumps(fingerprint, indent=2) + "\n")
 
-    def forget_summary(self) -> None:
-        """Remove the summary of an earlier end of the run, before its pictures are overwritten."""
-        self.summary.unlink(missing_ok=True)
-
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write how the run ended."""
         write_text(self.summary, json.dumps(summary, indent=2) + "\n")

@@ -241,9 +241,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 
 def _require_same_run(run: RunFolder, config: dict[str, Any], started: bool) -> None:
     before = read_config(run.config)
-    if not {"run_dir", "module", "datamodule"} <= before.keys():
+    if (
+        not {"run_dir", "module", "datamodule", "paths"} <= before.keys()
+    ):  # a run's begins and ends with these
         raise UserError(
-            f"run_dir {run.path} is no run's folder: its config.yaml is of something else; choose another"
+            f"run_dir {run.path}: its config.yaml is cut short, or not of a run: put back a copy, or choose another"
+            f" run_dir (with resume={run.last_checkpoint} it continues from there)"
         )
     changed = differences(before, without_secrets(config))
     if changed and started:
@@ -267,7 +270,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ValueError("no mapping")
     except Exception as error:  # YAML and OmegaConf raise many things
-        raise UserError(f"{path} cannot be read: choose another run_dir, or remove the folder") from error
+        raise UserError(f"{path} cannot be read: put back a copy, or choose another run_dir") from error
     return {str(key): value for key, value in config.items()}
 
 

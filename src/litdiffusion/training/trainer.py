@@ -75,6 +75,6 @@ def validate_and_sample(trainer: Trainer, module: LitDiffusion, run: Run) -> Non
         if saving := get_callback(trainer, SaveCheckpoints):
             saving.save(trainer, again=True)  # a run that is stopped from here on has validated its end
     if trainer.is_global_zero:
-        run.folder.forget_summary()
+        run.folder.summary.unlink(missing_ok=True)  # of an earlier end, whose pictures are overwritten now
     if sampling := get_callback(trainer, SampleImages):
         sampling.finish(trainer, module)

@@ -27,6 +27,9 @@ STEP = "trainer/global_step"
 WATERMARK = "logged_until"
 """The file beside W&B's own that holds the last place up to which W&B has everything: written on closing."""
 
+NAME_CHARACTERS = 128
+"""The longest name that W&B takes."""
+
 Place = tuple[int, int]
 """A step, and which of that step's rows; 0 for a picture, which comes before them."""
 
@@ -48,7 +51,7 @@ class WandB(RunLogger):
     Args:
         run_dir: the run folder.
         project: W&B's.
-        name: of the run; None for the folder's name.
+        name: of the run; None for what is special about it in its sweep, or else the folder's name.
         group: None for the sweep that this is a job of, if it is one.
         tags: of the run; those of the environment's ``WANDB_TAGS`` join them.
         entity, job_type, notes: W&B's; None for the environment's ``WANDB_ENTITY``, ``WANDB_JOB_TYPE`` and
@@ -78,7 +81,7 @@ class WandB(RunLogger):
         self._folder = self._run.path / "wandb"
         self._settings = {
             "project": project,
-            "name": name or self._run.path.name,
+            "name": (name or os.environ.get("LITDIFFUSION_JOB") or self._run.path.name)[:NAME_CHARACTERS],
             "group": group or os.environ.get("LITDIFFUSION_SWEEP"),
             "tags": [*(tags or ()), *filter(None, os.environ.get("WANDB_TAGS", "").split(","))] or None,
             "entity": entity,

@@ -169,7 +169,7 @@ def losses() -> Iterator[None]:
 
 
 def _start_out_of_reach() -> None:
-    """Start W&B's own process with SIGUSR1 and SIGUSR2 blocked, which would end it.
+    """Start W&B's own process with SIGHUP, SIGUSR1 and SIGUSR2 blocked, which would end it.
 
     SIGINT and SIGTERM end it all the same: it installs handlers of its own for them.
     """
