@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from litdiffusion.reporting.edits import COLUMNS, edit_strip
+from litdiffusion.reporting.edits import COLUMNS, MAX_ROWS, edit_strip
 from litdiffusion.reporting.images import strip
 
 
@@ -39,9 +39,8 @@ def test_many_drawn_from_one_image_go_on_in_further_rows():
     columns += [torch.stack((image, flat(1.0)[0])) for image in drawn[1:COLUMNS]]
     captions = ["image", *(f"drawn {i + 1}" for i in range(COLUMNS)), "image2"]
     assert same(picture, strip([*columns, flat(-1.0, -1.0)], captions))
-    assert same(
-        edit_strip({"image": flat(0.5)}, drawn, max_rows=1), edit_strip({"image": flat(0.5)}, drawn[:-1])
-    )
+    many = flat(*(i / 90 for i in range(COLUMNS * MAX_ROWS + 1)))
+    assert same(edit_strip({"image": flat(0.5)}, many), edit_strip({"image": flat(0.5)}, many[:-1]))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
