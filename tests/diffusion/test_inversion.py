@@ -126,11 +126,10 @@ class Remembering(nn.Module):
         return x0 + self.share * ((torch.zeros_like(x0) if self_cond is None else self_cond) - x0)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3])
-def test_the_way_back_meets_the_image_with_self_conditioning(share):
+def test_the_way_back_meets_the_image_with_self_conditioning():
     """Ever more closely as the steps become finer, for the two ways then see the same estimates."""
     data = GaussianData(schedules.VPCosine())
-    denoiser = Preconditioned(Remembering(data, share), data.schedule, X0(), 1, 1)
+    denoiser = Preconditioned(Remembering(data, 0.3), data.schedule, X0(), 1, 1)
     errors = [
         float((DDIM(n).sample(denoiser, DDIM(n).invert(denoiser, IMAGES, 6), draws(9)) - IMAGES).abs().max())
         for n in (20, 50, 100, 200)

@@ -33,6 +33,7 @@ from small_worlds import (
     Oracle,
     affine_denoiser,
     draws,
+    every_pair,
     images,
     normal,
 )
@@ -69,11 +70,9 @@ def followed(make, schedule: Schedule, target, num_steps: int) -> tuple[Tensor, 
     return make(num_steps).sample(denoiser, x_T, draws(3)), x0
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 12])
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
-def test_an_oracle_is_followed_to_its_image(make, target, num_steps):
-    sampled, x0 = followed(make, schedules.linear(12), target, num_steps)
+@pytest.mark.parametrize(("sampler", "target", "num_steps"), every_pair(SAMPLERS, TARGETS, [1, 2, 5, 12]))
+def test_an_oracle_is_followed_to_its_image(sampler, target, num_steps):
+    sampled, x0 = followed(SAMPLERS[sampler], schedules.linear(12), TARGETS[target], num_steps)
     torch.testing.assert_close(sampled, x0, rtol=0, atol=1e-6)
 
 
@@ -211,7 +210,7 @@ def test_ancestral_sampling_keeps_the_mean_and_lacks_only_the_images_own_varianc
             assert c**2 == pytest.approx(step.v, rel=1e-7)
 
 
-@pytest.mark.parametrize("num_steps", [1, 3, 10, 37, 60])
+@pytest.mark.parametrize("num_steps", [3, 37])
 @pytest.mark.parametrize(
     ("name", "std", "variance"),
     [(name, 1e-6, "beta_tilde") for name in ALL_SCHEDULES] + [(name, 1.0, "beta") for name in PRESERVING],
