@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +50,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of ``train_tiny``, for tests that only read it or copy it."""
+    from commands import train_tiny  # here: the tests of the core import no framework
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # another number of threads rounds differently
+    try:
+        return train_tiny(tmp_path_factory.mktemp("runs") / "trained")
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture

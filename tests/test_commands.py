@@ -41,11 +41,6 @@ CHOICES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_tiny(tmp_path_factory.mktemp("runs") / "trained")
-
-
 @pytest.mark.parametrize("overrides", CHOICES, ids=lambda overrides: ",".join(overrides))
 def test_every_choice_trains_and_samples(overrides: list[str], tmp_path: Path) -> None:
     train_tiny(tmp_path, *overrides)
@@ -131,9 +126,8 @@ def test_evaluate_agrees_with_training(trained: Path, tmp_path: Path) -> None:
 
 
 def test_last_printed_line_is_the_metrics(trained: Path, tmp_path: Path) -> None:
-    typed = type_command(
-        "evaluate", f"ckpt={trained}/checkpoints/last.ckpt", f"out={tmp_path}", "num_images=8"
-    )
+    measured = ["num_images=8", "bits_per_dim_times=2"]
+    typed = type_command("evaluate", f"ckpt={trained}/checkpoints/last.ckpt", f"out={tmp_path}", *measured)
     assert typed.code == 0
     assert json.loads(typed.out.splitlines()[-1]) == json.loads((tmp_path / "metrics.json").read_text())
 
@@ -179,28 +173,19 @@ def test_every_network_of_the_configuration_takes_what_presets_may_set() -> None
         assert set(OmegaConf.load(path).get("net", {})) <= contract, path
 
 
+# One of each kind, through the whole command; tests/configuration has the rest.
 REFUSED = {
-    "an unknown schedule": (["schedule=liner"], ["schedule", "linear"]),
     "an unknown key": (["trainer.max_step=3"], ["trainer.max_step", "trainer.max_steps"]),
-    "a key of another node": (["batch_size=8"], ["batch_size", "datamodule.batch_size"]),
     "a wrong type": (["net.dim=wide"], ["net.dim", "wide"]),
-    "too many halvings": (["net.dim_mults=[1,2,4,8]"], ["data.image_size", "28", "net.dim_mults"]),
-    "groups": (["net.groups=5"], ["net.groups=5"]),
-    "epsilon at zero SNR": (["target=epsilon", "schedule.zero_terminal_snr=true"], ["target=epsilon", "v"]),
-    "fp16 on a CPU": (["trainer=cpu", "trainer.precision=16-mixed"], ["trainer.precision", "GPU"]),
     "too many devices": (["trainer=gpu", "trainer.devices=99"], ["trainer."]),
-    "no end": (["trainer.max_steps=-1"], ["trainer.max_steps"]),
-    "too many sampling steps": (["sampler.num_steps=5000"], ["sampler.num_steps", "1000"]),
     "a missing folder": (["data=image_folder", "data.path=/nonexistent"], ["/nonexistent"]),
     "a folder not given": (["data=image_folder"], ["data.path"]),
     "a bad value": (["loss=huber", "loss.delta=-1"], ["delta"]),
     "a bad clip": (["denoiser.clip=hard"], ["clip", "hard"]),
     "a missing checkpoint": (["resume=/nonexistent.ckpt"], ["/nonexistent.ckpt"]),
     "nothing to resume": (["resume=must"], ["resume=must"]),
-    "a negative warm-up": (["debug=tiny", "lr_scheduler.warmup_steps=-5"], ["warmup_steps=-5"]),
     "validation never": (["trainer.val_check_interval=0"], ["trainer.val_check_interval=0"]),
     "no batch to accumulate": (["trainer.accumulate_grad_batches=0"], ["accumulate_grad_batches=0"]),
-    "a seed of nothing": (["seed=null"], ["seed"]),
     "a logger nobody chose": (["+logger.wandb.project=x"], ["logger.wandb", "logger=wandb"]),
     "a callback that is none": (["+callbacks.foo.bar=1"], ["callbacks.foo", "_target_"]),
     "a number for a callback": (["callbacks.monitor=5"], ["callbacks.monitor"]),
@@ -217,7 +202,6 @@ REFUSED = {
     "a word for a seed": (["seed=abc"], ["error: seed: 'abc'"]),
     "a float for steps": (["trainer.max_steps=1e3"], ["error: trainer.max_steps: 1000.0"]),
     "a number for a switch": (["schedule=linear", "rescale_betas=3"], ["error: rescale_betas: 3"]),
-    "a sampler's range": (["sampler.eta=2"], ["error: sampler.eta=2"]),
     "a sampler's number that is none": (
         ["debug=tiny", "sampler.eta=nan"],
         ["error: sampler.eta=nan: must be"],
@@ -235,10 +219,6 @@ REFUSED = {
         ["debug=tiny", "sampler.num_steps=50", "schedule.num_steps=40"],
         ["error: sampler.num_steps=50", "schedule.num_steps=40"],
     ),
-    "a variance that is not learned": (
-        ["debug=tiny", "sampler=ddpm", "sampler.variance=learned"],
-        ["error: sampler.variance=learned", "net.learned_variance=true"],
-    ),
     "eps at the end of a schedule without signal": (
         ["debug=tiny", "target=epsilon", "schedule.zero_terminal_snr=true"],
         ["error: target=epsilon", "schedule.zero_terminal_snr=false"],
@@ -251,12 +231,10 @@ REFUSED = {
         ["target._target_=small_worlds.Mine"],
         ["small_worlds.Mine", "is not allowed in a checkpoint"],
     ),
-    "a negative learning rate": (["debug=tiny", "optimizer.lr=-1"], ["optimizer", "-1"]),
     "an infinite learning rate": (
         ["debug=tiny", "optimizer.lr=inf"],
         ["optimizer.lr=inf: must be a finite number"],
     ),
-    "an image of nothing": (["data.image_size=0"], ["error: data.image_size=0"]),
 }
 
 
@@ -317,13 +295,14 @@ def test_an_empty_run_folder_name_is_not_the_current_folder(
 
 
 def test_a_refused_value_does_not_spoil_the_folder(tmp_path: Path) -> None:
+    brief = ("trainer.max_steps=1", "callbacks.sample_images=null", "datamodule.num_val=0")
     run_dir = f"run_dir={tmp_path}"
     assert type_command("train", "debug=tiny", run_dir, "optimizer.lr=-1").code == 2
-    train_tiny(tmp_path)
+    train_tiny(tmp_path, *brief)
 
 
 def test_a_folder_in_use_is_not_overwritten_from_elsewhere(trained: Path, tmp_path: Path) -> None:
-    train_tiny(tmp_path, "seed=1")
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
     resume = f"resume={trained}/checkpoints/last.ckpt"
     typed = type_command(
@@ -437,19 +416,6 @@ def test_sample_refuses_in_one_line(override: str, word: str, trained: Path, tmp
     assert typed.code == 2, typed.err
     assert word in typed.err
     assert (tmp_path / "probe").read_text() == "mine"
-
-
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
-    overrides = ["optimizer.lr=1e30", "trainer.gradient_clip_val=null", "lr_scheduler.warmup_steps=0"]
-    every_step = "callbacks.save_checkpoints.every_n_steps=1"
-    typed = type_command("train", "debug=tiny", f"run_dir={tmp_path}", every_step, *overrides)
-    assert typed.code == 2, typed.err
-    line = next(line for line in typed.err.splitlines() if line.startswith("error: "))
-    assert "step" in line
-    assert "last good checkpoint" in line
-    for path in (tmp_path / "checkpoints").glob("*.ckpt"):
-        state = torch.load(path, weights_only=True)["state_dict"]
-        assert all(bool(torch.isfinite(value).all()) for value in state.values())
 
 
 def test_this_machines_own_settings_apply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def run(num_rows: int) -> list[dict[str, float]]:
 
 
 def darkness(png: Path) -> list[float]:
-    """How much ink lies in each quarter of a picture, by rows."""
+    """Mean darkness of each quarter of a picture, by rows."""
     with Image.open(png) as image:
         gray = image.convert("L")
         w, h = gray.size
@@ -96,7 +96,7 @@ assert "matplotlib.pyplot" not in sys.modules
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_empty_torn_and_infinite_cells_are_left_out(tmp_path):
+def test_empty_truncated_and_infinite_cells_are_left_out(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("images_seen,train/loss,val/loss\n10,0.5,\n20,nan,\n30,0.3,0.4\n40,inf,\n50")
     metrics = Curves(read_rows(path))

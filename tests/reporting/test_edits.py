@@ -26,13 +26,13 @@ def test_an_image_stands_beside_what_was_drawn_from_it():
     )
 
 
-def test_each_of_several_images_has_a_row_and_gaps_are_paper():
+def test_each_of_several_images_has_a_row_and_gaps_are_white():
     picture = edit_strip({"image": flat(0.5, 0.6)}, flat(0.0, 0.1, 0.2))
     columns = [flat(0.5, 0.6), flat(0.0, 0.1), flat(0.2, 1.0)]
     assert same(picture, strip(columns, ["image", "drawn 1", "drawn 2"]))
 
 
-def test_many_drawn_from_one_image_go_on_in_further_rows():
+def test_many_images_drawn_from_one_wrap_into_further_rows():
     drawn = flat(*(i / 30 for i in range(COLUMNS + 1)))
     picture = edit_strip({"image": flat(0.5), "image2": flat(-1.0)}, drawn)
     columns = [flat(0.5, 0.5), torch.stack((drawn[0], drawn[-1]))]
@@ -44,7 +44,7 @@ def test_many_drawn_from_one_image_go_on_in_further_rows():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_checkerboard_shows_where_was_drawn(channels):
+def test_a_checkerboard_shows_the_redrawn_pixels(channels):
     mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     mask[..., 2:] = True
     picture = edit_strip({"image": flat(0.5, channels=channels), "mask": mask}, flat(0.0, channels=channels))

@@ -67,7 +67,7 @@ def test_grid_leaves_large_images_as_they_are():
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 4, 4), (0, 1, 4, 4), (1, 1, 0, 4)])
-def test_grid_names_a_shape_that_is_no_picture(shape):
+def test_grid_refuses_a_shape_that_is_no_picture(shape):
     with pytest.raises(ValueError, match=str(list(shape)).replace("[", r"\[")):
         grid(torch.zeros(shape))
 
@@ -103,7 +103,7 @@ def test_captions_stand_apart_above_their_pictures(caption, side):
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_strip_wants_a_caption_for_each_column(count):
+def test_strip_needs_a_caption_for_each_column(count):
     with pytest.raises(ValueError, match=f"a caption for each: {count}, 0 given"):
         strip([ramp(1, 1, 4, 4)] * count, [])
 

@@ -24,7 +24,7 @@ SUMMARY = {
 }
 
 
-def test_paragraph_tells_the_whole_run_on_one_line():
+def test_paragraph_describes_the_run_on_one_line():
     assert paragraph(SUMMARY, RUN) == (
         "Trained experiment quickstart (2,020,257 parameters) for 2,340 steps (149,760 images) in 9 min 13 s "
         "on cpu at precision bf16-mixed (271 images/s). "
@@ -38,14 +38,14 @@ def test_paragraph_tells_the_whole_run_on_one_line():
 
 
 @pytest.mark.parametrize("missing", list(SUMMARY))
-def test_what_is_missing_goes_unsaid(missing):
+def test_missing_values_are_left_out(missing):
     text = paragraph({key: value for key, value in SUMMARY.items() if key != missing}, RUN)
     assert "None" not in text
     assert "  " not in text
     assert "()" not in text
 
 
-def test_an_empty_summary_still_says_where():
+def test_an_empty_summary_still_names_the_folder():
     assert paragraph({}, RUN) == "Trained a model. Run folder: logs/quickstart/one."
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,6 @@ from litdiffusion.diffusion import DDIM
 from litdiffusion.errors import UserError
 from litdiffusion.runs.checkpoint import read_checkpoint, write_checkpoint
 from litdiffusion.system.files import WriteError
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_tiny(tmp_path_factory.mktemp("runs") / "trained", "callbacks.sample_images=null")
 
 
 @pytest.fixture
@@ -170,8 +166,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_a_truncated_last_checkpoint_stops_a_resume_in_one_line(trained: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    train_tiny(run_dir, "callbacks.sample_images=null")
+    run_dir = Path(shutil.copytree(trained, tmp_path / "run"))
     last = run_dir / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:500])
     typed = type_command(
