@@ -1,5 +1,6 @@
 """Every shape in the package's signatures is checked while the tests run."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,3 +70,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands in this process compute as on a machine without bfloat16, so that they can be compared to rounding."""
     monkeypatch.setattr("litdiffusion.configuration.hardware.native_precision", lambda accelerator: "32-true")
+
+
+@pytest.fixture
+def quiet_logging() -> Iterator[None]:
+    """Hydra sets the root logger's handlers up for the streams of the moment."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers, root.level = handlers, level
+    logging.disable(logging.NOTSET)
