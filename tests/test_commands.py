@@ -23,21 +23,25 @@ from litdiffusion.nn import DiT
 from litdiffusion.reporting.images import to_uint8
 
 CHOICES = [
-    ["schedule=linear"],
-    ["schedule=quadratic", "target=x0"],
-    ["schedule=sigmoid", "loss=l1"],
-    ["schedule=sigmoid_beta", "target=epsilon", "loss=huber", "denoiser.clip=none"],
-    ["schedule=cosine", "schedule.zero_terminal_snr=true", "weighting=min_snr"],
-    ["sampler=ddpm", "sampler.num_steps=3", "sampler.variance=beta", "stratified=false"],
-    ["sampler.eta=1", "ema=none", "optimizer=adam", "lr_scheduler=constant"],
-    ["net.self_condition=true", "net.dropout=0.1", "net.init_dim=12"],
-    ["trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=null", "datamodule.num_val=0"],
-    ["data.channels=3", "data.image_size=[8,12]"],
+    ["schedule=linear", "sampler.eta=1", "ema=none", "optimizer=adam", "lr_scheduler=constant"],
+    ["schedule=quadratic", "target=x0", "sampler=ddpm", "sampler.num_steps=3", "sampler.variance=beta"],
+    ["schedule=sigmoid", "loss=l1", "trainer.accumulate_grad_batches=2", "datamodule.num_val=0"],
+    ["schedule=sigmoid_beta", "target=epsilon", "loss=huber", "denoiser.clip=none", "stratified=false"],
+    ["schedule=cosine", "schedule.zero_terminal_snr=true", "weighting=min_snr", "data.channels=3"],
+    ["net.self_condition=true", "net.dropout=0.1", "net.init_dim=12", "data.image_size=[8,12]"],
     ["net=dit_tiny", "experiment=class_conditional", "sampler=dpmpp_2m", "data.image_size=[6,10]"],
     ["net=dit_tiny", "experiment=learned_variance", "net.self_condition=true", "net.dropout=0.1"],
-    ["logger=none", "callbacks.sample_images=null", "callbacks.progress=null"],
-    ["trainer.precision=bf16-mixed"],
-    ["trainer.precision=64-true", "callbacks.sample_images.every_n_steps=2"],
+    [
+        "logger=none",
+        "callbacks.sample_images=null",
+        "callbacks.progress=null",
+        "trainer.precision=bf16-mixed",
+    ],
+    [
+        "trainer.precision=64-true",
+        "trainer.gradient_clip_val=null",
+        "callbacks.sample_images.every_n_steps=2",
+    ],
 ]
 
 
@@ -175,8 +179,6 @@ def test_every_network_of_the_configuration_takes_what_presets_may_set() -> None
 
 # One of each kind, through the whole command; tests/configuration has the rest.
 REFUSED = {
-    "an unknown key": (["trainer.max_step=3"], ["trainer.max_step", "trainer.max_steps"]),
-    "a wrong type": (["net.dim=wide"], ["net.dim", "wide"]),
     "too many devices": (["trainer=gpu", "trainer.devices=99"], ["trainer."]),
     "a missing folder": (["data=image_folder", "data.path=/nonexistent"], ["/nonexistent"]),
     "a folder not given": (["data=image_folder"], ["data.path"]),
@@ -193,19 +195,13 @@ REFUSED = {
     "no word for resume": (["resume=null"], ["resume=", "auto, must, never"]),
     "another word for resume": (["resume=yes"], ["resume=yes", "auto, must or never"]),
     "an empty folder name": (["data=image_folder", "data.path="], ["data.path"]),
-    "an empty data set name": (["data=hub", "data.name="], ["data.name"]),
     "two losses": (["loss=[l1,l2]"], ["loss=[l1,l2]", "-m loss=l1,l2"]),
     "clipping to less than nothing": (["trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val=-1"]),
     "another root": (["trainer.default_root_dir=/nowhere"], ["default_root_dir", "run_dir"]),
     "a width of nothing": (["net.init_dim=0"], ["error: net.init_dim=0"]),
-    "a head of nothing": (["net.heads=0"], ["error: net.heads=0"]),
     "a word for a seed": (["seed=abc"], ["error: seed: 'abc'"]),
     "a float for steps": (["trainer.max_steps=1e3"], ["error: trainer.max_steps: 1000.0"]),
     "a number for a switch": (["schedule=linear", "rescale_betas=3"], ["error: rescale_betas: 3"]),
-    "a sampler's number that is none": (
-        ["debug=tiny", "sampler.eta=nan"],
-        ["error: sampler.eta=nan: must be"],
-    ),
     "a sampler's range, which callbacks take too": (
         ["debug=tiny", "sampler.eta=2"],
         ["error: sampler.eta=2"],
@@ -214,14 +210,6 @@ REFUSED = {
     "a learning-rate schedule's range": (
         ["debug=tiny", "lr_scheduler.final_factor=2"],
         ["error: lr_scheduler: ", "final_factor=2"],
-    ),
-    "more steps than there are": (
-        ["debug=tiny", "sampler.num_steps=50", "schedule.num_steps=40"],
-        ["error: sampler.num_steps=50", "schedule.num_steps=40"],
-    ),
-    "eps at the end of a schedule without signal": (
-        ["debug=tiny", "target=epsilon", "schedule.zero_terminal_snr=true"],
-        ["error: target=epsilon", "schedule.zero_terminal_snr=false"],
     ),
     "importance of another T": (
         ["noise_levels=importance", "noise_levels.bins=1001"],

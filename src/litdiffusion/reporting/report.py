@@ -52,8 +52,9 @@ def paragraph(summary: Mapping[str, object], run_dir: Path) -> str:
     sentences = [f"{' '.join(['Trained', model, *trained])}."]
     if losses:
         sentences.append(f"The loss ended at {' and '.join(losses)}.")
-    contents = " and ".join([", ".join(files[:-1]), *files[-1:]]).removeprefix(" and ")
-    sentences.append(f"Run folder: {run_dir}{', with ' if files else ''}{contents}.")
+    if len(files) > 1:
+        files = [", ".join(files[:-1]), files[-1]]
+    sentences.append(f"Run folder: {run_dir}{', with ' * bool(files)}{' and '.join(files)}.")
     if checkpoint := summary.get("checkpoint"):
         options = {"ckpt": str(checkpoint), "num_images": "64", "out": str(run_dir / "sampled")}
         command = ["python -m litdiffusion.sample"]
