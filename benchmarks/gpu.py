@@ -363,7 +363,8 @@ def run_quality(kit: Kit, seconds: float, part: dict[str, Any]) -> tuple[bool, s
             f"callbacks.sample_images.every_n_steps={steps}",
             f"run_dir={run_dir}",
         )
-        drawn = ["sampler=dpmpp_2m", "sampler.num_steps=20", "num_images=100", "seed=0"]
+        number = 16 if kit.dry_run else 100
+        drawn = ["sampler=dpmpp_2m", "sampler.num_steps=20", f"num_images={number}", "seed=0"]
         command("sample", f"ckpt={run_dir}/checkpoints/last.ckpt", *drawn, f"out={folder}/drawn")
 
         summary = read_json(run_dir / "summary.json")

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from commands import type_command
+
 COMMAND = [
     "debug=tiny",
     "trainer.max_steps=60",
@@ -51,6 +53,18 @@ def finish(run_dir: Path, *overrides: str) -> str:
     output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, output
     return output
+
+
+def finish_here(run_dir: Path, *overrides: str) -> str:
+    """Do the same in this process, which has its libraries imported."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        typed = type_command("train", *COMMAND, f"run_dir={run_dir}", *overrides)
+    finally:
+        torch.set_num_threads(threads)
+    assert typed.code == 0, typed
+    return typed.out + typed.err
 
 
 def kill(process: subprocess.Popen[str]) -> None:

@@ -4,7 +4,7 @@
 a network, ``Spy`` remembers what it was asked, and ``Affine`` is a network that a batch cannot disturb.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -69,6 +69,15 @@ SAMPLERS = {
     "heun": Heun,
     "heun_churn": lambda num_steps: Heun(num_steps, churn=10.0),
 }
+
+
+def every_pair(first: Iterable, second: Iterable, third: Sequence) -> list[tuple]:
+    """Cases for three parameters: every pair of the first two, each of which meets every value of the third in turn.
+
+    In place of the whole product, where two parameters may spoil each other's case and three need not be feared.
+    """
+    seconds = list(second)
+    return [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(first) for j, b in enumerate(seconds)]
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,6 +1,5 @@
-import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,16 +63,6 @@ def tree(tmp_path: Path) -> Path:
     (folder / "hydra").mkdir()
     (folder / "hydra/default.yaml").write_text((CONFIGS / "hydra/default.yaml").read_text())
     return folder
-
-
-@pytest.fixture
-def quiet_logging() -> Iterator[None]:
-    """Hydra sets the root logger's handlers up for the streams of the moment."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers, root.level = handlers, level
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture

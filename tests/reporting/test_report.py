@@ -24,12 +24,12 @@ SUMMARY = {
 }
 
 
-def test_paragraph_tells_the_whole_run_on_one_line():
+def test_paragraph_describes_the_run_on_one_line():
     assert paragraph(SUMMARY, RUN) == (
         "Trained experiment quickstart (2,020,257 parameters) for 2,340 steps (149,760 images) in 9 min 13 s "
         "on cpu at precision bf16-mixed (271 images/s). "
         "The loss ended at 0.03123 in training and 0.0345 on held-out images. "
-        "It left in logs/quickstart/one: a grid of samples (samples/grid.png), the reverse process as a GIF "
+        "Run folder: logs/quickstart/one, with a grid of samples (samples/grid.png), the reverse process as a GIF "
         "(samples/denoising.gif) and the checkpoint (checkpoints/last.ckpt). "
         "Sample from it with: "
         "python -m litdiffusion.sample ckpt=logs/quickstart/one/checkpoints/last.ckpt num_images=64"
@@ -38,15 +38,15 @@ def test_paragraph_tells_the_whole_run_on_one_line():
 
 
 @pytest.mark.parametrize("missing", list(SUMMARY))
-def test_what_is_missing_goes_unsaid(missing):
+def test_missing_values_are_left_out(missing):
     text = paragraph({key: value for key, value in SUMMARY.items() if key != missing}, RUN)
     assert "None" not in text
     assert "  " not in text
     assert "()" not in text
 
 
-def test_an_empty_summary_still_says_where():
-    assert paragraph({}, RUN) == "Trained a model. Everything lies in logs/quickstart/one."
+def test_an_empty_summary_still_names_the_folder():
+    assert paragraph({}, RUN) == "Trained a model. Run folder: logs/quickstart/one."
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,16 +33,6 @@ def same_handlers() -> Iterator[None]:
     before = [signal.getsignal(signum) for signum in signals]
     yield
     assert [signal.getsignal(signum) for signum in signals] == before
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the tests: another number of threads rounds differently
-    try:
-        return train_tiny(tmp_path_factory.mktemp("runs") / "undisturbed")
-    finally:
-        torch.set_num_threads(threads)
 
 
 def numbers(run_dir: Path) -> dict[str, Any]:
@@ -90,15 +81,13 @@ def kill(*args: Any) -> None:
     raise Killed
 
 
-def test_killed_after_the_last_step(
-    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_after_the_last_step(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     once(monkeypatch, SampleImages, "finish", kill)
     with pytest.raises(Killed):
         train_tiny(tmp_path)
     assert not (tmp_path / "summary.json").exists()
     train_tiny(tmp_path)
-    assert_same_end(tmp_path, undisturbed)
+    assert_same_end(tmp_path, trained)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +104,8 @@ def test_killed_at_its_second_end(
 ) -> None:
     """A run continued for longer: what it has written at its first end is not how it ended."""
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    for run_dir in (killed, undisturbed):
-        train_tiny(run_dir, "trainer.max_steps=2")
+    train_tiny(killed, "trainer.max_steps=2")
+    shutil.copytree(killed, undisturbed)
     train_tiny(undisturbed)
     with monkeypatch.context() as patched:
         once(patched, kind, method, kill)
@@ -140,7 +129,7 @@ def test_killed_at_its_second_end(
 def test_asked_to_stop_when_the_last_step_is(
     signum: signal.Signals,
     kind: type,
-    undisturbed: Path,
+    trained: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -153,7 +142,7 @@ def test_asked_to_stop_when_the_last_step_is(
     assert not (tmp_path / "samples" / "grid.png").exists()
     assert saved_step(tmp_path) == LAST_STEP
     train_tiny(tmp_path)
-    assert_same_end(tmp_path, undisturbed)
+    assert_same_end(tmp_path, trained)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +154,7 @@ def test_asked_to_stop_after_the_last_step_is_obeyed_at_once(
     signum: signal.Signals,
     kind: type,
     method: str,
-    undisturbed: Path,
+    trained: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -178,11 +167,11 @@ def test_asked_to_stop_after_the_last_step_is_obeyed_at_once(
         train_tiny(tmp_path)
     assert leaving.value.code == 128 + signum
     train_tiny(tmp_path)
-    assert_same_end(tmp_path, undisturbed)
+    assert_same_end(tmp_path, trained)
 
 
 def test_asked_to_stop_before_the_first_step(
-    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where Lightning's own handler would remember it, and end the run with exit code 0 and nothing saved."""
     once(monkeypatch, SampleImages, "on_train_start", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
@@ -191,15 +180,16 @@ def test_asked_to_stop_before_the_first_step(
     assert leaving.value.code == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step 0" in caplog.text
     train_tiny(tmp_path)
-    assert_same_end(tmp_path, undisturbed)
+    assert_same_end(tmp_path, trained)
 
 
-def test_a_summary_names_no_pictures_of_an_earlier_end(tmp_path: Path) -> None:
-    for step, overrides in ((2, ()), (LAST_STEP, ("callbacks.sample_images=null",))):
-        train_tiny(tmp_path, f"trainer.max_steps={step}", *overrides)
-        summary = json.loads((tmp_path / "summary.json").read_text())
+def test_a_summary_names_no_pictures_of_an_earlier_end(trained: Path, tmp_path: Path) -> None:
+    longer = Path(shutil.copytree(trained, tmp_path / "run"))
+    train_tiny(longer, f"trainer.max_steps={LAST_STEP + 1}", "callbacks.sample_images=null")
+    for run_dir, step in ((trained, LAST_STEP), (longer, LAST_STEP + 1)):
+        summary = json.loads((run_dir / "summary.json").read_text())
         assert summary["steps"] == step
-        assert [name in summary for name in ("grid", "gif")] == [step < LAST_STEP] * 2
+        assert [name in summary for name in ("grid", "gif")] == [run_dir == trained] * 2
 
 
 def test_a_run_that_stops_itself_says_so_and_is_finished(

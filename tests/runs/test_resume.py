@@ -193,14 +193,6 @@ def test_what_another_runs_checkpoint_cannot_do_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_has_come_further_than_it_shall_is_refused(tmp_path: Path) -> None:
-    train_tiny(tmp_path, *QUICK, "trainer.max_steps=3")
-    (tmp_path / "summary.json").unlink()  # as if it had been interrupted on its way to a later step
-    with pytest.raises(UserError, match="this run has come to step 3 already; give a larger"):
-        train_tiny(tmp_path, *QUICK, "trainer.max_steps=2")
-    assert not (tmp_path / "summary.json").exists()
-
-
 def test_a_run_folder_where_a_checkpoint_was_asked_for_leads_to_it(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=f"that is a run folder, whose newest is {trained}/checkpoints/last.ckpt"

@@ -249,7 +249,7 @@ def test_what_a_killed_job_was_writing_is_tidied_up(tmp_path: Path) -> None:
     torn.write_bytes(b"half")
     for name in (".hidden-note.txt", ".notes-abcdefgh.txt"):
         (tmp_path / name).write_text("the user's own")
-    train_tiny(tmp_path, "callbacks.sample_images=null")
+    train_tiny(tmp_path, "callbacks.sample_images=null", "datamodule.num_val=0", "trainer.max_steps=1")
     assert sorted(temporaries(tmp_path)) == [".hidden-note.txt", ".notes-abcdefgh.txt"]
 
 

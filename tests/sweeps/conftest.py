@@ -1,9 +1,7 @@
 import csv
 import io
 import json
-import logging
 import sys
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -156,13 +154,3 @@ def sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_logging: None)
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     return Sweeps(tmp_path)
-
-
-@pytest.fixture
-def quiet_logging() -> Iterator[None]:
-    """Hydra sets the root logger's handlers up for the streams of the moment."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers, root.level = handlers, level
-    logging.disable(logging.NOTSET)

@@ -36,7 +36,7 @@ def test_a_training_run_is_finished_by_its_last_step_and_its_configuration(train
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"steps": "10"}', "{}"])
-def test_what_cannot_be_read_is_not_finished(trained: Path, damage: str) -> None:
+def test_a_run_with_a_damaged_summary_is_not_finished(trained: Path, damage: str) -> None:
     (trained / "summary.json").write_text(damage)
     assert not training(trained).is_finished()
 
@@ -46,7 +46,7 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}
 
 
 @pytest.mark.parametrize("damage", ["", "seed: [", "- 1", BOMB])
-def test_an_illegible_configuration_is_not_finished(trained: Path, damage: str) -> None:
+def test_a_run_with_a_damaged_configuration_is_not_finished(trained: Path, damage: str) -> None:
     (trained / "config.yaml").write_text(damage)
     assert not training(trained).is_finished()
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from interrupted_runs import COMMAND, differences, finish, rows, start, wait_for
+from interrupted_runs import COMMAND, differences, finish, finish_here, rows, start, wait_for
 
 TWO = ["trainer=ddp_cpu"]
 TO_ROUNDING = ["net.dropout=0", "trainer.precision=32-true"]
@@ -51,7 +51,7 @@ def last_frame(path: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "alone"
-    finish(run_dir, *TO_ROUNDING, "trainer.max_steps=30")
+    finish_here(run_dir, *TO_ROUNDING, "trainer.max_steps=30")
     return run_dir
 
 
