@@ -1,6 +1,7 @@
 """python -m litdiffusion.evaluate: open a checkpoint, measure it on held-out images."""
 
-import litdiffusion.system.startup  # noqa: F401  # isort: skip
+import litdiffusion.system.startup  # isort: skip
+import litdiffusion.configuration.questions  # noqa: F401  # isort: skip
 
 import json
 import time

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from litdiffusion.configuration import require_allowed
-from litdiffusion.configuration.allowlist import trusted_packages
-from litdiffusion.errors import UserError
+from litdiffusion.configuration.allowlist import require_allowed, trusted_packages
 
 HARMLESS = {"_target_": "litdiffusion.diffusion.V"}
 

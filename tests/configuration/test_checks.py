@@ -8,15 +8,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from litdiffusion.configuration import (
-    build,
+from litdiffusion.configuration import build, require_values
+from litdiffusion.configuration.checks import require_compatible, validate
+from litdiffusion.configuration.hardware import (
     native_accelerator,
     native_precision,
-    require_compatible,
-    require_values,
-    validate,
+    num_devices,
+    resolve_hardware,
+    torch_device,
 )
-from litdiffusion.configuration.hardware import num_devices, resolve_hardware, torch_device
 from litdiffusion.configuration.nodes import refused
 from litdiffusion.errors import UserError
 

@@ -46,7 +46,17 @@ def test_overrides_may_stand_on_both_sides_of_an_option(command: Command) -> Non
         (["batch_size=64"], ["batch_size:", "nearest: datamodule.batch_size"]),
         (["schedul=linear"], ["schedul:", "nearest: schedule"]),
         (["net.dmi=3"], ["net.dmi", "nearest: net.dim"]),
-        (["sampler=ddpm", "sampler.eta=1"], ["sampler.eta", "sampler has: num_steps"]),
+        (["sampler=ddpm", "sampler.eta=1"], ["sampler.eta:", "for example: sampler=ddim sampler.eta=1"]),
+        (["beta_start=1"], ["beta_start:", "nearest: schedule.beta_start (with schedule=linear)"]),
+        (["ddim=3"], ["ddim:", "nearest: sampler=ddim"]),
+        (["timesteps=9"], ["timesteps:", "nearest: sampler.num_steps, schedule.num_steps\n"]),
+        (["edit=none"], ["edit: no such key"]),
+        (["hydra.run.dir=DIR"], ["hydra.run.dir=DIR:", "give run_dir=DIR"]),
+        (["hydra.output_subdir=sub"], ["hydra.output_subdir=sub:", "run_dir"]),
+        (["hydra.job.chdir=true"], ["hydra.job.chdir=true:", "run_dir"]),
+        (["hydra.sweep.dir=DIR"], ["hydra.sweep.dir=DIR:", "add -m, or give run_dir=DIR"]),
+        (["hydra.launcher.jobs=2"], ["hydra.launcher.jobs=2:", "add -m"]),
+        (["-m", "hydra.sweeper.params.seed=1,2"], ["add it with +hydra.sweeper.params.seed=1,2"]),
         (["seed=1", "net.dmi=3", "schedule=cosine"], ["net.dmi", "nearest: net.dim"]),
         (["optimizer.amsgrad=true"], ["optimizer.amsgrad", "AdamW takes it", "+optimizer.amsgrad=true"]),
         (["+optimizer.amsgard=true"], ["optimizer.amsgard", "nearest: amsgrad"]),
@@ -59,8 +69,8 @@ def test_overrides_may_stand_on_both_sides_of_an_option(command: Command) -> Non
         (["experiment=not_yaml"], ["not_yaml.yaml, line 1"]),
         (["experiment=half_open"], ["seed: "]),
         (["schedule@other=cosine"], ["schedule@other", "+schedule@other=cosine"]),
-        (["hydra.run.dri=x"], ["hydra.run.dri", "nearest: hydra.run.dir"]),
-        (["hydra/launcher=slurm"], ["hydra/launcher=slurm", "basic"]),
+        (["hydra.verbos=x"], ["hydra.verbos", "nearest: hydra.verbose"]),
+        (["-m", "hydra/launcher=slurm"], ["hydra/launcher=slurm", "basic"]),
         (["nonsense=1"], ["nonsense", "--cfg job"]),
         (["seed"], ["seed:", "key=value"]),
         (["--seed", "3"], ["--seed", "key=value"]),
@@ -81,7 +91,7 @@ def test_overrides_may_stand_on_both_sides_of_an_option(command: Command) -> Non
         (["+net.dropout=3.0"], ["net.dropout=3.0"]),
         (["seed=1003"], ["seed: 1003 is unlucky; take another"]),
         (["-m", "schedule=linear,cosin"], ["schedule=cosin:", "nearest: cosine"]),
-        (["-m", "sampler=ddim,ddpm", "sampler.eta=1"], ["sampler.eta", "sampler has: num_steps"]),
+        (["-m", "sampler=ddim,ddpm", "sampler.eta=1"], ["for example: sampler=ddim sampler.eta=1"]),
         (["-m", "seed=1,2", "run_dir=here"], ["run_dir=here", "seed", "${hydra:job.num}"]),
         (["sweep=seeds", "run_dir=here"], ["run_dir=here", "sweep", "${hydra:job.num}"]),
         (["-m", "seed=1,2", "run_dir=a b=c"], ["run_dir=a b=c", "quote"]),
@@ -99,6 +109,7 @@ def test_mistakes_end_in_one_line(command: Command, arguments: list[str], named:
 def test_mistake_leaves_nothing_behind(command: Command) -> None:
     command("net.dim=abc")
     command("schedule=liner", "run_dir=here")
+    command("hydra.run.dir=here")
     assert list(Path.cwd().iterdir()) == []
 
 
@@ -179,7 +190,11 @@ def test_bug_in_a_sweep_keeps_its_traceback(command: Command) -> None:
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        (["--help"], "schedule: cosine, linear, quadratic"),
+        (
+            ["--help"],
+            "\n  schedule=linear             how fast it falls\n" + " " * 30 + "cosine, linear, quadratic\n",
+        ),
+        (["--help"], "\n  seed=0\n  run_dir\n"),
         (["--cfg", "job"], "batch_size: 128"),
         (["--cfg", "job", "--resolve"], "run_dir: logs/default/"),
         (["--info", "searchpath"], "Config search path"),
@@ -208,7 +223,8 @@ def test_the_package_finds_its_own_configuration() -> None:
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
-from litdiffusion.configuration import entry_point, validate
+from litdiffusion.configuration import entry_point
+from litdiffusion.configuration.checks import validate
 
 @entry_point("train", Path(sys.argv.pop(1)))
 def main(cfg):
