@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from litdiffusion.configuration.allowlist import require_allowed, trusted_packages
+from litdiffusion.errors import UserError
 
 HARMLESS = {"_target_": "litdiffusion.diffusion.V"}
 
