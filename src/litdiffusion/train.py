@@ -16,6 +16,7 @@ from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import entry_point
 from litdiffusion.configuration.nodes import build, refused
 from litdiffusion.configuration.resolvers import chosen_experiment
+from litdiffusion.configuration.sweeps import typed
 from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.errors import UserError
 from litdiffusion.inference import MODEL_PARTS
@@ -99,7 +100,9 @@ def train(run: Run, started: float) -> int | None:
                 summarize(run, trainer, module, loggers, started)
     except Interrupted as interrupted:
         if run.is_first:
-            log.warning("%s: the same command with run_dir=%s continues", interrupted, run.folder.path)
+            log.warning(
+                "%s: the same command with %s continues", interrupted, typed("run_dir", run.folder.path)
+            )
         return interrupted.signum
     finally:
         stop_child_observer()

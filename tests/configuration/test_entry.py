@@ -47,7 +47,10 @@ def test_overrides_may_stand_on_both_sides_of_an_option(command: Command) -> Non
         (["schedul=linear"], ["schedul:", "nearest: schedule"]),
         (["net.dmi=3"], ["net.dmi", "nearest: net.dim"]),
         (["sampler=ddpm", "sampler.eta=1"], ["sampler.eta:", "for example: sampler=ddim sampler.eta=1"]),
-        (["beta_start=1"], ["beta_start:", "nearest: schedule.beta_start (with schedule=linear)"]),
+        (
+            ["schedule=cosine", "beta_start=1"],
+            ["beta_start:", "nearest: schedule.beta_start (with schedule=linear)"],
+        ),
         (["ddim=3"], ["ddim:", "nearest: sampler=ddim"]),
         (["timesteps=9"], ["timesteps:", "nearest: sampler.num_steps, schedule.num_steps\n"]),
         (["edit=none"], ["edit: no such key"]),
@@ -73,6 +76,8 @@ def test_overrides_may_stand_on_both_sides_of_an_option(command: Command) -> Non
         (["-m", "hydra/launcher=slurm"], ["hydra/launcher=slurm", "basic"]),
         (["nonsense=1"], ["nonsense", "--cfg job"]),
         (["seed"], ["seed:", "key=value"]),
+        (["run_dir=my", "runs/a"], ["runs/a:", "run_dir='my runs/a', in make ARGS=\"run_dir='my runs/a'\""]),
+        (["run_dir=it's"], ["run_dir=it's:", """'run_dir="it'"'"'s"'"""]),
         (["--seed", "3"], ["--seed", "key=value"]),
         (["run_dir=a (1)"], ["run_dir=a (1)", "'run_dir=\"a (1)\"'"]),
         (["seed=1,2"], ["seed=1,2", "-m"]),
@@ -192,7 +197,7 @@ def test_bug_in_a_sweep_keeps_its_traceback(command: Command) -> None:
     [
         (
             ["--help"],
-            "\n  schedule=linear             how fast it falls\n" + " " * 30 + "cosine, linear, quadratic\n",
+            f"\n  {'schedule=linear':27} how fast it falls\n{'cosine, linear, quadratic':>55}\n",
         ),
         (["--help"], "\n  seed=0\n  run_dir\n"),
         (["--cfg", "job"], "batch_size: 128"),

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from litdiffusion.configuration.messages import dotted_items, nearest, suggestion
 from litdiffusion.configuration.nodes import takes
+from litdiffusion.configuration.sweeps import typed
 from litdiffusion.errors import UserError
 
 OF_SWEEPS = ("hydra.sweep.", "hydra.sweeper.", "hydra/sweeper", "hydra.launcher.", "hydra/launcher")
@@ -64,8 +65,8 @@ def find_fault(command: CommandLine) -> str | None:
     """Return one line about the first override that cannot work, or None where each of them could."""
     with initialize_config_dir(config_dir=command.config_dir, version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        for text in command.overrides:
-            fault = _syntax_fault(text)
+        for before, text in itertools.pairwise(["", *command.overrides]):
+            fault = _syntax_fault(text, before)
             if fault is not None:
                 return fault
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(command.overrides)
@@ -118,14 +119,16 @@ class _Repository:
         return found
 
 
-def _syntax_fault(text: str) -> str | None:
+def _syntax_fault(text: str, before: str) -> str | None:
     try:
         OverridesParser.create().parse_overrides([text])
     except HydraException:
         if "=" not in text:
-            return f"{text}: overrides are written key=value"
+            line = f"{text}: overrides are written key=value"
+            whole = f"{before} {text}".replace("=", "='", 1) + "'"
+            return f'{line}; or, with the one before, {whole}, in make ARGS="{whole}"' if before else line
         key, _, value = text.partition("=")
-        return f"{text}: cannot be read; quote a value that holds spaces or signs: '{key}=\"{value}\"'"
+        return f"{text}: cannot be read; quote a value that holds spaces or signs: {typed(key, value)}"
     return None
 
 

@@ -1,10 +1,9 @@
 """The end of a run in one paragraph: what was trained, how well, and where everything lies."""
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from litdiffusion.configuration.sweeps import quoted
+from litdiffusion.configuration.sweeps import typed
 
 PICTURES = {
     "grid": "a grid of samples",
@@ -27,12 +26,11 @@ def paragraph(summary: Mapping[str, object], run_dir: Path) -> str:
     sentences = [_trained(summary), _losses(summary), _places(summary, run_dir)]
     checkpoint = summary.get("checkpoint")
     if checkpoint is not None:
-        options = {"ckpt": str(checkpoint), "num_images": "64", "out": str(run_dir / "sampled")}
-        command = "python -m litdiffusion.sample"
-        command += "".join(f" {shlex.quote(f'{key}={quoted(value)}')}" for key, value in options.items())
+        options = {"ckpt": checkpoint, "num_images": 64, "out": run_dir / "sampled"}
+        command = " ".join(["python -m litdiffusion.sample", *(typed(*option) for option in options.items())])
         trust = summary.get("trust")
         if isinstance(trust, list) and trust:
-            command += f" trust=[{','.join(trust)}]"
+            command += f" 'trust=[{','.join(trust)}]'"
         sentences.append(f"Sample from it with: {command}")
     return " ".join(sentence for sentence in sentences if sentence)
 
