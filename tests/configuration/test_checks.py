@@ -154,6 +154,10 @@ def test_torchruns_processes_are_those_of_the_run(
         ({"trainer__limit_train_batches": 1}, ["trainer.limit_train_batches=1", "trainer.max_steps"]),
         ({"trainer__fast_dev_run": True}, ["trainer.fast_dev_run=True", "trainer.max_steps"]),
         ({"trainer__strategy": "ddp_notebook"}, ["trainer.strategy=ddp_notebook", "use ddp"]),
+        (
+            {"trainer__devices": 2, "datamodule__num_val": 1},
+            ["datamodule.num_val=1: each of 2 processes", "datamodule.num_val=2, or 0"],
+        ),
         ({"trainer__devices": 0}, ["trainer.devices=0"]),
         ({"trainer__devices": "many"}, ["trainer.devices='many'", "auto"]),
         ({"datamodule__batch_size": 0}, ["datamodule.batch_size=0"]),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,6 +220,22 @@ def test_tab_completion(command: Command, monkeypatch: pytest.MonkeyPatch) -> No
     code, out, _ = command("-sc", "query=bash")
     assert code == 0
     assert {"schedule=linear", "schedule=cosine", "schedule=quadratic"} <= set(out.split())
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_tab_completes_what_people_type_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit(3)")
+    line = f"{sys.executable} -m litdiffusion.sample -m ckpt=a sampler=ddp"
+    script = (
+        f"source {config_folder().parent}/scripts/completion.bash; COMP_LINE='{line}' COMP_WORDS=({line})"
+    )
+    found = subprocess.run(
+        ["bash", "-c", f"{script} COMP_CWORD=5; _litdiffusion; echo ${{COMPREPLY[*]}}"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(litdiffusion.__file__).parents[1]}"},
+        capture_output=True,
+        text=True,
+    )
+    assert (found.stdout, found.stderr) == ("sampler=ddpm\n", "")
 
 
 def test_the_package_finds_its_own_configuration() -> None:

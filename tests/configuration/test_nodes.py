@@ -224,6 +224,23 @@ def test_build_says_which_node_was_refused(node: dict[str, Any], line: str) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_build_says_where_a_refused_value_is_written() -> None:
+    cfg = OmegaConf.create(
+        {
+            "width": "${groups}",
+            "groups": 3,
+            "net": NET | {"groups": "${width}"},
+            "denoiser": DENOISER | {"net": "${net}"},
+        }
+    )
+    for _ in range(2):  # Hydra resolves what it builds in place
+        with pytest.raises(UserError, match=r"^groups=3 does not divide"):
+            build(cfg.denoiser, "denoiser")
+    cfg.net.groups = 3
+    with pytest.raises(UserError, match=r"^net\.groups=3 does not divide"):
+        build(cfg.denoiser, "denoiser")
+
+
 def test_build_leaves_bugs_alone() -> None:
     cfg = OmegaConf.create({"node": {"_target_": "operator.truediv", "_args_": [1, 0]}})
     with pytest.raises(Exception, match="ZeroDivisionError") as caught:

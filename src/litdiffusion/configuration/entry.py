@@ -146,7 +146,8 @@ def _run(job: _Job, config_name: str, config_dir: str) -> None:
         job(cfg)
 
     try:
-        require_effect(command)
+        if process_rank() == 0:  # Lightning gives the processes that it starts a hydra.run.dir of its own
+            require_effect(command)
         if multirun:
             require_own_folders(arguments.overrides)
         with sweep_command(_options(arguments), job.wants_traceback) as sweep:

@@ -126,6 +126,11 @@ def one_line(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+def shown(value: Any) -> Any:
+    """Return a value as one writes it: null for None."""
+    return "null" if value is None else value
+
+
 def needs_value(key: str) -> str:
     """Return the line for a mandatory value that nobody gave."""
     return f"{key}: needs a value; give it as {key}=VALUE"
