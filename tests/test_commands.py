@@ -216,6 +216,10 @@ REFUSED = {
     "a head of nothing": (["net.heads=0"], ["error: net.heads=0"]),
     "a word for a seed": (["seed=abc"], ["error: seed: 'abc'"]),
     "a float for steps": (["trainer.max_steps=1e3"], ["error: trainer.max_steps: 1000.0"]),
+    "epochs": (
+        ["trainer.max_epochs=3"],
+        ["trainer.max_epochs: a run's length is counted in steps; use trainer.max_steps"],
+    ),
     "a number for a switch": (["schedule=linear", "rescale_betas=3"], ["error: rescale_betas: 3"]),
     "a sampler's range": (["sampler.eta=2"], ["error: sampler.eta=2"]),
     "a sampler's number that is none": (

@@ -15,6 +15,7 @@ from litdiffusion.configuration.allowlist import trusted_packages
 from litdiffusion.configuration.hardware import machine_memory, num_devices, resolve_hardware
 from litdiffusion.configuration.messages import needs_value, shown
 from litdiffusion.configuration.nodes import Supplied, arguments_of, require_arguments, require_values
+from litdiffusion.configuration.overrides import WHOLE_RUN
 from litdiffusion.configuration.resolvers import is_sweep
 from litdiffusion.configuration.sweeps import require_own_folders
 from litdiffusion.errors import UserError
@@ -34,14 +35,6 @@ BOUNDS: dict[str, tuple[int, int | None]] = {
     "trainer.accumulate_grad_batches": (1, None),
 }
 """Whole numbers that no constructor of ours checks: the smallest and the largest value."""
-
-WHOLE_RUN = {
-    "max_time": [],
-    "limit_train_batches": ["1.0"],  # 1 is a single batch
-    "overfit_batches": ["0", "0.0"],
-    "fast_dev_run": ["False", "0"],
-}
-"""Arguments of the trainer that would shorten a run, and the values, besides null, with which they do not."""
 
 
 def validate(cfg: DictConfig, supplied: Supplied | None = None) -> None:
@@ -150,18 +143,13 @@ def _require_length(cfg: DictConfig) -> None:
     trainer = cfg.get("trainer")
     if not isinstance(trainer, DictConfig) or "optimizer" not in cfg:
         return
-    if trainer.get("max_epochs") not in (None, -1):
-        batch_size = OmegaConf.select(cfg, "datamodule.batch_size")
-        raise UserError(
-            f"trainer.max_epochs={trainer.max_epochs}: a run's length is counted in steps; give "
-            f"trainer.max_steps = epochs x training images / batch size ({batch_size}) instead"
-        )
     for name, harmless in WHOLE_RUN.items():
         given = trainer.get(name)
         if given is not None and str(given) not in harmless:
+            batch_size = OmegaConf.select(cfg, "datamodule.batch_size")
             raise UserError(
-                f"trainer.{name}={given}: a run's length is counted in steps, or it could not be continued;"
-                " use trainer.max_steps"
+                f"trainer.{name}={given}: a run's length is counted in steps; use trainer.max_steps (an epoch:"
+                f" training images / {batch_size})"
             )
     clip = trainer.get("gradient_clip_val")
     if isinstance(clip, int | float) and clip <= 0:

@@ -124,6 +124,8 @@ def refused(node: str = "") -> Iterator[None]:
 def _with_key(root: Any, where: str, text: str) -> str:
     """Put the key in front of what a constructor says of an argument of the node at ``where``, or of the node."""
     refused, (name, _, rest) = OmegaConf.select(root, where), text.partition("=")
+    if re.fullmatch(r"\w+(\.\w+)+", name):  # a constructor that names the key of another node
+        return text
     if not (isinstance(refused, DictConfig) and takes(refused, name)):
         return f"{_where_written(root, where)}: {text}"
     return f"{_where_written(root, f'{where}.{name}')}={rest}"

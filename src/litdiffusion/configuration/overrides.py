@@ -26,6 +26,15 @@ from litdiffusion.configuration.sweeps import typed
 from litdiffusion.errors import UserError
 
 OF_SWEEPS = ("hydra.sweep.", "hydra.sweeper.", "hydra/sweeper", "hydra.launcher.", "hydra/launcher")
+WHOLE_RUN = {
+    "max_epochs": ["-1"],
+    "max_time": [],
+    "limit_train_batches": ["1.0"],  # 1 is a single batch
+    "overfit_batches": ["0", "0.0"],
+    "fast_dev_run": ["False", "0"],
+}
+"""Arguments of the trainer that would shorten a run, and the values, besides null, with which they do not."""
+
 MAX_COMBINATIONS = 16
 """The most combinations of a sweep's choices to look at: the keys differ from one to the next."""
 
@@ -190,6 +199,8 @@ def _key_fault(override: Override, cfg: DictConfig, groups: list[str], others: d
         return f"{key}: exists already; write {line[1:]} to change it"
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(cfg, parent, throw_on_resolution_failure=False) if parent else None
+    if parent == "trainer" and name in WHOLE_RUN:
+        return f"{key}: a run's length is counted in steps; use trainer.max_steps"
     if isinstance(node, DictConfig) and takes(node, name):
         return f"{key}: not in the configuration, but {node._target_} takes it; add it with +{line}"
     if key in others and not override.is_delete():
