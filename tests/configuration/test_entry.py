@@ -83,6 +83,7 @@ def test_overrides_may_stand_on_both_sides_of_an_option(command: Command) -> Non
         (["run_dir=a (1)"], ["run_dir=a (1)", "'run_dir=\"a (1)\"'"]),
         (["seed=1,2"], ["seed=1,2", "-m"]),
         (["--config-name", "trein"], ["trein"]),
+        (["--package", "net"], ["--package=net:", "--cfg job"]),
         (["--config-dir", "nowhere"], ["nowhere"]),
         (["--multirun", "--cfg", "job"], ["--multirun"]),
         (["net.dim=abc"], ["net.dim: 'abc' is not an int (UNet.dim)"]),

@@ -97,6 +97,17 @@ def test_rate_and_time_left_count_the_training_and_pauses_by_their_share(
     assert max(map(len, terminal.frames())) < 80
 
 
+def test_a_log_file_gets_whole_lines_and_of_short_pauses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", log := io.StringIO())
+    run = Run(monkeypatch, max_steps=200)
+    run.train(100)
+    run.validate(20.0)
+    assert "validation" not in log.getvalue()
+    run.validate(100.0)
+    assert re.findall(r"validation +(\d+)%", log.getvalue()) == ["50", "75", "100"]
+    assert "\x1b" not in log.getvalue()
+
+
 def test_what_follows_the_last_step_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     terminal = show_on_terminal(monkeypatch)
     train_tiny(tmp_path)

@@ -146,6 +146,10 @@ def _run(job: _Job, config_name: str, config_dir: str) -> None:
         job(cfg)
 
     try:
+        if arguments.package and not arguments.cfg:
+            raise UserError(
+                f"--package={arguments.package}: shows a part of the configuration, with --cfg job"
+            )
         if process_rank() == 0:  # Lightning gives the processes that it starts a hydra.run.dir of its own
             require_effect(command)
         if multirun:

@@ -148,8 +148,10 @@ def _choice_fault(override: Override, repository: _Repository, base: DictConfig)
     if not choices or override.is_delete():
         return None
     if not override.is_add() and override.get_key_element() not in base.hydra.runtime.choices:
-        way_out = f"; add it with +{override.input_line}" if "@" in override.get_key_element() else ""
-        return f"{override.get_key_element()}: not a part of {base.hydra.job.config_name}'s configuration{way_out}"
+        line = f"{override.get_key_element()}: not a part of this configuration"
+        if "@" in override.get_key_element():
+            return f"{line}; add it with +{override.input_line}"
+        return f"{line}; {base.hydra.job.config_name} has no use for it"
     if not override.is_sweep_override():
         value = override.value()
         if isinstance(value, dict):

@@ -17,8 +17,6 @@ PAUSE = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, ETA {
 LOOK_SECONDS = 0.5
 LINE_SECONDS = 30.0
 """Where stderr is no terminal (a log file), one line this often instead of a moving bar."""
-WIDEST = 100
-"""Columns of the widest bar."""
 
 
 class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
@@ -30,12 +28,12 @@ class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
 
     def __init__(self, form: str, total: int, **settings: Any) -> None:
         self.pauses = 0.0
-        self.terminal = sys.stderr.isatty()
+        terminal = sys.stderr.isatty()
         super().__init__(
             total=total,
-            bar_format=form if self.terminal else f"{form}\n",
-            dynamic_ncols=self.terminal,
-            mininterval=LOOK_SECONDS if self.terminal else LINE_SECONDS,
+            bar_format=form if terminal else f"{form}\n",
+            dynamic_ncols=terminal,
+            mininterval=LOOK_SECONDS if terminal else LINE_SECONDS,
             maxinterval=LINE_SECONDS,
             **settings,
         )
@@ -50,7 +48,6 @@ class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
             left = self.format_interval((self.total - self.n) * (pace + self.pauses / done))
         return {
             **found,
-            "ncols": self.ncols and min(self.ncols, WIDEST),
             "whole": self.format_interval(elapsed + self.pauses),
             "left": left,
         }
@@ -122,9 +119,11 @@ class Progress(ProgressBar):
 
     def pause(self, name: str, total: int) -> None:
         """Show how far something else is, the training's clock standing still."""
-        if self._bar is not None:
+        log = not sys.stderr.isatty()
+        if self._bar is not None and not log:
             self._bar.refresh()  # the step it has come to
-        self._pause = Bar(PAUSE, total, desc=name, leave=False, disable=not self._enabled)
+        place: dict[str, Any] = {"position": 0, "delay": LINE_SECONDS} if log else {"leave": False}
+        self._pause = Bar(PAUSE, total, desc=name, disable=not self._enabled, **place)
 
     def advance(self) -> None:
         """Move its bar."""
