@@ -71,7 +71,7 @@ def test_sound_configuration_passes() -> None:
     assemble(cfg)
     assert cfg.trainer.accelerator == native_accelerator()
     assert cfg.trainer.precision in ("32-true", "bf16-mixed")
-    assert cfg.copy == 0
+    assert cfg["copy"] == 0
 
 
 def test_interpolation_that_leads_nowhere_is_not_its_own_remedy() -> None:

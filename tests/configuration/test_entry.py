@@ -67,7 +67,7 @@ def test_overrides_may_stand_on_both_sides_of_an_option(command: Command) -> Non
         (["+seed=3"], ["seed: exists already", "seed=3"]),
         (["~net.foo"], ["net.foo", "no such key"]),
         (["~net"], ["net: needed here", "~net"]),
-        (["net=null"], ["net=null", "~net", "unet"]),
+        (["net=null"], ["error: net=null: no such choice; there are: unet\n"]),
         (["experiment=smal"], ["experiment=smal", "nearest: small"]),
         (["experiment=wrong_choice"], ["schedule=liner", "file", "nearest: linear"]),
         (["experiment=not_yaml"], ["not_yaml.yaml, line 1"]),

@@ -118,11 +118,8 @@ class _Repository:
             for path in sorted(folder.glob(f"{group}/*.yaml")):
                 text = path.read_text(encoding="utf-8").lstrip()
                 with suppress(Exception):  # what is no YAML is reported where it is chosen
-                    node = (
-                        {}
-                        if text.startswith("# @package")
-                        else OmegaConf.to_container(OmegaConf.create(text))
-                    )
+                    plain = "" if text.startswith("# @package") else text
+                    node = OmegaConf.to_container(OmegaConf.create(plain))
                     keys = [key for key, _ in dotted_items(node, f"{group}.") if ".defaults" not in key]
                     found = dict.fromkeys([path.stem, *keys], f"{group}={path.stem}") | found
         return found
@@ -157,9 +154,9 @@ def _choice_fault(override: Override, repository: _Repository, base: DictConfig)
         if isinstance(value, dict):
             return None
         if value is None:
-            chosen = base.hydra.runtime.choices.get(group)
-            way_out = f"~{group} leaves the group out" if chosen else f"without {group}=... there is none"
-            return f"{group}=null: no such choice; {way_out}{suggestion('null', choices)}"
+            unchosen = "" if base.hydra.runtime.choices.get(group) else f"; without {group}=... there is none"
+            way_out = f"; {group}=none leaves it out" if "none" in choices else unchosen
+            return f"{group}=null: no such choice{way_out}{suggestion('null', choices)}"
     for choice in _asked(override):
         if choice not in choices:
             return f"{group}={choice}: no such choice{suggestion(choice, choices, listed=40)}"

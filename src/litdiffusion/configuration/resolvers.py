@@ -122,7 +122,10 @@ def command_help(*, _root_: DictConfig) -> str:
     for line in Path(folder, f"{hydra.job.config_name}.yaml").read_text(encoding="utf-8").splitlines():
         if (found := _GROUP.match(line)) and found[1] != "hydra":
             choices = ", ".join(each for each in loader.get_group_options(found[1]) if each != "default")
-            groups += [_row(f"{found[1]}={found[2]}", found[3]), *([_row("", choices)] if choices else [])]
+            groups += [
+                _row(found[1] if found[2] == "null" else f"{found[1]}={found[2]}", found[3]),
+                *([_row("", choices)] if choices else []),
+            ]
         elif found := _KEY.match(line):
             keys.append(
                 _row(found[1] if found[2].startswith(("$", "?")) else f"{found[1]}={found[2]}", found[3])
