@@ -19,6 +19,7 @@ from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import config_folder
 from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.diffusion import Network
+from litdiffusion.errors import UserError
 from litdiffusion.nn import DiT
 from litdiffusion.reporting.images import to_uint8
 
@@ -218,7 +219,7 @@ REFUSED = {
     "a float for steps": (["trainer.max_steps=1e3"], ["error: trainer.max_steps: 1000.0"]),
     "epochs": (
         ["trainer.max_epochs=3"],
-        ["trainer.max_epochs: a run's length is counted in steps; use trainer.max_steps"],
+        ["trainer.max_epochs: a run's length is counted in steps"],
     ),
     "a number for a switch": (["schedule=linear", "rescale_betas=3"], ["error: rescale_betas: 3"]),
     "a sampler's range": (["sampler.eta=2"], ["error: sampler.eta=2"]),
@@ -393,6 +394,10 @@ def test_without_validation_nothing_warns(tmp_path: Path, recwarn: pytest.Warnin
     train_tiny(tmp_path, "datamodule.num_val=0", "callbacks.sample_images=null")
     assert [str(warning.message) for warning in recwarn if "zero" in str(warning.message)] == []
     assert json.loads((tmp_path / "summary.json").read_text())["val_loss"] is None
+    # All images are trained on, so there are none to measure this checkpoint on.
+    ckpt = f"ckpt={tmp_path / 'checkpoints' / 'last.ckpt'}"
+    with pytest.raises(UserError, match=r"no images of digits were held out .*num_val=0\): .*give data="):
+        run("evaluate", ckpt, f"out={tmp_path / 'out'}", "device=cpu")
 
 
 def test_several_experiments_have_one_name() -> None:

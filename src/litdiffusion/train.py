@@ -33,7 +33,7 @@ from litdiffusion.training.callbacks.attached import get_callback, images_seen
 from litdiffusion.training.callbacks.interruption import ending_at_once, stop_child_observer, stopping_at_once
 from litdiffusion.training.loggers.base import RunLogger, close_loggers, complete_loggers, open_loggers
 from litdiffusion.training.module import LitDiffusion
-from litdiffusion.training.trainer import build_loggers, build_trainer, validate_and_sample
+from litdiffusion.training.trainer import build_loggers, build_trainer, reason_to_stop, validate_and_sample
 
 log = logging.getLogger("litdiffusion.train")  # run as a script, __name__ is __main__
 
@@ -70,11 +70,12 @@ def train(run: Run, started: float) -> int | None:
         build(run.cfg.sampler, "sampler").require_support(module.denoiser)
     optimizer = module.configure_optimizers()["optimizer"]
     if run.resumption:
-        run.resumption.require_fitting(module.state_dict(), optimizer)
+        run.resumption.require_fitting(module, optimizer)
     run.folder.require_usable()
     loggers = build_loggers(run.cfg)
     trainer = build_trainer(run.cfg, loggers)
 
+    datamodule.trainer = trainer  # it knows how many processes hold the images, and whether they go to a GPU
     datamodule.prepare_data()
     datamodule.setup("fit")
     run.begin(datamodule.fingerprint())
@@ -83,22 +84,28 @@ def train(run: Run, started: float) -> int | None:
             model_config=run.model_config,
             data_config=without_secrets(run.config["data"], SECRET_KEY),
             held_out=datamodule.held_out_fingerprint(),
+            class_names=datamodule.source.class_names,
         )
     log.info(
         f"{f'Continuing from step {run.step} of' if run.resumption else 'Training'} {trainer.max_steps:,} steps:"
         f" {num_parameters(module):,} parameters on {trainer.strategy.root_device}, {trainer.precision}."
         f" Run folder: {run.folder.path}"
     )
+    exit_code = 1
     try:
         images_per_step = trainer.accumulate_grad_batches * datamodule.batch_size
         open_loggers(loggers, run, run.step, images_per_step)
         with children_end_with_this(), ending_at_once() if trainer.world_size > 1 else nullcontext():
             trainer.fit(module, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
+        if reason := reason_to_stop(trainer):
+            log.info("Stopped at step %d of %d: %s", trainer.global_step, trainer.max_steps, reason)
         with stopping_at_once(trainer):
             validate_and_sample(trainer, module, run)
             if trainer.is_global_zero:
                 summarize(run, trainer, module, loggers, started)
+        exit_code = 0
     except Interrupted as interrupted:
+        exit_code = 128 + interrupted.signum
         if run.is_first:
             log.warning(
                 "%s: the same command with %s continues", interrupted, typed("run_dir", run.folder.path)
@@ -106,7 +113,7 @@ def train(run: Run, started: float) -> int | None:
         return interrupted.signum
     finally:
         stop_child_observer()
-        close_loggers(loggers)
+        close_loggers(loggers, exit_code)
     return None
 
 
@@ -114,6 +121,7 @@ def summarize(
     run: Run, trainer: Trainer, module: LitDiffusion, loggers: list[RunLogger], started: float
 ) -> None:
     """Draw the curves, write and print the summary."""
+    reason = reason_to_stop(trainer)
     monitor, saving = get_callback(trainer, Monitor), get_callback(trainer, SaveCheckpoints)
     if run.folder.metrics.exists():
         curves(run.folder.metrics, run.folder.curves, module.metrics)
@@ -125,6 +133,7 @@ def summarize(
         "experiment": chosen_experiment(),
         "seed": run.config["seed"],
         "steps": trainer.global_step,
+        **({"stopped": reason, "max_steps": trainer.max_steps} if reason else {}),
         "images_seen": images_seen(trainer),
         "wall_seconds": round(time.perf_counter() - started, 1),
         "images_per_second": round(monitor.images_per_second, 1) if monitor else None,
@@ -146,7 +155,10 @@ def report_end(run: Run) -> None:
     """Print how a finished run ended, and send dashboards what they lack."""
     if run.is_first:
         summary = run.folder.read_summary()
-        print(f"This run is finished, at step {summary['steps']:,}; a larger trainer.max_steps continues it.")
+        reason = f" ({summary['stopped']})" if "stopped" in summary else ""
+        print(
+            f"This run is finished, at step {summary['steps']:,}{reason}; a larger trainer.max_steps continues it."
+        )
         print(paragraph(summary, run.folder.path), flush=True)
         try:
             complete_loggers(build_loggers(run.cfg), run)

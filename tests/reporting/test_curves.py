@@ -84,6 +84,15 @@ def test_each_further_metric_that_was_logged_has_a_panel(tmp_path):
         assert image.size == (1056, 660)
 
 
+def test_what_a_researcher_logs_has_a_panel(tmp_path):
+    rows = [row | {"train/x": row["step"], "lr-Adam": 1.0} for row in run(60)]
+    columns = [*COLUMNS, "train/x", "lr-Adam"]
+    path, png = write(tmp_path / "metrics.csv", rows, columns), tmp_path / "curves.png"
+    curves(path, png, ["loss"])
+    with Image.open(png) as image:
+        assert image.size == (1056, 990)
+
+
 def test_curves_do_without_pyplot_and_pictures_without_matplotlib(tmp_path):
     path = write(tmp_path / "metrics.csv", run(3), COLUMNS)
     program = f"""

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
 
 from commands import train_tiny
+from litdiffusion import train
 from litdiffusion.errors import UserError
 from litdiffusion.runs.folder import RunFolder
 from litdiffusion.runs.metrics import read_rows
-from litdiffusion.training.callbacks import Monitor, SampleImages, SaveCheckpoints
+from litdiffusion.training.callbacks import Interrupted, Monitor, SampleImages, SaveCheckpoints
+from litdiffusion.training.loggers import CSVLogger
 from litdiffusion.training.module import LitDiffusion
 
 pytestmark = pytest.mark.usefixtures("one_thread", "same_handlers")
@@ -197,3 +200,58 @@ def test_a_summary_names_no_pictures_of_an_earlier_end(tmp_path: Path) -> None:
         summary = json.loads((tmp_path / "summary.json").read_text())
         assert summary["steps"] == step
         assert [name in summary for name in ("grid", "gif")] == [step < LAST_STEP] * 2
+
+
+def test_a_run_that_stops_itself_says_so_and_is_finished(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    early = {
+        "_target_": "lightning.pytorch.callbacks.EarlyStopping",
+        "monitor": "val/loss",
+        "patience": 1,
+        "min_delta": 100,  # nothing is an improvement but the first
+    }
+    command = [f"+callbacks.early.{name}={value}" for name, value in early.items()]
+    command += ["trainer.max_steps=20", "trainer.val_check_interval=2", "lr_scheduler=constant"]
+    command += ["callbacks.sample_images=null"]
+    caplog.set_level("INFO")
+    train_tiny(tmp_path, *command)
+    reason = "Monitored metric val/loss did not improve in the last 1 records. Best score: "
+    assert f"Stopped at step 4 of 20: {reason}" in caplog.text
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == saved_step(tmp_path) == 4
+    assert summary["stopped"].startswith(reason)
+
+    train_tiny(tmp_path, *command)
+    assert f"This run is finished, at step 4 ({reason}" in capsys.readouterr().out
+    (tmp_path / "summary.json").unlink()  # killed before it was written
+    train_tiny(tmp_path, *command)
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == saved_step(tmp_path) == 4
+
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    train_tiny(tmp_path / "other", *command[-3:], "trainer.max_steps=6", f"resume={last}")
+    assert saved_step(tmp_path / "other") == 6
+    train_tiny(tmp_path, *command, "trainer.max_steps=21", "callbacks.early.patience=2")
+    assert saved_step(tmp_path) > 4
+
+
+@pytest.mark.parametrize("ending", [Interrupted(signal.SIGTERM, 3), UserError("diverged"), None], ids=str)
+def test_loggers_learn_how_the_command_ends(
+    ending: BaseException | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = []
+
+    class Remembering(CSVLogger):
+        def close(self) -> None:
+            codes.append(self.exit_code)
+
+    def fit(trainer: Trainer, module: LitDiffusion, *, datamodule: Any, **rest: Any) -> None:
+        if ending:
+            raise ending
+        raise SystemExit  # of a callback of Lightning's
+
+    monkeypatch.setattr(train, "build_loggers", lambda cfg: [Remembering(str(tmp_path / "metrics.csv"))])
+    monkeypatch.setattr(Trainer, "fit", fit)
+    with pytest.raises((SystemExit, UserError)):
+        train_tiny(tmp_path)
+    assert codes == [128 + signal.SIGTERM if isinstance(ending, Interrupted) else 1]

@@ -306,6 +306,16 @@ def test_data_that_has_changed_is_refused_and_data_restored_goes_on(tmp_path: Pa
         assert type_command("train", *run, f"trainer.max_steps={steps}", *more).code == 0
 
 
+def test_what_is_appended_is_on_disk_before_a_checkpoint_counts_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    append_text(tmp_path / "rows.csv", "1,2\n")
+    append_text(tmp_path / "rows.csv", "3,4\n")
+    assert synced == [4, 8]
+
+
 def test_write_text_and_append_text_in_a_folder_that_is_not_there(tmp_path: Path) -> None:
     for write in (write_text, append_text):
         with pytest.raises(WriteError, match=r"nowhere/notes\.txt"):

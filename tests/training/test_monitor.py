@@ -175,18 +175,28 @@ class Researcher(LitDiffusion):
         if batch_idx in (1, 10):
             self.log("train/seldom", torch.tensor(float(batch_idx)))
         self.log("train/hidden", 1.0, logger=False)
+        self.log_dict({"train/by_epoch": float(batch_idx)}, on_epoch=True, prog_bar=True)
+        self.log("train/by_both", float(batch_idx), on_step=True, on_epoch=True)
         return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.log("train/after", float(batch_idx))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
         self.log("val/x", batch.images.new_tensor(len(batch.images)))
+        self.log("val/by_both", batch.images.new_tensor(len(batch.images)), on_step=True, on_epoch=True)
 
 
 class Beside(Callback):
-    """A callback that logs, too."""
+    """A callback that logs, too, and another that does so once: in the last step of the first of two commands."""
 
-    def on_train_batch_end(self, _: Trainer, module: LitDiffusion, *args: Any) -> None:
-        module.log("train/beside", 2.0)
+    def on_train_batch_end(
+        self, _: Trainer, module: LitDiffusion, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        module.log("train/beside", float(batch_idx))
+        if batch_idx == 11:
+            module.log("train/once", float(batch_idx))
 
 
 @pytest.mark.filterwarnings("error:.*self.log:UserWarning", "error:.*batch_size:UserWarning")
@@ -209,15 +219,19 @@ def test_what_a_researcher_logs_joins_the_row_and_stays_after_a_resumption(tmp_p
     assert [(row["step"], row["images_seen"], row["train/x"]) for row in trained] == [
         (step, step * BATCH, step - 1) for step in (5, 10, 15, 20)
     ]
+    for name in ("train/by_epoch", "train/by_both", "train/after", "train/beside"):
+        assert [row[name] for row in trained] == [row["step"] - 1 for row in trained], name
     assert [row.get("train/seldom") for row in trained] == [1.0, None, 10.0, None]
+    assert [row.get("train/once") for row in trained] == [None, None, 11.0, None]
     validated = [row for row in table if "val/loss" in row]
     # Of batches of 16 and 8 images, weighted by their sizes.
     assert [(row["step"], row["val/x"]) for row in validated] == [
         (step, pytest.approx((16 * 16 + 8 * 8) / 24)) for step in (10, 12, 20)
     ]
     assert len(table) == len(trained) + len(validated)
-    assert not any("train/hidden" in row or "epoch" in row for row in table)
-    assert {row["train/beside"] for row in trained} == {2.0}
+    assert [row["val/by_both"] for row in validated] == [row["val/x"] for row in validated]
+    names = {name for row in table for name in row}
+    assert not names & {"train/hidden", "epoch", *(f"{name}_step" for name in names)}
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/x")] == [

@@ -15,14 +15,17 @@ from types import SimpleNamespace
 
 import pytest
 import wandb
+from omegaconf import OmegaConf
 from wandb.sdk.lib.service.service_port_file import ServicePollForTokenError
 
 from commands import train_tiny
 from litdiffusion.configuration import resolvers
+from litdiffusion.configuration.nodes import build
 from litdiffusion.errors import UserError
 from litdiffusion.runs.metrics import MetricsTable, read_rows
 from litdiffusion.system.processes import STOP_SIGNALS
 from litdiffusion.training.loggers import WandB
+from litdiffusion.training.loggers.base import close_loggers
 from litdiffusion.training.loggers.wandb import STEP, WATERMARK
 from offline_wandb import offline_history, offline_records
 
@@ -80,16 +83,19 @@ def test_a_wandb_run_is_grouped_by_its_sweep_and_tagged_by_its_experiment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LITDIFFUSION_SWEEP", "a-sweep")
+    for name, value in {"PROJECT": "a-project", "JOB_TYPE": "a-job", "TAGS": "yours"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
     monkeypatch.setattr(resolvers, "chosen_experiment", lambda: "quickstart+mine")
     quick = ["trainer.max_steps=2", "callbacks.sample_images=null", "datamodule.num_val=0"]
-    train_tiny(tmp_path, "logger=wandb", *quick)
+    train_tiny(tmp_path, "logger=wandb", "logger.wandb.entity=us", *quick)
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     deadline = time.monotonic() + 20
     while not (runs := [record.run for record in offline_records(file) if record.run.run_id]):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert runs[0].run_group == "a-sweep"
-    assert list(runs[0].tags) == ["quickstart", "mine"]
+    assert list(runs[0].tags) == ["quickstart", "mine", "yours"]
+    assert (runs[0].entity, runs[0].project, runs[0].job_type) == ("us", "a-project", "a-job")
     assert runs[0].display_name == tmp_path.name
 
 
@@ -132,6 +138,41 @@ def test_what_wandb_has_sent_and_cleaned_away_is_not_told_again(tmp_path: Path) 
     assert [row[STEP] for row in kept if "train/loss" in row] == [5, 6]
     assert [row[STEP] for row in kept if "samples/grid" in row] == [5, 6]
     assert not [row for row in kept if "samples/noised_strip" in row]
+
+
+def test_a_run_that_was_stopped_is_no_success(tmp_path: Path) -> None:
+    logger = WandB(str(tmp_path), mode="offline")
+    logger.describe({})
+    close_loggers([logger], 143)
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert [record.exit.exit_code for record in offline_records(file) if record.HasField("exit")] == [143]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [
+        ("tags", ["good", ""], "Tag at index 1 is empty"),
+        ("tags", ["x" * 70], "is 70 characters"),
+        ("project", "a/b", "cannot contain"),
+        ("project", "p" * 129, "exceeded 128 characters"),
+    ],
+)
+def test_a_setting_that_wandb_refuses_is_named(
+    setting: str, value: object, reason: str, tmp_path: Path
+) -> None:
+    node = OmegaConf.create(
+        {"_target_": "litdiffusion.training.loggers.WandB", "run_dir": str(tmp_path), setting: value}
+    )
+    with pytest.raises(UserError, match=re.escape(f"logger.wandb.{setting}={value}: ") + f".*{reason}"):
+        build(OmegaConf.create({"logger": {"wandb": node}}).logger.wandb, "logger.wandb")
+
+
+def test_a_variable_of_the_environment_that_wandb_refuses_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "soon")
+    with pytest.raises(UserError, match="WANDB_INIT_TIMEOUT: Input should be a valid number"):
+        WandB(str(tmp_path), mode="offline")
 
 
 def test_a_closing_that_a_signal_interrupts_is_made_up_for(
@@ -526,7 +567,9 @@ def test_a_dashboard_that_cannot_be_reached_again_does_not_end_the_training(
     monkeypatch.setattr(wandb, "teardown", lost)
     for step in range(3):
         logger.log_metrics({"x": step}, step=step)
-    assert len(opened) == 1
+    assert [kwargs["settings"].finish_timeout for kwargs in opened] == [
+        600
+    ]  # by itself W&B would wait for ever
     assert [record.levelname for record in caplog.records if "no network" in record.message] == ["WARNING"]
 
 
@@ -534,10 +577,10 @@ def test_a_dashboard_that_cannot_be_reached_again_does_not_end_the_training(
 def test_a_dashboard_whose_files_cannot_be_finished_hides_no_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(**kwargs: object) -> None:
+    def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def lost(**kwargs: object) -> None:
+    def lost(*args: object) -> None:
         raise ConnectionResetError("Connection lost")
 
     for step, finish in enumerate((full, lost)):  # or both: its process has ended, and none can be started

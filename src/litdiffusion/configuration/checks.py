@@ -15,7 +15,7 @@ from litdiffusion.configuration.allowlist import trusted_packages
 from litdiffusion.configuration.hardware import machine_memory, num_devices, resolve_hardware
 from litdiffusion.configuration.messages import needs_value, shown
 from litdiffusion.configuration.nodes import Supplied, arguments_of, require_arguments, require_values
-from litdiffusion.configuration.overrides import WHOLE_RUN
+from litdiffusion.configuration.overrides import TRAINER
 from litdiffusion.configuration.resolvers import is_sweep
 from litdiffusion.configuration.sweeps import require_own_folders
 from litdiffusion.errors import UserError
@@ -143,14 +143,16 @@ def _require_length(cfg: DictConfig) -> None:
     trainer = cfg.get("trainer")
     if not isinstance(trainer, DictConfig) or "optimizer" not in cfg:
         return
-    for name, harmless in WHOLE_RUN.items():
+    if trainer.get("max_epochs") not in (None, -1):
+        batch_size = OmegaConf.select(cfg, "datamodule.batch_size")
+        raise UserError(
+            f"trainer.max_epochs={trainer.max_epochs}: a run's length is counted in steps; give "
+            f"trainer.max_steps = epochs x training images / batch size ({batch_size}) instead"
+        )
+    for name, (harmless, way_out) in TRAINER.items():
         given = trainer.get(name)
         if given is not None and str(given) not in harmless:
-            batch_size = OmegaConf.select(cfg, "datamodule.batch_size")
-            raise UserError(
-                f"trainer.{name}={given}: a run's length is counted in steps; use trainer.max_steps (an epoch:"
-                f" training images / {batch_size})"
-            )
+            raise UserError(f"trainer.{name}={given}: {way_out}")
     clip = trainer.get("gradient_clip_val")
     if isinstance(clip, int | float) and clip <= 0:
         raise UserError(f"trainer.gradient_clip_val={clip}: must be positive; null does not clip")

@@ -80,12 +80,15 @@ def user_error(error: BaseException) -> str | None:
     while cause is not None:
         if isinstance(cause, UserError):
             return _of_user_error(cause)
+        # By name, since Lightning is slow to import. What EarlyStopping finds missing is a plain RuntimeError.
+        if type(cause).__name__ == "MisconfigurationException" or "conditioned on metric" in str(cause):
+            return _flat(str(cause))
         if isinstance(cause, WriteError) or (isinstance(cause, OSError) and cause.errno in _DISK_ERRORS):
             return _not_written(cause)
-        if isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader worker"):
+        if isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader"):
             return (
-                f"a process that decodes images was lost ({_flat(str(cause)).rstrip('. ')}): the same command"
-                " continues; where memory ran out, with a smaller datamodule.num_workers"
+                f"a process that decodes images was lost or is stuck ({_flat(str(cause)).rstrip('. ')}): the same"
+                " command continues; where memory ran out, with a smaller datamodule.num_workers"
             )
         if isinstance(cause, RuntimeError) and (lost := _LOST_CONNECTION.search(_flat(str(cause)))):
             return (

@@ -26,14 +26,36 @@ from litdiffusion.configuration.sweeps import typed
 from litdiffusion.errors import UserError
 
 OF_SWEEPS = ("hydra.sweep.", "hydra.sweeper.", "hydra/sweeper", "hydra.launcher.", "hydra/launcher")
-WHOLE_RUN = {
-    "max_epochs": ["-1"],
-    "max_time": [],
-    "limit_train_batches": ["1.0"],  # 1 is a single batch
-    "overfit_batches": ["0", "0.0"],
-    "fast_dev_run": ["False", "0"],
+_IN_STEPS = "a run's length is counted in steps, or it could not be continued; use trainer.max_steps"
+_ENDLESS = "the training images are one endless epoch; use "
+TRAINER: dict[str, tuple[list[str], str]] = {
+    "max_epochs": (["-1"], _IN_STEPS),
+    "max_time": ([], _IN_STEPS),
+    "limit_train_batches": (["1.0"], _IN_STEPS),  # 1 is a single batch
+    "overfit_batches": (["0", "0.0"], _IN_STEPS),
+    "fast_dev_run": (["False", "0"], f"{_IN_STEPS}, or debug=tiny"),
+    "min_epochs": (["0"], f"{_ENDLESS}trainer.min_steps"),
+    "check_val_every_n_epoch": (["1"], f"{_ENDLESS}trainer.val_check_interval"),
+    "reload_dataloaders_every_n_epochs": (["0"], f"{_ENDLESS}null"),
+    "limit_test_batches": (["1.0"], "training runs no test; use python -m litdiffusion.evaluate"),
+    "limit_predict_batches": (["1.0"], "training predicts nothing; use python -m litdiffusion.sample"),
+    "use_distributed_sampler": (
+        ["False"],
+        "the datamodule divides each batch among the processes; use false",
+    ),
+    "logger": ([], "use logger=csv, tensorboard, wandb or none"),
+    "callbacks": ([], "use +callbacks.NAME._target_=CLASS"),
+    "plugins": ([], "the run chooses its own; use trainer.strategy or trainer.precision"),
+    "enable_checkpointing": ([], "use callbacks.save_checkpoints, or null in its place for none"),
+    "enable_progress_bar": ([], "use callbacks.progress, or null in its place for none"),
+    "enable_autolog_hparams": (
+        ["True"],
+        "loggers always get the configuration; use logger=none to log nothing",
+    ),
+    "model_registry": ([], "checkpoints stay in run_dir; use callbacks.save_checkpoints"),
+    "barebones": (["False"], "use logger=none, and null for each of the callbacks"),
 }
-"""Arguments of the trainer that would shorten a run, and the values, besides null, with which they do not."""
+"""Arguments of the trainer that a run cannot obey, the values besides null that change nothing, and what to use."""
 
 MAX_COMBINATIONS = 16
 """The most combinations of a sweep's choices to look at: the keys differ from one to the next."""
@@ -198,8 +220,8 @@ def _key_fault(override: Override, cfg: DictConfig, groups: list[str], others: d
         return f"{key}: exists already; write {line[1:]} to change it"
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(cfg, parent, throw_on_resolution_failure=False) if parent else None
-    if parent == "trainer" and name in WHOLE_RUN:
-        return f"{key}: a run's length is counted in steps; use trainer.max_steps"
+    if parent == "trainer" and name in TRAINER:
+        return f"{key}: {TRAINER[name][1]}"
     if isinstance(node, DictConfig) and takes(node, name):
         return f"{key}: not in the configuration, but {node._target_} takes it; add it with +{line}"
     if key in others and not override.is_delete():

@@ -19,6 +19,8 @@ from litdiffusion.runs.metrics import Row, read_rows
 from litdiffusion.system.files import whole_file
 
 BLUE, ORANGE, GRAY = "#2b6cb0", "#dd6b20", "#718096"
+OWN = ("step", "images_seen", "train/loss", "train/lr", "train/grad_norm", "train/images_per_second", "val/")
+"""The beginnings of the columns that a run writes by itself; each other one has a panel."""
 LABELS = {"images_seen": "training images seen", "step": "training steps"}
 
 
@@ -89,7 +91,9 @@ def curves(metrics_csv: Path, png: Path, metrics: Iterable[str] = ()) -> None:
         UserError: the file is missing or is no table of metrics.
     """
     logged = Curves(read_rows(metrics_csv))
-    further = [name for name in metrics if name != "loss" and logged.get(f"val/{name}")]
+    further = {f"val/{name}": f"{name}, held out" for name in metrics if name != "loss"}
+    further |= {name: name for name in logged if not name.startswith(OWN)}
+    further = {name: title for name, title in further.items() if name in logged}
     rows = 2 + -(-len(further) // 2)
     figure = _figure(9.6, 3.0 * rows)
     loss, by_time, rate, norm, *others = figure.subplots(rows, 2).flat
@@ -97,8 +101,8 @@ def curves(metrics_csv: Path, png: Path, metrics: Iterable[str] = ()) -> None:
     _draw_loss_by_time(by_time, logged)
     _draw_one(rate, logged, "train/lr", "learning rate", smooth=False)
     _draw_one(norm, logged, "train/grad_norm", "gradient norm", smooth=True)
-    for name, axes in zip(further, others, strict=False):
-        _draw_one(axes, logged, f"val/{name}", f"{name}, held out", smooth=False)
+    for (name, title), axes in zip(further.items(), others, strict=False):
+        _draw_one(axes, logged, name, title, smooth=False)
     for axes in others[len(further) :]:
         axes.set_visible(False)
     with whole_file(png) as temporary:

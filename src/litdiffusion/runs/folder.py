@@ -3,7 +3,7 @@
 config.yaml       the resolved configuration          checkpoints/    last.ckpt, previous.ckpt
 overrides.txt     what was typed                      metrics.csv     numbers over the course of the run
 provenance.json   code, versions, hardware, seed      samples/        grids, noised strip, denoising GIF
-data.json         fingerprint of the images           curves.png, wandb/, tensorboard/
+data.json         fingerprint, names of classes       curves.png, wandb/, tensorboard/
 summary.json      how it ended                        .lock           which job is at work here
 
 None of these files holds a secret from the configuration, the command or the code.
@@ -90,7 +90,7 @@ class RunFolder:
         write_text(self.provenance, json.dumps([*starts, provenance], indent=2) + "\n")
 
     def remember_data(self, fingerprint: dict[str, Any]) -> None:
-        """Write the fingerprint of the training images."""
+        """Write the fingerprint of the training images, with the names of their classes."""
         write_text(self.data, json.dumps(fingerprint, indent=2) + "\n")
 
     def forget_summary(self) -> None:
@@ -110,7 +110,8 @@ class RunFolder:
         if not self.summary.exists():
             return {}
         summary: dict[str, Any] = read_json(self.summary, dict)
-        if type(summary.get("steps")) is not int or type(summary.get("images_seen", 0)) is not int:
+        counts = {"steps": None, "images_seen": 0, "max_steps": 0}
+        if any(type(summary.get(name, default)) is not int for name, default in counts.items()):
             raise UserError(f"{self.summary} is not what a run writes there: move it away")
         return summary
 
@@ -139,14 +140,15 @@ class RunFolder:
         return {**drawn, "noised_strip": self.samples / "noised_strip.png", "curves": self.curves}
 
     def has_ended_at(self, step: int) -> bool:
-        """Whether the run has ended, at this step or a later one.
+        """Whether the run has ended, at this step or a later one, or before it, since a callback stopped it.
 
         A run that is continued beyond its end keeps the summary of it until the next end.
 
         Raises:
             UserError: the summary is damaged.
         """
-        return int(self.read_summary().get("steps", -1)) >= step
+        summary = self.read_summary()
+        return max(summary.get("steps", -1), summary.get("max_steps", -1)) >= step
 
 
 def shown_as(picture: Path) -> str:

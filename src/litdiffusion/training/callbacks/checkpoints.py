@@ -7,7 +7,6 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from litdiffusion.training.callbacks.monitor import check_finite, clock_stopped
-from litdiffusion.training.checkpoint_io import WholeCheckpointIO
 
 
 class SaveCheckpoints(Checkpoint):
@@ -42,8 +41,10 @@ class SaveCheckpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note the step that was read: it need not be saved again."""
+        """Note the step that was read, which need not be saved again; stop where a callback had stopped the run."""
         self.saved_step = checkpoint["global_step"]
+        is_own = Path(str(trainer.ckpt_path)).parent == self.folder
+        trainer.should_stop = is_own and checkpoint.get("stopped_before", -1) >= trainer.max_steps
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -59,13 +60,21 @@ class SaveCheckpoints(Checkpoint):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Make the checkpoint self-contained, and its counters those of a finished step."""
-        checkpoint.update(self.embedded)
-        # Lightning has counted the batch that is about to start. Resumed from that count, the run would count it
-        # twice, and validate one step early from then on.
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        """Make the checkpoint self-contained, and its counters those of the end of a step.
+
+        From there Lightning resumes with the next one, whichever hook has saved. From a count that includes the batch
+        that is about to start, it would validate one step early from then on; from one of a finished step, it would
+        count a step with a validation twice in what it logs.
+        """
+        checkpoint.update(self.embedded, optimizer=type(trainer.optimizers[0]).__name__)
+        if trainer.should_stop:
+            checkpoint["stopped_before"] = trainer.max_steps
+        loop = checkpoint["loops"]["fit_loop"]
+        progress = loop["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
-            counts["ready"] = counts["completed"]
+            done = counts["processed"]
+            counts.update(ready=done, started=done, completed=done - 1)
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step - 1
 
     def save(self, trainer: Trainer, again: bool = False) -> None:
         """Save the current step; one that is saved already only where ``again`` is set.
@@ -77,13 +86,13 @@ class SaveCheckpoints(Checkpoint):
         if known and not again:
             return
         check_finite(trainer)
+        writer: Any = trainer.strategy.checkpoint_io
         self.is_saving = True
         try:
             with clock_stopped(trainer):
-                writer = trainer.strategy.checkpoint_io
-                if isinstance(writer, WholeCheckpointIO):
-                    writer.previous = None if known else self.folder / "previous.ckpt"
+                writer.previous = None if known else self.folder / "previous.ckpt"
                 trainer.save_checkpoint(self.last)
         finally:
             self.is_saving = False
+            writer.previous = None  # a ModelCheckpoint beside this one keeps no previous file
         self.saved_step = trainer.global_step

@@ -92,9 +92,9 @@ class Progress(ProgressBar):
         if rate and now >= self._next_look:  # on a GPU, looking at the loss waits for it
             self._next_look = now + LOOK_SECONDS
             images = len(batch.images) * trainer.world_size * trainer.accumulate_grad_batches
-            self._bar.set_postfix_str(
-                f"{rate * images:.0f} images/s, loss {float(outputs['loss']):.4f}", refresh=False
-            )
+            shown = {"loss": float(outputs["loss"]), **trainer.progress_bar_metrics}
+            numbers = "".join(f", {name} {value:.4f}" for name, value in shown.items())
+            self._bar.set_postfix_str(f"{rate * images:.0f} images/s{numbers}", refresh=False)
         self._bar.update(trainer.global_step - self._bar.n)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
