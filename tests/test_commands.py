@@ -205,6 +205,10 @@ REFUSED = {
     "a width of nothing": (["net.init_dim=0"], ["error: net.init_dim=0"]),
     "a word for a seed": (["seed=abc"], ["error: seed: 'abc'"]),
     "a float for steps": (["trainer.max_steps=1e3"], ["error: trainer.max_steps: 1000.0"]),
+    "epochs": (
+        ["trainer.max_epochs=3"],
+        ["trainer.max_epochs: a run's length is counted in steps"],
+    ),
     "a number for a switch": (["schedule=linear", "rescale_betas=3"], ["error: rescale_betas: 3"]),
     "a sampler's range, which callbacks take too": (
         ["debug=tiny", "sampler.eta=2"],

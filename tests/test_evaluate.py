@@ -67,12 +67,12 @@ def test_the_variance_can_be_chosen_and_the_bound_left_out(classy: Path, tmp_pat
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("bits_per_dim_images=-1", "metrics.bits_per_dim.num_images=-1: must be at least 0"),
+        ("bits_per_dim_images=-1", "bits_per_dim_images=-1: must be at least 0"),
         ("bits_per_dim_images=null", "bits_per_dim_images: null is not an int"),
         ("bits_per_dim_images=1.5", "bits_per_dim_images: 1.5 is not an int"),
         (
             "bits_per_dim_times=1",
-            "metrics.bits_per_dim.num_times=1: must be at least 2, or null for all times",
+            "bits_per_dim_times=1: must be at least 2, or null for all times",
         ),
         ("bits_per_dim_times=all", "bits_per_dim_times: 'all' is not an int"),
         ("bits_per_dim_variance=betta", "bits_per_dim_variance: 'betta' is not .*'beta'"),

@@ -1,6 +1,7 @@
 """python -m litdiffusion.evaluate: open a checkpoint, measure it on held-out images."""
 
-import litdiffusion.system.startup  # noqa: F401  # isort: skip
+import litdiffusion.system.startup  # isort: skip
+import litdiffusion.configuration.questions  # noqa: F401  # isort: skip
 
 import json
 import time
@@ -9,6 +10,7 @@ from typing import Any
 from hydra.utils import instantiate
 from lightning.fabric.utilities import move_data_to_device
 from omegaconf import DictConfig
+from tqdm import tqdm
 
 from litdiffusion.configuration.allowlist import require_allowed
 from litdiffusion.configuration.checks import validate
@@ -48,7 +50,7 @@ def main(cfg: DictConfig) -> None:
     if not cfg.get("data"):
         require_known_images(held_out, model)
     with native_autocast(device) as precision:
-        for batch in held_out.val_dataloader():
+        for batch in tqdm(held_out.val_dataloader(), desc="measuring", unit="batch"):
             batch = held_out.finish(move_data_to_device(batch, device), training=False)
             for metric in metrics.values():
                 metric.update(Model(model.denoiser, model.objective), batch)

@@ -1,6 +1,7 @@
 """python -m litdiffusion.sample: open a checkpoint, draw images, show how they came to be."""
 
-import litdiffusion.system.startup  # noqa: F401  # isort: skip
+import litdiffusion.system.startup  # isort: skip
+import litdiffusion.configuration.questions  # noqa: F401  # isort: skip
 
 import json
 import time

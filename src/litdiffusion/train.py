@@ -1,6 +1,7 @@
 """python -m litdiffusion.train: compose, build, run, write the summary."""
 
-import litdiffusion.system.startup  # noqa: F401  # isort: skip
+import litdiffusion.system.startup  # isort: skip
+import litdiffusion.configuration.questions  # noqa: F401  # isort: skip
 
 import logging
 import os

@@ -15,7 +15,15 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 FILES = {
     "train.yaml": """
-defaults: [_self_, net: unet, schedule: linear, sampler: ddim, hydra: default, experiment: null, sweep: null]
+# python -m litdiffusion.train schedule=cosine
+defaults:
+  - _self_
+  - net: unet
+  - schedule: linear  # how fast it falls
+  - sampler: ddim
+  - hydra: default
+  - experiment: null
+  - sweep: null
 seed: 0
 run_dir: ${new_run_dir:}
 data: {name: null}
@@ -23,7 +31,7 @@ datamodule: {batch_size: 128}
 optimizer: {_target_: torch.optim.AdamW, _partial_: true, lr: 1e-3}
 """,
     "net/unet.yaml": "{_target_: litdiffusion.nn.UNet, dim: 8, channels: 1, dim_mults: [1, 2]}",
-    "schedule/linear.yaml": "{_target_: litdiffusion.diffusion.schedules.linear, num_steps: 300}",
+    "schedule/linear.yaml": "{_target_: litdiffusion.diffusion.schedules.linear, num_steps: 300, beta_start: 1e-4}",
     "schedule/cosine.yaml": "{_target_: litdiffusion.diffusion.schedules.cosine, num_steps: 300}",
     "schedule/quadratic.yaml": "{_target_: litdiffusion.diffusion.schedules.quadratic, num_steps: 300}",
     "sampler/ddim.yaml": "{_target_: litdiffusion.diffusion.DDIM, num_steps: 50, eta: 0.0}",

@@ -225,6 +225,22 @@ def test_build_says_which_node_was_refused(node: dict[str, Any], line: str) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_build_says_where_a_refused_value_is_written() -> None:
+    cfg = OmegaConf.create(
+        {
+            "width": "${groups}",
+            "groups": 3,
+            "net": NET | {"groups": "${width}"},
+            "denoiser": DENOISER | {"net": "${net}"},
+        }
+    )
+    with pytest.raises(UserError, match=r"^groups=3 does not divide"):
+        build(cfg.denoiser, "denoiser")
+    cfg.merge_with({"net": {"groups": 3}, "denoiser": {"net": "${net}"}})
+    with pytest.raises(UserError, match=r"^net\.groups=3 does not divide"):
+        build(cfg.denoiser, "denoiser")
+
+
 def test_build_leaves_bugs_alone() -> None:
     cfg = OmegaConf.create({"node": {"_target_": "operator.truediv", "_args_": [1, 0]}})
     with pytest.raises(Exception, match="ZeroDivisionError") as caught:

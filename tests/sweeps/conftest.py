@@ -41,7 +41,7 @@ out: ???
 JOB = """
 import json, os, pathlib, signal, sys, time
 given = dict(text.partition("=")[::2] for text in sys.argv[1:])
-out = pathlib.Path((given.get("run_dir") or given["out"]).strip("'"))
+out = pathlib.Path((given.get("run_dir") or given["out"]).strip("\\"'"))
 out.mkdir(parents=True, exist_ok=True)
 seed, behaviour = int(given.get("seed", 0)), given.get("behaviour", "good")
 max_steps = int(given.get("trainer.max_steps", 2))

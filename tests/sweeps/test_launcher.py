@@ -135,7 +135,7 @@ def test_a_job_may_be_given_its_folder(sweeps) -> None:
     assert sweeps("-m", "seed=3,4", "run_dir='a b, c/${hydra:job.num}'").code == 0
     assert {path.name for path in Path("a b, c").iterdir()} == {"0", "1"}
     given = sweeps.starts()["1"][0]["given"]
-    assert [text for text in given if text.startswith("run_dir")] == [f"run_dir='{Path.cwd()}/a b, c/1'"]
+    assert [text for text in given if text.startswith("run_dir")] == [f'run_dir="{Path.cwd()}/a b, c/1"']
 
 
 def test_several_at_once_share_the_cores(sweeps) -> None:

@@ -14,8 +14,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from litdiffusion.configuration.allowlist import trusted_packages
 from litdiffusion.configuration.hardware import machine_memory, num_devices, resolve_hardware
-from litdiffusion.configuration.messages import needs_value
+from litdiffusion.configuration.messages import needs_value, shown
 from litdiffusion.configuration.nodes import Supplied, arguments_of, require_arguments, require_values
+from litdiffusion.configuration.overrides import TRAINER
 from litdiffusion.configuration.resolvers import is_sweep
 from litdiffusion.configuration.sweeps import require_own_folders
 from litdiffusion.errors import UserError
@@ -36,39 +37,9 @@ BOUNDS: dict[str, tuple[int, int | None]] = {
 }
 """Whole numbers that no constructor of ours checks: the smallest and the largest value."""
 
-_IN_STEPS = "a run's length is counted in steps, or it could not be continued; use trainer.max_steps"
-_ENDLESS = "the training images are one endless epoch; use "
-TRAINER: dict[str, tuple[list[str], str]] = {
-    "max_time": ([], _IN_STEPS),
-    "limit_train_batches": (["1.0"], _IN_STEPS),  # 1 is a single batch
-    "overfit_batches": (["0", "0.0"], _IN_STEPS),
-    "fast_dev_run": (["False", "0"], f"{_IN_STEPS}, or debug=tiny"),
-    "min_epochs": (["0"], f"{_ENDLESS}trainer.min_steps"),
-    "check_val_every_n_epoch": (["1"], f"{_ENDLESS}trainer.val_check_interval"),
-    "reload_dataloaders_every_n_epochs": (["0"], f"{_ENDLESS}null"),
-    "limit_test_batches": (["1.0"], "training runs no test; use python -m litdiffusion.evaluate"),
-    "limit_predict_batches": (["1.0"], "training predicts nothing; use python -m litdiffusion.sample"),
-    "use_distributed_sampler": (
-        ["False"],
-        "the datamodule divides each batch among the processes; use false",
-    ),
-    "logger": ([], "use logger=csv, tensorboard, wandb or none"),
-    "callbacks": ([], "use +callbacks.NAME._target_=CLASS"),
-    "plugins": ([], "the run chooses its own; use trainer.strategy or trainer.precision"),
-    "enable_checkpointing": ([], "use callbacks.save_checkpoints, or null in its place for none"),
-    "enable_progress_bar": ([], "use callbacks.progress, or null in its place for none"),
-    "enable_autolog_hparams": (
-        ["True"],
-        "loggers always get the configuration; use logger=none to log nothing",
-    ),
-    "model_registry": ([], "checkpoints stay in run_dir; use callbacks.save_checkpoints"),
-    "barebones": (["False"], "use logger=none, and null for each of the callbacks"),
-}
-"""Arguments of the trainer that a run cannot obey, the values besides null that change nothing, and what to use."""
-
 
 def validate(cfg: DictConfig, supplied: Supplied | None = None) -> None:
-    """Check a whole configuration, replace "auto" by what this machine has, and resolve it, in place.
+    """Check a whole configuration, and replace "auto" by what this machine has, in place.
 
     ``supplied`` as in ``require_arguments``.
 
@@ -79,7 +50,6 @@ def validate(cfg: DictConfig, supplied: Supplied | None = None) -> None:
     resolve_hardware(cfg)
     require_arguments(cfg, supplied)
     require_compatible(cfg)
-    OmegaConf.resolve(cfg)
 
 
 def require_compatible(cfg: DictConfig) -> None:
@@ -113,7 +83,7 @@ def whole_number(key: str, value: Any, least: int, most: int | None = None) -> i
         fits = False
     if not fits:
         bounds = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise UserError(f"{key}={_shown(value)}: must be a whole number, {bounds}")
+        raise UserError(f"{key}={shown(value)}: must be a whole number, {bounds}")
     return operator.index(value)
 
 
@@ -130,11 +100,11 @@ def _require_words(cfg: DictConfig) -> None:
         if OmegaConf.select(cfg, key) == "":  # as a path, it would mean the current folder
             raise UserError(needs_value(key))
     if cfg.get("weights", "ema") not in ("ema", "raw"):
-        raise UserError(f"weights={_shown(cfg.weights)}: choose ema or raw")
+        raise UserError(f"weights={shown(cfg.weights)}: choose ema or raw")
     if "trust" in cfg:
         trusted_packages(cfg.trust)
     if "resume" in cfg and not (isinstance(cfg.resume, str) and cfg.resume):
-        raise UserError(f"resume={_shown(cfg.resume)}: choose auto, must, never, or the path of a checkpoint")
+        raise UserError(f"resume={shown(cfg.resume)}: choose auto, must, never, or the path of a checkpoint")
     root = OmegaConf.select(cfg, "trainer.default_root_dir")
     if root is not None and root != cfg.get("run_dir"):
         raise UserError(
@@ -204,7 +174,7 @@ def _require_length(cfg: DictConfig) -> None:
     max_steps = trainer.get("max_steps")
     if not _is_whole(max_steps) or max_steps < 1:
         raise UserError(
-            f"trainer.max_steps={_shown(max_steps)}: a run needs an end; give a number of steps, at least 1"
+            f"trainer.max_steps={shown(max_steps)}: a run needs an end; give a number of steps, at least 1"
         )
 
 
@@ -260,6 +230,12 @@ def _require_processes(cfg: DictConfig) -> None:
             f"trainer.num_nodes={num_nodes}: start the command by torchrun or srun on every node (scripts/slurm);"
             " a single process would wait for the others forever"
         )
+    num_val = OmegaConf.select(cfg, "datamodule.num_val")
+    if _is_whole(num_val) and 0 < num_val < processes:
+        raise UserError(
+            f"datamodule.num_val={num_val}: each of {processes} processes measures at least one image; use"
+            f" datamodule.num_val={processes}, or 0"
+        )
     if batch_size > 0 and batch_size % processes:
         rounded = -(-batch_size // processes) * processes
         raise UserError(
@@ -289,10 +265,6 @@ def _require_memory(cfg: DictConfig) -> None:
 def _sides(size: Any) -> list[Any]:
     """Return [height, width] of what may be one number for both."""
     return list(size) if isinstance(size, ListConfig | list | tuple) else [size, size]
-
-
-def _shown(value: Any) -> Any:
-    return "null" if value is None else value
 
 
 def _is_node(value: Any) -> bool:

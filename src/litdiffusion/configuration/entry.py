@@ -26,7 +26,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from litdiffusion.configuration import config_folder
 from litdiffusion.configuration.messages import PROCESS_LOST, one_line, user_error
-from litdiffusion.configuration.overrides import CommandLine, find_fault
+from litdiffusion.configuration.overrides import CommandLine, find_fault, require_effect
 from litdiffusion.configuration.resolvers import is_sweep
 from litdiffusion.configuration.sweeps import require_own_folders, sweep_command
 from litdiffusion.errors import UserError
@@ -132,6 +132,12 @@ def _run(job: _Job, config_name: str, config_dir: str) -> None:
         job(cfg)
 
     try:
+        if arguments.package and not arguments.cfg:
+            raise UserError(
+                f"--package={arguments.package}: shows a part of the configuration, with --cfg job"
+            )
+        if process_rank() == 0:  # Lightning gives the processes that it starts a hydra.run.dir of its own
+            require_effect(command)
         if multirun:
             require_own_folders(arguments.overrides)
         with sweep_command(_options(arguments), job.wants_traceback) as sweep:
@@ -152,7 +158,9 @@ def _explained(error: Exception, command: CommandLine) -> str | None:
     if any(frame.name == "return_value" for frame in traceback.extract_tb(error.__traceback__)):
         return None
     is_yaml = type(error).__module__.startswith("yaml.")
-    if not is_yaml and not isinstance(error, HydraException | OmegaConfBaseException | ValueError | OSError):
+    if not is_yaml and not isinstance(
+        error, HydraException | OmegaConfBaseException | ValueError | OSError | AssertionError
+    ):
         return None
     try:
         fault = find_fault(command)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig
 
-from litdiffusion.configuration.messages import suggestion
+from litdiffusion.configuration.messages import shown, suggestion
 from litdiffusion.errors import UserError
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true", "32", "bf16", "16", "64")
@@ -132,12 +132,11 @@ def torch_device(name: str | int | torch.device | None) -> torch.device:
         own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         name = {"gpu": own}.get(native_accelerator(), native_accelerator())
     try:
-        device = torch.device("null" if name is None else name)
+        device = torch.device(shown(name))
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, TypeError) as error:
-        shown = "null" if name is None else name
         raise UserError(
-            f"device={shown}: this machine has no such device; use device=auto or device=cpu"
+            f"device={shown(name)}: this machine has no such device; use device=auto or device=cpu"
         ) from error
     return device
 

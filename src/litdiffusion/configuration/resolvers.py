@@ -8,11 +8,14 @@ run agree, and two runs composed in one process (a notebook) have different fold
 import hashlib
 import json
 import os
+import re
 import secrets
+import textwrap
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -21,6 +24,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from litdiffusion.configuration.nodes import locate
 from litdiffusion.errors import UserError
 from litdiffusion.system.launch import of_step
+
+_GROUP = re.compile(r"  - (?:override )?(\w+): (\S+)(?:\s+# (.*))?")
+_KEY = re.compile(r"(\w+): (.+?)(?:\s+# (.*))?$")
+"""Lines of ``train.yaml``: a group and its choice, a key and its value, and what a comment says of them."""
 
 _INHERITED = "LITDIFFUSION_RUN_DIR"
 """Passes the folder on to the processes that Lightning starts for the other devices."""
@@ -121,6 +128,34 @@ def metric_of(number: object, config: DictConfig) -> Any:
     return locate(f"metrics.{name}", node["_target_"]) if "_target_" in node else None
 
 
+def command_help(*, _root_: DictConfig) -> str:
+    """Return what ``--help`` prints: groups and keys, each with what the command's file says of it."""
+    hydra, loader = _root_.hydra, GlobalHydra.instance().config_loader()
+    folder = next(source.path for source in hydra.runtime.config_sources if source.provider == "main")
+    usage, groups, keys = [], ["Groups, GROUP=CHOICE:"], ["Keys, KEY=VALUE:"]
+    for line in Path(folder, f"{hydra.job.config_name}.yaml").read_text(encoding="utf-8").splitlines():
+        if (found := _GROUP.match(line)) and found[1] != "hydra":
+            choices = ", ".join(each for each in loader.get_group_options(found[1]) if each != "default")
+            groups += [
+                _row(found[1] if found[2] == "null" else f"{found[1]}={found[2]}", found[3]),
+                *([_row("", choices)] if choices else []),
+            ]
+        elif found := _KEY.match(line):
+            keys.append(
+                _row(found[1] if found[2].startswith(("$", "?")) else f"{found[1]}={found[2]}", found[3])
+            )
+        elif line.startswith("# ") and len(groups) == 1:
+            usage.append(line[2:])
+    more = "-m runs a sweep, --cfg job shows every key, --hydra-help all options."
+    return "\n".join([*usage, "", *groups, "", *keys, "", more]).replace("$", "$$")
+
+
+def _row(name: str, said: str | None) -> str:
+    return textwrap.fill(
+        f"  {name:27} {said or ''}".rstrip(), 79, subsequent_indent=" " * 30, break_on_hyphens=False
+    )
+
+
 def is_sweep() -> bool:
     """Whether this is a job of a Hydra multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
@@ -133,4 +168,5 @@ OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
 OmegaConf.register_new_resolver("digest", digest, replace=True)
 OmegaConf.register_new_resolver("slurm", of_step, replace=True)
 OmegaConf.register_new_resolver("experiment_tags", experiment_tags, replace=True)
+OmegaConf.register_new_resolver("command_help", command_help, replace=True)
 OmegaConf.register_new_resolver("direction", direction, replace=True)

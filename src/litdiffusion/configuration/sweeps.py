@@ -79,8 +79,9 @@ def quoted(value: str) -> str:
     """Quote a value for Hydra's command line."""
     if re.fullmatch(r"[\w./-]+", value, re.ASCII):
         return value
-    escaped = value.replace("'", "\\'")
-    return f"'{escaped}'"
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # OmegaConf's escape
+    value = re.sub(r'(\\+)("|\Z)', r"\1\1\2", value).replace('"', r"\"")
+    return f'"{value}"'
 
 
 def typed(key: str, value: object) -> str:

@@ -1,6 +1,5 @@
 """The paragraph that ends a run: what was trained, how well, and where its files are."""
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,10 +52,13 @@ def paragraph(summary: Mapping[str, object], run_dir: Path) -> str:
         files = [", ".join(files[:-1]), files[-1]]
     sentences.append(f"Run folder: {run_dir}{', with ' * bool(files)}{' and '.join(files)}.")
     if "checkpoint" in known:
-        command = ["python -m litdiffusion.sample", typed("ckpt", run_dir / known["checkpoint"])]
-        command += ["num_images=64", typed("out", run_dir / "sampled")]
+        command = [
+            "python -m litdiffusion.sample",
+            typed("ckpt", run_dir / known["checkpoint"]),
+            "num_images=64",
+        ]
         if isinstance(trust := summary.get("trust"), list):
-            command.append(shlex.quote(f"trust=[{','.join(trust)}]"))
+            command.append(f"'trust=[{','.join(trust)}]'")  # zsh would look for a file
         sentences.append(f"Sample from it with: {' '.join(command)}")
     return " ".join(sentences)
 
