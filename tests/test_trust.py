@@ -77,7 +77,7 @@ def ckpt(folder: Path) -> Path:
         typed = train(folder, f"trainer.max_steps={steps}", "trust=ownpackage")
         assert typed.code == 0, typed.err
     assert json.loads((folder / "run" / "summary.json").read_text())["steps"] == 4
-    assert typed.out.rstrip().endswith("sampled trust=[ownpackage]")
+    assert typed.out.rstrip().endswith("num_images=64 'trust=[ownpackage]'")
     return folder / "run" / "checkpoints" / "last.ckpt"
 
 

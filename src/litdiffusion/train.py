@@ -30,8 +30,8 @@ from litdiffusion.sweeps.machine import SWEEP
 from litdiffusion.sweeps.ranking import goals
 from litdiffusion.system.memory import keep_freed_memory
 from litdiffusion.system.parent_death import children_end_with_this
-from litdiffusion.system.processes import handling
 from litdiffusion.system.redaction import SECRET_KEY, without_secrets
+from litdiffusion.system.signals import handling
 from litdiffusion.training.callbacks import Interrupted, Monitor, SampleImages, SaveCheckpoints
 from litdiffusion.training.callbacks.attached import get_callback, images_seen
 from litdiffusion.training.callbacks.interruption import stop_child_observer, stopping_at_once

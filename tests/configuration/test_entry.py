@@ -14,7 +14,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 import litdiffusion
 from litdiffusion.configuration import config_folder, entry
-from litdiffusion.system.processes import handling
+from litdiffusion.system.signals import handling
 
 Command = Callable[..., tuple[int, str, str]]
 

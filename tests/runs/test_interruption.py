@@ -13,7 +13,7 @@ from lightning import LightningModule, Trainer
 
 from commands import run
 from interrupted_runs import COMMAND, differences, finish, finish_here, kill, rows, start, wait_for
-from litdiffusion.system.processes import STOP_SIGNALS, handling, stop_signals
+from litdiffusion.system.signals import STOP_SIGNALS, handling, stop_signals
 from litdiffusion.training.callbacks import StopCleanly, interruption
 
 SHORT = "trainer.max_steps=42"

@@ -121,7 +121,7 @@ def test_each_job_of_an_array_has_its_outcome(
     ]
     array = Array(monkeypatch, handles)
     array.run(tmp_path, jobs)
-    named = [[f"seed={n}", f"+hydra.job.env_set.LITDIFFUSION_JOB='seed={n}'"] for n in (0, 2, 5)]
+    named = [[f"seed={n}", f'+hydra.job.env_set.LITDIFFUSION_JOB="seed={n}"'] for n in (0, 2, 5)]
     assert [overrides for overrides, *_ in array.handed_in] == named
     assert [number for _, _, number, *_ in array.handed_in] == [0, 2, 5]
     assert array.begun == jobs

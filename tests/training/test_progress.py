@@ -55,6 +55,7 @@ class Run:
             accumulate_grad_batches=1,
             num_val_batches=[4],
             callbacks=[self.callback],
+            progress_bar_metrics={},
         )
         self.callback.on_train_start(self.trainer, self.module)
 

@@ -23,7 +23,7 @@ from litdiffusion.configuration import resolvers
 from litdiffusion.configuration.nodes import build
 from litdiffusion.errors import UserError
 from litdiffusion.runs.metrics import MetricsTable, read_rows
-from litdiffusion.system.processes import STOP_SIGNALS
+from litdiffusion.system.signals import STOP_SIGNALS
 from litdiffusion.training.loggers import WandB
 from litdiffusion.training.loggers.base import close_loggers
 from litdiffusion.training.loggers.wandb import STEP, WATERMARK

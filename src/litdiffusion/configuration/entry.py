@@ -32,8 +32,8 @@ from litdiffusion.configuration.sweeps import require_own_folders, sweep_command
 from litdiffusion.errors import UserError
 from litdiffusion.system.launch import environment_variable, process_rank
 from litdiffusion.system.parent_death import end_with_parent
-from litdiffusion.system.processes import interruptible
 from litdiffusion.system.redaction import REDACTED_LOG, redact_tracebacks, redacted
+from litdiffusion.system.signals import interruptible
 from litdiffusion.system.version_check import require_sound_versions
 
 USER_ERROR, INTERRUPTED = 2, 130

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from litdiffusion.data.decoding import UnreadableError, decode_column
 from litdiffusion.errors import UserError
-from litdiffusion.system.processes import STOP_SIGNALS, usable_cores
+from litdiffusion.system.processes import usable_cores
+from litdiffusion.system.signals import STOP_SIGNALS
 
 CHUNK = 256
 """Images decoded together by one thread."""

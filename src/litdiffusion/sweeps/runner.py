@@ -9,7 +9,7 @@ from types import FrameType
 from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.machine import JOB, Share, environment
 from litdiffusion.sweeps.process import FAILED, Outcome, RunningJob
-from litdiffusion.system.processes import handling, stop_signals
+from litdiffusion.system.signals import handling, stop_signals
 
 LOOK_SECONDS = 0.1
 PATIENCE = 3

@@ -22,8 +22,8 @@ from litdiffusion.sweeps.ranking import goals, ranking, require_comparable
 from litdiffusion.sweeps.table import Results
 from litdiffusion.system.files import write_text
 from litdiffusion.system.launch import num_started, num_tasks
-from litdiffusion.system.processes import interruptible
 from litdiffusion.system.redaction import redacted_override, without_secrets
+from litdiffusion.system.signals import interruptible
 
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 

@@ -16,7 +16,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from litdiffusion.system.processes import handling, stop_signals
+from litdiffusion.system.signals import handling, stop_signals
 from litdiffusion.training.callbacks.attached import get_callback
 from litdiffusion.training.callbacks.checkpoints import SaveCheckpoints
 

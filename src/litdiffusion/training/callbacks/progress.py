@@ -55,9 +55,8 @@ class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
     def leave_out(self, seconds: float) -> None:
         """Count the last seconds as a pause."""
         self.pauses += seconds
-        if not self.disable:
-            self.start_t += seconds
-            self.last_print_t += seconds
+        self.start_t += seconds
+        self.last_print_t += seconds
 
 
 class Progress(ProgressBar):
@@ -80,13 +79,14 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar at the step the run starts from."""
-        self._bar = Bar(BAR, trainer.max_steps, initial=trainer.global_step, disable=not self._enabled)
+        if self._enabled:
+            self._bar = Bar(BAR, trainer.max_steps, initial=trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the bar."""
-        if self._bar is None or self._bar.disable or trainer.global_step == self._bar.n:
+        if self._bar is None or trainer.global_step == self._bar.n:
             return
         rate, now = self._bar.format_dict["rate"], time.monotonic()
         if rate and now >= self._next_look:  # on a GPU, looking at the loss waits for it
@@ -119,11 +119,13 @@ class Progress(ProgressBar):
 
     def pause(self, name: str, total: int) -> None:
         """Show how far something else is, the training's clock standing still."""
+        if not self._enabled:
+            return
         log = not sys.stderr.isatty()
         if self._bar is not None and not log:
             self._bar.refresh()  # the step it has come to
         place: dict[str, Any] = {"position": 0, "delay": LINE_SECONDS} if log else {"leave": False}
-        self._pause = Bar(PAUSE, total, desc=name, disable=not self._enabled, **place)
+        self._pause = Bar(PAUSE, total, desc=name, **place)
 
     def advance(self) -> None:
         """Move its bar."""

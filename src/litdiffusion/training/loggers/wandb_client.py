@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from litdiffusion.errors import UserError
 from litdiffusion.system.files import write_text
-from litdiffusion.system.processes import STOP_SIGNALS
+from litdiffusion.system.signals import STOP_SIGNALS
 
 FINISH_SECONDS = 600
 """How long the last upload of a run may take; what is missing is logged when the command is repeated."""
