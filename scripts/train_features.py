@@ -1,4 +1,4 @@
-"""Train the network behind ``features=fashion_mnist``: python scripts/train_features.py
+"""Train the network behind ``features=fashion_mnist``: ``python scripts/train_features.py``.
 
 It takes about 20 minutes on two cores, prints the accuracy on the test split, and writes the weights, in float16,
 to src/litdiffusion/evaluation/weights/fashion_mnist.pt. ``configs/features/fashion_mnist.yaml`` names the SHA-256

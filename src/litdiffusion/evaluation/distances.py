@@ -5,6 +5,7 @@ torch: the matrix square root of FID comes from symmetric eigendecompositions. W
 prdc compute the same number they agree with it (``tests/evaluation/test_distances.py``).
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -84,7 +85,7 @@ def kernel_distance(
     size = min(subset_size, fewest)
     if size < 2:
         raise ValueError(f"KID needs at least 2 images of each kind; there are {fewest}")
-    random = np.random.RandomState(seed)  # noqa: NPY002  # torch-fidelity's subsets
+    random = np.random.RandomState(seed)  # torch-fidelity's subsets
     found = torch.empty(subsets, dtype=torch.float64)
     for i in range(subsets):
         x = a[torch.from_numpy(random.choice(len(a), size, replace=False))]
@@ -134,13 +135,15 @@ def radii(features: Features, neighbours: int) -> PerImage:
     """
     if len(features) <= neighbours:
         raise ValueError(f"{neighbours} nearest neighbours need more images than {len(features)}")
-    rows = [_distances(part, features).kthvalue(neighbours + 1).values for part in features.split(ROWS)]
+    rows = [
+        _distances(part, features).kthvalue(neighbours + 1).values for part in torch.split(features, ROWS)
+    ]
     return torch.cat(rows)
 
 
 def _inside(points: Features, centres: Features, reach: PerImage) -> Int64[Tensor, " _"]:
     """Return in how many of the balls each point lies."""
-    return torch.cat([(_distances(part, centres) <= reach).sum(1) for part in points.split(ROWS)])
+    return torch.cat([(_distances(part, centres) <= reach).sum(1) for part in torch.split(points, ROWS)])
 
 
 class Nearest(NamedTuple):
@@ -182,7 +185,7 @@ class Copying(NamedTuple):
 def copying(generated: Features, train: Features) -> Copying:
     """Return how near generated images are to the training images, and to how many of them too near."""
     found = nearest(generated, train)
-    hit, back = found.indices.unique(return_inverse=True)
+    hit, back = torch.unique(found.indices, return_inverse=True)
     among_themselves = nearest(train[hit], train, besides=hit).distances[back]
     return Copying(found, float((found.distances < among_themselves).double().mean()))
 
@@ -192,14 +195,14 @@ def inception_score(logits: Features, splits: int = 10, seed: int = 2020) -> tup
 
     The images are shuffled first, by NumPy's ``RandomState(seed)``, as in torch-fidelity.
     """
-    order = np.random.RandomState(seed).permutation(len(logits))  # noqa: NPY002
+    order = np.random.RandomState(seed).permutation(len(logits))
     log_p = logits[torch.from_numpy(order)].log_softmax(1)
     count = min(splits, len(logits))
     edges = [i * len(logits) // count for i in range(count + 1)]
     scores = torch.tensor(
         [
             float((part.exp() * (part - part.exp().mean(0).log())).nansum(1).mean().exp())
-            for part in (log_p[start:stop] for start, stop in zip(edges, edges[1:], strict=False))
+            for part in (log_p[start:stop] for start, stop in pairwise(edges))
         ],
         dtype=torch.float64,
     )
