@@ -28,9 +28,9 @@ from litdiffusion.data.stores import to_float
 from litdiffusion.diffusion import Denoiser, Sampler
 from litdiffusion.errors import UserError
 from litdiffusion.evaluation import Copying, Metric, Model, SampleMetric, listed, numbers
-from litdiffusion.evaluation.features import extract, feature_hash
+from litdiffusion.evaluation.features import extract_shared, feature_hash
 from litdiffusion.evaluation.generated import drawn
-from litdiffusion.evaluation.reference import joined_sets, real_features
+from litdiffusion.evaluation.reference import real_features
 from litdiffusion.evaluation.sample_metrics import Reference, measured
 from litdiffusion.inference import TrainedModel, load_model
 from litdiffusion.reporting.images import grid, save
@@ -39,7 +39,7 @@ from litdiffusion.sampling import sample_images
 from litdiffusion.system.files import write_text
 from litdiffusion.system.launch import num_started, num_tasks, process_rank
 from litdiffusion.system.memory import keep_freed_memory
-from litdiffusion.system.processes import gathered, rank_and_number, share_of, together
+from litdiffusion.system.processes import rank_and_number, together
 
 FEW_SAMPLES = 2000
 """FID of fewer images is mostly bias."""
@@ -128,8 +128,7 @@ def measure_samples(
     data = ImageDataModule(source, cfg.batch_size, seed=0)
     data.prepare_data()
     cache = Path(absolute(cfg.cache, "cache"))
-    mine = images[share_of(len(images)).start : share_of(len(images)).stop]
-    samples = joined_sets(gathered(extract(network, torch.split(mine, cfg.batch_size))))
+    samples = extract_shared(network, images, cfg.batch_size)
     reference = Reference(*(real_features(data, split, network, cache) for split in ("train", "test")))
     report: dict[str, Any] = measured(metrics, samples, reference)
     if process_rank() == 0:

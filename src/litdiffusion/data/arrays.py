@@ -52,9 +52,10 @@ def read_images(path: Path) -> UInt8[Tensor, "images channels h w"]:
 
 def _npz(path: Path) -> np.ndarray:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if isinstance(archive, np.ndarray):
-                raise UserError(f"images={path}: a single array; save it by np.savez(FILE, images=...)")
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise UserError(f"images={path}: a single array; save it by np.savez(FILE, images=...)")
+        with archive:
             for key in KEYS:
                 if key in archive:
                     found: np.ndarray = archive[key]

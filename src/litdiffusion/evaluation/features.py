@@ -5,7 +5,7 @@ and class logits [N, K]. ``configs/features`` names those that come along; ``fea
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from litdiffusion.data.stores import to_float
 from litdiffusion.errors import UserError
 from litdiffusion.nn.classifier import Classifier
+from litdiffusion.system.processes import gathered, share_of
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -129,6 +130,21 @@ def extract(network: nn.Module, batches: Iterable[UInt8[Tensor, "_ channels h w"
         if not all(bool(each.isfinite().all()) for each in found[-1]):
             raise UserError(f"features: {type(network).__name__} returns NaN or infinity")
     return FeatureSet(*map(torch.cat, zip(*found, strict=True)))
+
+
+def extract_shared(
+    network: nn.Module, images: UInt8[Tensor, "_ channels h w"], batch_size: int
+) -> FeatureSet:
+    """Return what a network finds in images that every process holds; each looks at a part, and gets all."""
+    mine = share_of(len(images))
+    parts = gathered(extract(network, torch.split(images[mine.start : mine.stop], batch_size)))
+    return joined([part for part in parts if len(part.features)])
+
+
+def joined(parts: Sequence[FeatureSet]) -> FeatureSet:
+    """Return several sets as one."""
+    features, logits = zip(*parts, strict=True)
+    return FeatureSet(torch.cat(features), None if logits[0] is None else torch.cat(logits))
 
 
 def feature_hash(network: nn.Module) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.data.sources.base import Split
-from litdiffusion.evaluation.features import FeatureSet, extract, feature_hash
+from litdiffusion.evaluation.features import FeatureSet, extract, feature_hash, joined
 from litdiffusion.system.files import whole_file
 from litdiffusion.system.processes import gathered, rank_and_number
 
@@ -40,16 +41,10 @@ def real_features(data: ImageDataModule, split: Split, network: nn.Module, cache
         parts.append(extract(network, [batch.images]))
     shares = gathered(list(zip(starts, parts, strict=True)))
     in_order = sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])
-    joined = joined_sets([part for _, part in in_order])
+    found = joined([part for _, part in in_order])
     if rank == 0:
-        _write(path, joined)
-    return joined
-
-
-def joined_sets(parts: list[FeatureSet]) -> FeatureSet:
-    """Return several sets as one."""
-    features, logits = zip(*parts, strict=True)
-    return FeatureSet(torch.cat(features), None if logits[0] is None else torch.cat(logits))
+        _write(path, found)
+    return found
 
 
 def _read(path: Path) -> FeatureSet | None:
@@ -57,7 +52,7 @@ def _read(path: Path) -> FeatureSet | None:
         with np.load(path, allow_pickle=False) as archive:
             logits = torch.from_numpy(archive["logits"]) if "logits" in archive else None
             return FeatureSet(torch.from_numpy(archive["features"]), logits)
-    except (OSError, ValueError, KeyError, EOFError):  # not there, or not ours
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or not ours
         return None
 
 
