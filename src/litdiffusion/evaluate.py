@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from jaxtyping import UInt8
 from lightning.fabric.utilities import move_data_to_device
 from omegaconf import DictConfig
+from PIL import Image
 from torch import Tensor, nn
 
 from litdiffusion.configuration.allowlist import require_allowed
@@ -135,6 +136,8 @@ def measure_samples(
         for metric in metrics.values():
             if isinstance(metric, Copying):
                 save_nearest(metric, images, data, out / "nearest.png")
+        if cfg.pngs:
+            save_singly(images, out / "pngs")
     biased = len(images) < FEW_SAMPLES
     if biased:
         print(
@@ -204,6 +207,15 @@ def save_nearest(
     )
     rows = torch.cat((pairs[::2], pairs[1::2]))
     save(grid(to_float(rows), columns=len(closest)), path)
+
+
+def save_singly(images: UInt8[Tensor, "n c h w"], folder: Path) -> None:
+    """Save each image as a PNG of its own, under its number."""
+    folder.mkdir(exist_ok=True)
+    for number, pixels in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(
+            folder / f"{number:06d}.png"
+        )
 
 
 def data_source(cfg: DictConfig, model: TrainedModel | None) -> Source:

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from litdiffusion.data.stores import to_float
 from litdiffusion.errors import UserError
 from litdiffusion.nn.classifier import Classifier
-from litdiffusion.system.processes import gathered, share_of
+from litdiffusion.system.processes import gathered, rank_and_number, share_of
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -137,7 +138,9 @@ def extract_shared(
 ) -> FeatureSet:
     """Return what a network finds in images that every process holds; each looks at a part, and gets all."""
     mine = share_of(len(images))
-    parts = gathered(extract(network, torch.split(images[mine.start : mine.stop], batch_size)))
+    batches = torch.split(images[mine.start : mine.stop], batch_size)
+    rank, _ = rank_and_number()
+    parts = gathered(extract(network, tqdm(batches, desc="features", unit="batch", disable=rank > 0)))
     return joined([part for part in parts if len(part.features)])
 
 
