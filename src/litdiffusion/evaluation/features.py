@@ -155,5 +155,5 @@ def feature_hash(network: nn.Module) -> str:
     digest = hashlib.sha256(f"{type(network).__module__}.{type(network).__qualname__}".encode())
     for name, value in sorted(network.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -166,8 +166,9 @@ class ClassBalance(SampleMetric):
 
 
 class Copying(SampleMetric):
-    """The share of generated images nearer to a training image than that one is to any other; of new images, a half.
+    """The share of generated images that are nearer to a training image than that one is to any other.
 
+    ``_floor``: that share of as many test images, which are no copies; a half where both are drawn alike.
     ``_distance_q01``, ``_q10``, ``_q50``: quantiles of the distance to the nearest training image. The nearest ones
     stay as ``nearest``, to be shown.
     """
@@ -176,15 +177,15 @@ class Copying(SampleMetric):
 
     def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
         """See ``SampleMetric``."""
-        found = distances.copying(samples.features, reference.train.features)
-        self.nearest = found.nearest
-        return {
-            "": found.share_closer,
-            **{
-                f"_distance_q{percent:02d}": float(found.nearest.distances.quantile(percent / 100))
-                for percent in (1, 10, 50)
-            },
-        }
+        train, count = reference.train.features, len(samples.features)
+        copying = distances.copying(samples.features, train)
+        self.nearest = copying.nearest
+        found = {"": copying.share_closer}
+        if reference.test is not None and len(reference.test.features) >= count:
+            found["_floor"] = distances.copying(reference.test.some(count).features, train).share_closer
+        for percent in (1, 10, 50):
+            found[f"_distance_q{percent:02d}"] = float(copying.nearest.distances.quantile(percent / 100))
+        return found
 
 
 def measured(metrics: dict[str, SampleMetric], samples: FeatureSet, reference: Reference) -> dict[str, float]:
