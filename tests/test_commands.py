@@ -19,6 +19,7 @@ from litdiffusion.configuration.checks import validate
 from litdiffusion.configuration.entry import config_folder
 from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.diffusion import Network
+from litdiffusion.errors import UserError
 from litdiffusion.nn import DiT
 from litdiffusion.reporting.images import to_uint8
 
@@ -389,6 +390,10 @@ def test_without_validation_nothing_warns(tmp_path: Path, recwarn: pytest.Warnin
     train_tiny(tmp_path, "datamodule.num_val=0", "callbacks.sample_images=null")
     assert [str(warning.message) for warning in recwarn if "zero" in str(warning.message)] == []
     assert json.loads((tmp_path / "summary.json").read_text())["val_loss"] is None
+    # All images are trained on, so there are none to measure this checkpoint on.
+    ckpt = f"ckpt={tmp_path / 'checkpoints' / 'last.ckpt'}"
+    with pytest.raises(UserError, match=r"no images of digits were held out .*num_val=0\): .*give data="):
+        run("evaluate", ckpt, f"out={tmp_path / 'out'}", "device=cpu")
 
 
 def test_several_experiments_have_one_name() -> None:

@@ -110,6 +110,13 @@ def test_an_image_is_varied(ckpt, pictures, tmp_path):
     given = read_image("image", image, SHAPE)
     expected = model.vary(given, 0.4, num_images=3, sampler="ddim", num_steps=5)
     assert np.abs(drawn.astype(int) - shown(expected).astype(int)).max() <= 1
+    known = json.loads((ckpt.parents[1] / "data.json").read_text())
+    assert (
+        model.class_names
+        == tuple("0123456789")
+        == tuple(report["class_names"])
+        == tuple(known["class_names"])
+    )
     # An edit is of no class in particular, unless one is named.
     assert report["labels"] is None
     firmly = model.vary(given, 0.4, 3, labels=7, guidance_scale=40, sampler="ddim", num_steps=5)

@@ -274,11 +274,13 @@ def require_known_images(datamodule: ImageDataModule, model: TrainedModel) -> No
     Raises:
         UserError: they are others.
     """
-    if model.held_out is None or changes(model.held_out, datamodule.held_out_fingerprint()):
+    name, way_out = datamodule.source.name, "to measure on what is there all the same, give data=..."
+    if model.held_out is None:
         raise UserError(
-            f"{datamodule.source.name} does not hold the images that the checkpoint was trained beside: to measure"
-            " on what is there all the same, give data=..."
+            f"no images of {name} were held out of the training (datamodule.num_val=0): {way_out}"
         )
+    if changes(model.held_out, datamodule.held_out_fingerprint() or {}):
+        raise UserError(f"{name} does not hold the images that the checkpoint was trained beside: {way_out}")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class TrainedModel:
         step: optimizer steps it was trained for.
         weights: ``ema`` or ``raw``.
         held_out: what the first held-out images of its data are known by (see ``data.fingerprint``).
+        class_names: the names of the labels 0, 1, ... in its data; None where it had none.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class TrainedModel:
         step: int,
         weights: str,
         held_out: dict[str, Any] | None = None,
+        class_names: tuple[str, ...] | None = None,
     ) -> None:
         self.denoiser = denoiser
         self.default_sampler = default_sampler
@@ -64,6 +66,7 @@ class TrainedModel:
         self.step = step
         self.weights = weights
         self.held_out = held_out
+        self.class_names = class_names
 
     def sample(
         self,
@@ -254,6 +257,7 @@ def load_model(
         int(checkpoint["global_step"]),
         used,
         checkpoint.get("held_out"),
+        checkpoint.get("class_names"),
     )
 
 

@@ -97,6 +97,7 @@ def main(cfg: DictConfig) -> None:
         "num_images": cfg.num_images,
         "seed": cfg.seed,
         "labels": guidance.classes(model.denoiser),
+        "class_names": model.class_names,
         "guidance_scale": guidance.scale,
         "guidance_interval": list(guidance.interval),
         "guide_ckpt": absolute(cfg.guide_ckpt, "guide_ckpt") if guide else None,

@@ -73,6 +73,7 @@ def train(run: Run, started: float) -> int | None:
     loggers = build_loggers(run.cfg)
     trainer = build_trainer(run.cfg, loggers)
 
+    datamodule.trainer = trainer  # it knows how many processes hold the images, and whether they go to a GPU
     datamodule.prepare_data()
     datamodule.setup("fit")
     run.begin(datamodule.fingerprint())
@@ -81,6 +82,7 @@ def train(run: Run, started: float) -> int | None:
             model_config=run.model_config,
             data_config=without_secrets(run.config["data"], SECRET_KEY),
             held_out=datamodule.held_out_fingerprint(),
+            class_names=datamodule.source.class_names,
         )
     log.info(
         f"{f'Continuing from step {run.step} of' if run.resumption else 'Training'} {trainer.max_steps:,} steps:"

@@ -35,6 +35,13 @@ def test_it_builds_with_the_constructor_s_own_defaults(file: Path) -> None:
             assert config.data[name] == parameter.default
 
 
+def test_images_are_mirrored_only_where_the_data_set_is_known() -> None:
+    """Digits and text are not what they were."""
+    flipped = {file.stem for file in FILES if OmegaConf.load(file).flip}
+    assert flipped == {"fashion_mnist"}
+    assert OmegaConf.load(REPOSITORY / "configs" / "experiment" / "cifar10.yaml").data.flip
+
+
 def test_the_data_folder_comes_from_the_paths() -> None:
     config = OmegaConf.create({"paths": {"data": "here"}, "data": OmegaConf.load(FILES[1])})
     assert config.data.path == "here/fashion-mnist"

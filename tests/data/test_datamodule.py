@@ -4,17 +4,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_worlds import save_images
+from image_worlds import save_images, small_copy
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from litdiffusion.data.data_order import DataOrder
 from litdiffusion.data.datamodule import Batch, ImageDataModule, TrainLoader, ValidationLoader, to_float
-from litdiffusion.data.sources import Digits, FashionMNIST, ImageFolder
+from litdiffusion.data.sources import Digits, FashionMNIST, Hub, ImageFolder
 from litdiffusion.data.stores import ArrowStore, MemoryStore
 from litdiffusion.diffusion import Draws
 from litdiffusion.errors import UserError
@@ -50,11 +51,17 @@ def test_batches_are_uint8_rows_of_the_stream() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize(("memory_limit_mb", "kind"), [(1024, MemoryStore), (0, ArrowStore)])
-def test_batches_are_page_locked_for_a_gpu(memory_limit_mb: int, kind: type, device: str) -> None:
+@pytest.mark.parametrize(
+    ("memory_limit_mb", "processes", "kind"),
+    # 0.09 MiB, which each process of a machine holds
+    [(1024, 1, MemoryStore), (1, 8, MemoryStore), (1, 16, ArrowStore), (0, 1, ArrowStore)],
+)
+def test_batches_are_page_locked_for_a_gpu(
+    memory_limit_mb: int, processes: int, kind: type, device: str
+) -> None:
     data = module(memory_limit_mb=memory_limit_mb)
     strategy = SimpleNamespace(root_device=torch.device(device))
-    data.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=1)
+    data.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=1, num_devices=processes)
     data.setup("fit")
     store = data._store("fit")
     assert isinstance(store, kind)
@@ -114,7 +121,7 @@ def test_validation_shows_each_image_once_over_all_ranks(size: int, batch_size: 
     assert sorted(seen) == list(range(size))
 
 
-def test_validation_is_the_first_images_of_the_test_split() -> None:
+def test_validation_is_the_first_images_of_the_test_split(caplog: pytest.LogCaptureFixture) -> None:
     data = module(num_val=100)
     data.setup("validate")
     loader = data.val_dataloader()
@@ -123,16 +130,41 @@ def test_validation_is_the_first_images_of_the_test_split() -> None:
     assert [len(b.images) for b in batches] == [32, 32, 32, 4]
     assert torch.equal(torch.cat([b.images for b in batches]), STORE.images[:100])
     everything = module(num_val=10_000)
+    assert caplog.messages == []
     everything.setup("fit")
     assert sum(len(b.images) for b in everything.val_dataloader()) == 299
-    none = module(num_val=0)
-    none.setup("fit")
-    assert none.val_dataloader() == []
+    assert "299 held-out images, all of them measured, where 10,000 were asked for" in caplog.text
+
+
+def test_without_validation_all_images_are_trained_on(tmp_path: Path) -> None:
+    save_images(tmp_path / "folder", 12)
+    (tmp_path / "one").mkdir()
+    save_images(tmp_path / "one", 1)
+    images = {"image": [str(path) for path in sorted((tmp_path / "folder").iterdir())]}
+    features = datasets.Features(image=datasets.Image())
+    datasets.Dataset.from_dict(images, features=features).to_parquet(tmp_path / "table.parquet")
+    sizes = {"channels": 3, "image_size": 4}
+    folder, one = (ImageFolder(tmp_path / name, **sizes) for name in ("folder", "one"))
+    for source, count in (
+        (Digits(), 1797),
+        (folder, 12),
+        (one, 1),
+        (Hub(str(tmp_path / "table.parquet"), **sizes), 12),
+    ):
+        data = module(source=source, num_val=0)
+        data.setup("fit")
+        assert (data.num_train, data.num_held_out, data.val_dataloader()) == (count, 0, [])
+        assert data.held_out_fingerprint() is None
+    small_copy(tmp_path / "fashion")
+    data = module(source=FashionMNIST(tmp_path / "fashion"), num_val=0)
+    data.setup("fit")
+    assert data.num_train == 20  # its test split is no part of what it is trained on
+    assert data.held_out_fingerprint() is not None
 
 
 def test_finishing_flips_by_position_and_scales(tmp_path: Path) -> None:
     save_images(tmp_path, 40, size=(6, 6))
-    data = module(source=ImageFolder(tmp_path, image_size=6, channels=3), batch_size=24, seed=5)
+    data = module(source=ImageFolder(tmp_path, image_size=6, channels=3, flip=True), batch_size=24, seed=5)
     data.setup("fit")
     batch = take(data.train_dataloader(), 2)[1]
     finished = data.finish(batch, training=True)

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import datasets
@@ -8,14 +10,19 @@ from image_worlds import noise
 from PIL import Image
 
 from litdiffusion.data.decoding import array_dataset, decode_column
+from litdiffusion.data.pictures import read_image
 from litdiffusion.errors import UserError
 
 
 def decode(image: Image.Image, size: tuple[int, int], channels: int, suffix: str = "png") -> np.ndarray:
     """Through a real encoded file in a real Arrow column."""
+    return decode_bytes(encoded(image, suffix), size, channels)
+
+
+def encoded(image: Image.Image, suffix: str = "png") -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, suffix)
-    return decode_bytes(buffer.getvalue(), size, channels)
+    return buffer.getvalue()
 
 
 def decode_bytes(data: bytes, size: tuple[int, int], channels: int) -> np.ndarray:
@@ -50,13 +57,76 @@ def test_sixteen_bit_gray_keeps_its_range() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"), [([0.0, 0.5, 1.0], [0, 128, 255]), ([0.0, 99.6, 300.0], [0, 100, 255])]
+    ("values", "expected"),
+    [([0.0, 0.5, 1.0], [0, 128, 255]), ([0.0, 99.6, 255.0], [0, 100, 255]), ([0.0] * 3, [0] * 3)],
 )
 def test_floats_are_read_as_0_to_1_or_0_to_255(values: list[float], expected: list[int]) -> None:
     assert (
         decode(Image.fromarray(np.array([values], np.float32)), (1, 3), 1, "tiff").ravel().tolist()
         == expected
     )
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def deep_png(values: list[int]) -> bytes:
+    """One row of 16-bit RGB, which Pillow reads but does not write."""
+    row = b"\0" + b"".join(struct.pack(">3H", value, value, value) for value in values)
+    header = chunk(b"IHDR", struct.pack(">2I5B", len(values), 1, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+
+
+def tiff(*values: float, dtype: str = "float32") -> bytes:
+    return encoded(Image.fromarray(np.array([values], dtype)), "tiff")
+
+
+@pytest.mark.parametrize(
+    ("data", "values"),
+    [
+        (tiff(0, 1023, dtype="uint16"), "0 to 1023, where 0 would be black and 65535 white"),
+        (tiff(7, 4095, dtype="uint16"), "7 to 4095"),
+        (tiff(0, 16383, dtype="uint16"), "0 to 16383"),
+        (deep_png([0, 4095]), "0 to 3855, where 0 would be black and 65535 white"),
+        (tiff(0, 70000, dtype="int32"), "0 to 70000"),
+        (tiff(-1000, 3000, dtype="int32"), "-1000 to 3000"),
+        (tiff(0, 1.02), "0 to 1.02, where 0 would be black and 255 white"),
+        (tiff(-0.1, 0.9), "-0.1 to 0.9, where 0 would be black and 1 white"),
+        (tiff(0, float("nan")), "nan"),
+    ],
+)
+def test_values_of_unknown_range_are_refused_not_darkened_or_cut(data: bytes, values: str) -> None:
+    with pytest.raises(UserError, match=f"{values}.*scale them to that range, or to 8 bits"):
+        decode_bytes(data, (1, 2), 1)
+
+
+def test_sixteen_bit_colours_keep_their_range() -> None:
+    assert decode_bytes(deep_png([0, 128 * 257, 65535]), (1, 3), 3)[1].ravel().tolist() == [0, 128, 255]
+    assert decode_bytes(deep_png([0, 0, 0]), (1, 3), 1).ravel().tolist() == [0, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", [b"garbage", b"MM\0*\0\0\0\x08\xff"])
+def test_garbage_for_exif_data_does_not_matter(exif: bytes, tmp_path: Path) -> None:
+    whole = png()
+    path = tmp_path / "photo.png"
+    path.write_bytes(whole[:33] + chunk(b"eXIf", exif) + whole[33:])
+    assert np.array_equal(decode_bytes(path.read_bytes(), (32, 32), 3), decode_bytes(whole, (32, 32), 3))
+    assert read_image("image", path, (3, 32, 32)).shape == (3, 32, 32)
+
+
+def test_what_follows_an_image_and_what_it_is_called_do_not_matter() -> None:
+    for data in (png(), encoded(Image.fromarray(noise(0, 8, 8, 3)), "webp")):
+        assert np.array_equal(decode_bytes(data + b"more", (8, 8), 3), decode_bytes(data, (8, 8), 3))
+
+
+def test_an_image_of_too_many_pixels_is_not_to_be_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(
+        UserError, match=r"name\.png: it has more than 1,000 pixels, so make it smaller; replace it"
+    ):
+        decode_bytes(png(), (8, 8), 3)
 
 
 def test_one_bit_images_are_black_and_white() -> None:
@@ -69,6 +139,18 @@ def test_transparency_lies_on_white() -> None:
     gray_alpha = Image.fromarray(np.array([[[9, 255], [9, 0]]], np.uint8))
     assert gray_alpha.mode == "LA"
     assert decode(gray_alpha, (1, 2), 1).ravel().tolist() == [9, 255]
+
+
+def test_white_on_transparent_is_refused_not_blank(tmp_path: Path) -> None:
+    white = Image.fromarray(np.array([[[255, 255], [255, 0]]], np.uint8))
+    with pytest.raises(UserError, match=r"it is white on transparent, .*: give it a background"):
+        decode(white, (1, 2), 1)
+    white.save(tmp_path / "white.png")
+    with pytest.raises(UserError, match=r"image=.*white\.png: it is white on transparent"):
+        read_image("image", tmp_path / "white.png", (1, 1, 2))
+    for alpha in (0, 255):  # nothing at all, and an opaque page
+        blank = Image.fromarray(np.array([[[255, alpha]] * 2], np.uint8))
+        assert decode(blank, (1, 2), 1).ravel().tolist() == [255, 255]
 
 
 def test_palettes_are_looked_up_with_their_transparent_colour() -> None:
@@ -90,9 +172,10 @@ def test_cmyk_and_rotated_photographs_come_out_upright_rgb() -> None:
     ]
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to see it upright
-    buffer = io.BytesIO()
-    Image.fromarray(np.array([[0, 255]], np.uint8)).save(buffer, "png", exif=exif)
-    assert decode_bytes(buffer.getvalue(), (2, 1), 1).tolist() == [[[0], [255]]]
+    for suffix in ("png", "tiff", "webp"):
+        buffer = io.BytesIO()
+        Image.fromarray(np.array([[0, 255]], np.uint8)).save(buffer, suffix, exif=exif, lossless=True)
+        assert decode_bytes(buffer.getvalue(), (2, 1), 1).tolist() == [[[0], [255]]]
 
 
 def test_the_shorter_side_is_resized_and_the_centre_cropped() -> None:
@@ -116,9 +199,7 @@ def test_extreme_shapes_survive() -> None:
 
 
 def png() -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(noise(0, 32, 32, 3)).save(buffer, "png")
-    return buffer.getvalue()
+    return encoded(Image.fromarray(noise(0, 32, 32, 3)))
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", png()[:200], png()[:1500]])
@@ -126,6 +207,18 @@ def test_an_undecodable_image_is_named_in_one_line(data: bytes) -> None:
     with pytest.raises(UserError, match=r"cannot read image some/name\.png") as error:
         decode_bytes(data, (8, 8), 3)
     assert "\n" not in str(error.value)
+
+
+def test_of_many_undecodable_images_the_first_are_named_and_all_counted() -> None:
+    features = datasets.Features(image=datasets.Image())
+    records = [{"bytes": b"x" if i % 2 else png(), "path": None} for i in range(10)]
+    rows = datasets.Dataset.from_dict({"image": records}, features=features)
+    with pytest.raises(UserError) as error:
+        decode_column(rows.with_format("arrow")[:]["image"], (8, 8), 3)
+    named = "; ".join(
+        f"in row {i} of the data set (the first is 0): not an image Pillow can open" for i in (1, 3, 5)
+    )
+    assert str(error.value).startswith(f"cannot read 5 images: {named}; and 2 more; replace them")
 
 
 def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:

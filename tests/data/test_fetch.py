@@ -109,6 +109,7 @@ def test_debian_s_folder_is_enough(
             {"apt_get": "echo 'E: Unable to locate package' >&2; exit 100", "dpkg_deb": ""},
             "Unable to locate package",
         ),
+        ({"apt_get": "exec /bin/sleep 60", "dpkg_deb": ""}, "timed out after 0.2 seconds"),
         ({"apt_get": "", "dpkg_deb": ""}, "Hub cannot be reached"),
     ],
 )
@@ -119,6 +120,7 @@ def test_when_nothing_works_one_line_names_the_three_ways(
     scripts: dict[str, str],
     told: str,
 ) -> None:
+    monkeypatch.setattr("litdiffusion.data.fetch.DEBIAN_SECONDS", 0.2)
     tools(tmp_path / "bin", monkeypatch, **scripts)
     assert main([str(tmp_path / "data")]) == 2
     output = capsys.readouterr()

@@ -1,5 +1,6 @@
 import http.server
 import io
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from litdiffusion.data.sources import Hub
 from litdiffusion.data.stores import MemoryStore
 from litdiffusion.errors import UserError
 
-CLASSES = ["ant", "bee", "cow"]
+CLASSES = ("ant", "bee", "cow")
 
 
 def table(count: int, seed: int = 0, label: str | None = "label", image: str = "image") -> datasets.Dataset:
@@ -30,7 +31,7 @@ def table(count: int, seed: int = 0, label: str | None = "label", image: str = "
     features = {image: datasets.Image()}
     if label is not None:
         columns[label] = [i % 3 for i in range(count)]
-        features[label] = datasets.ClassLabel(names=CLASSES)
+        features[label] = datasets.ClassLabel(names=list(CLASSES))
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
@@ -91,36 +92,105 @@ def test_integer_and_text_labels_are_numbered_alike_in_both_splits(tmp_path: Pat
     source = Hub(str(tmp_path))
     assert source.load("train")["label"][:] == [1, 0, 1, 2, 0, 1]
     assert source.load("test")["label"][:] == [2, 3]
-    assert source.class_names == ["3", "7", "10", "99"]
+    assert source.class_names == ("3", "7", "10", "99")
     words = tmp_path / "words.parquet"
     base.add_column("kind", ["b", "a", "b", "c", "a", "b"]).to_parquet(words)
     assert Hub(str(words)).load("train").column_names == ["image"]
     named = Hub(str(words), label_column="kind")
     assert sorted(named.load("train")["label"][:] + named.load("test")["label"][:]) == [0, 0, 1, 1, 1, 2]
-    assert named.class_names == ["a", "b", "c"]
+    assert named.class_names == ("a", "b", "c")
 
 
 def test_a_test_split_with_blanked_labels_is_passed_over(tmp_path: Path) -> None:
     table(6).to_parquet(tmp_path / "train.parquet")
     blank = table(3, label=None).add_column("label", [-1] * 3)
-    blank.cast_column("label", datasets.ClassLabel(names=CLASSES)).to_parquet(tmp_path / "test.parquet")
+    blank.cast_column("label", datasets.ClassLabel(names=list(CLASSES))).to_parquet(tmp_path / "test.parquet")
     table(2, seed=1).to_parquet(tmp_path / "validation.parquet")
     assert Hub(str(tmp_path)).load("test")["label"][:] == [0, 1]
     assert len(Hub(str(tmp_path), label_column=None).load("test")) == 3
-    with pytest.raises(UserError, match=r"without a label.*label_column=null"):
-        Hub(str(tmp_path), test_split="test").load("test")
+    with pytest.raises(UserError, match=r"without a label \(3 of 9; .*label_column=null"):
+        Hub(str(tmp_path), test_split="test", label_column="label").load("test")
+    datasets.DatasetDict(train=table(4), test=table(3, label=None)).save_to_disk(tmp_path / "without")
+    for folder in (
+        tmp_path,
+        tmp_path / "without",
+    ):  # found by themselves, they hinder no training without labels
+        source = Hub(str(folder), test_split="test")
+        assert source.load("test").column_names == source.load("train").column_names == ["image"]
+        assert len(source.load("test")) == 3
 
 
-def test_missing_labels_are_an_error_with_a_way_out(tmp_path: Path) -> None:
-    table(4, label=None).add_column("label", [1, None, 2, 1]).to_parquet(tmp_path / "gaps.parquet")
-    with pytest.raises(UserError, match=r"without a label.*label_column=null"):
-        Hub(str(tmp_path / "gaps.parquet")).load("train")
+@pytest.mark.parametrize(
+    ("kind", "labels", "names"),
+    [
+        *((kind, ["b", "a", "c", "b"], ("a", "b", "c")) for kind in (pa.large_string(), pa.string_view())),
+        (pa.dictionary(pa.int8(), pa.string()), ["b", "a", "c", "b"], ("a", "b", "c")),
+        (pa.string(), ["10", "2", "x9", "2"], ("2", "10", "x9")),
+        *((kind, [7, 3, 10, 7], ("3", "7", "10")) for kind in (pa.int8(), pa.uint64(), pa.float64())),
+        (pa.bool_(), [True, False, True, True], ("False", "True")),
+        (pa.int64(), [1, -1, 1, 1], ("-1", "1")),
+    ],
+    ids=str,
+)
+def test_labels_of_any_type_are_classes(
+    tmp_path: Path, kind: pa.DataType, labels: list[object], names: tuple[str, ...]
+) -> None:
+    images = table(4, label=None).with_format("arrow")[:]
+    pq.write_table(images.append_column("label", pa.array(labels, kind)), tmp_path / "typed.parquet")
+    source = Hub(str(tmp_path / "typed.parquet"))
+    source.hold_out = False
+    rows = source.load("train")
+    assert source.class_names == names
+    assert [names[label] for label in rows["label"]] == [str(label) for label in labels]
 
 
-def test_labels_that_name_no_class_and_an_empty_split_are_refused(tmp_path: Path) -> None:
-    table(4, label=None).add_column("score", [0.5] * 4).to_parquet(tmp_path / "scores.parquet")
-    with pytest.raises(UserError, match="must be integers or text, not double"):
-        Hub(str(tmp_path / "scores.parquet"), label_column="score").load("train")
+@pytest.mark.parametrize(
+    "labels",
+    [[1, None, 2, 1], [0, -1, 1, 0], [None] * 4, [0.5, 1.0, 2.0, 1.0], [[1], [2], [1], [2]], [b"a"] * 4],
+)
+def test_labels_that_are_missing_or_no_classes_hinder_only_those_who_name_them(
+    tmp_path: Path, labels: list[object], caplog: pytest.LogCaptureFixture
+) -> None:
+    images = table(4, label=None).with_format("arrow")[:]
+    pq.write_table(images.append_column("label", pa.array(labels)), tmp_path / "gaps.parquet")
+    with pytest.raises(UserError, match=r"without a label \(\d of 4; .*data.label_column=null"):
+        Hub(str(tmp_path / "gaps.parquet"), label_column="label").load("train")
+    source = Hub(str(tmp_path / "gaps.parquet"))
+    assert source.load("train").column_names == ["image"]
+    assert source.class_names is None
+    assert "its labels are ignored" in caplog.text or labels == [[1], [2], [1], [2]]
+
+
+def test_classes_that_two_splits_number_otherwise_are_told_apart_by_name(tmp_path: Path) -> None:
+    other = table(3).cast_column("label", datasets.ClassLabel(names=["cow", "ant", "bee"]))
+    datasets.DatasetDict(train=table(4), test=other).save_to_disk(tmp_path)
+    source = Hub(str(tmp_path))
+    assert [CLASSES[label] for label in source.load("test")["label"]] == ["cow", "ant", "bee"]
+    assert source.class_names == CLASSES
+
+
+def test_parts_of_splits_are_chosen_as_the_library_writes_them(tmp_path: Path) -> None:
+    datasets.DatasetDict(train=table(8), test=table(4, seed=1)).save_to_disk(tmp_path)
+
+    def sizes(train_split: str, test_split: str = "auto") -> list[int]:
+        return [
+            len(part) for part in pixels(Hub(str(tmp_path), train_split=train_split, test_split=test_split))
+        ]
+
+    assert sizes("train[:4]") == [4, 4]
+    assert sizes("train[25%:]", "test[:2]") == [6, 2]
+    assert sizes("train[:-2]", "train[-2:]") == [6, 2]
+    assert sizes("train[:2]+train[3:]") == [7, 4]
+    assert sizes("train+test") == [11, 1]  # nothing that is trained on is held out
+    assert np.array_equal(
+        pixels(Hub(str(tmp_path), train_split="train[5:7]"))[0], pixels(Hub(str(tmp_path)))[0][5:7]
+    )
+    for wrong in ("train[a:]", "train[:101%]", "train+extra"):
+        with pytest.raises(UserError, match=rf"no split '{re.escape(wrong)}'; it has train, test \("):
+            sizes(wrong)
+
+
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "both"
     datasets.DatasetDict(train=table(4), test=table(4).select([])).save_to_disk(folder)
     with pytest.raises(UserError, match="cannot load the data set"):  # the library opens no empty split
@@ -128,12 +198,17 @@ def test_labels_that_name_no_class_and_an_empty_split_are_refused(tmp_path: Path
 
 
 def test_parquet_of_other_tools(tmp_path: Path) -> None:
-    """Bytes without the library's metadata: a {bytes, path} struct is recognised, plain bytes when named."""
+    """Bytes without the library's metadata: a {bytes, path} struct is recognised, others by their name."""
     encoded = [row["image"] for row in table(4).cast_column("image", datasets.Image(decode=False))]
     pq.write_table(pa.table({"picture": encoded}), tmp_path / "struct.parquet")
     assert [len(part) for part in pixels(Hub(str(tmp_path / "struct.parquet")))] == [3, 1]
     pq.write_table(pa.table({"raw": [e["bytes"] for e in encoded]}), tmp_path / "bytes.parquet")
     assert [len(part) for part in pixels(Hub(str(tmp_path / "bytes.parquet"), image_column="raw"))] == [3, 1]
+    plain = pa.array([e["bytes"] for e in encoded], pa.large_binary())
+    for number, column in enumerate((plain, pa.StructArray.from_arrays([plain], ["bytes"]))):
+        file = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.table({"id": [1, 2, 3, 4], "image": column}), file)
+        assert [len(part) for part in pixels(Hub(str(file)))] == [3, 1]
 
 
 def test_no_column_or_too_many_are_listed(tmp_path: Path) -> None:
@@ -187,12 +262,16 @@ def test_wrong_paths_and_damaged_files_are_one_line(tmp_path: Path) -> None:
 
 
 def test_an_unreachable_hub_is_asked_once_and_quietly(
-    no_hub: list[str], capfd: pytest.CaptureFixture[str]
+    no_hub: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="Hub cannot be reached for owner/images") as error:
         Hub("owner/images").prepare()
     [_] = (line for line in no_hub if "owner/images" in line)  # no second try, which would wait
     assert "\n" not in str(error.value)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # HF_DATASETS_OFFLINE=1
+    with pytest.raises(UserError, match="HF_DATASETS_OFFLINE is set"):
+        Hub("owner/images").prepare()
+    assert len([line for line in no_hub if "owner/images" in line]) == 1
     assert capfd.readouterr().err == ""
 
 
@@ -241,7 +320,7 @@ def test_an_unknown_a_gated_and_a_malformed_name_are_told_apart(
         with pytest.raises(UserError, match=message) as error:
             Hub(name).load("train")
         assert "\n" not in str(error.value)
-    monkeypatch.setattr("litdiffusion.data.sources.hub.SECONDS_TO_ANSWER", 0.2)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_ETAG_TIMEOUT", 0.2)  # what the variable sets
     with pytest.raises(UserError, match="Hub cannot be reached for owner/silent"):
         Hub("owner/silent").load("train")
 

@@ -5,7 +5,7 @@ import datasets
 import numpy as np
 import pytest
 from image_worlds import save_images
-from PIL import Image
+from PIL import Image, features
 
 from litdiffusion.data.decoding import decode_column
 from litdiffusion.data.sources import ImageFolder
@@ -33,6 +33,11 @@ def labels(source: ImageFolder) -> dict[str, str]:
             assert source.class_names is not None
             found[os.path.relpath(row["image"]["path"], source.path)] = source.class_names[row["label"]]
     return found
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The warnings so far: after a command in the same process, caplog has what is below them as well."""
+    return [record.message for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_a_flat_folder_has_no_labels_and_holds_out_a_tenth(tmp_path: Path) -> None:
@@ -75,7 +80,7 @@ def test_class_folders_give_labels_at_any_depth_and_in_any_case_of_suffix(tmp_pa
     save_images(tmp_path / "cat" / "young" / "very", 6, suffix=".webp")
     source = ImageFolder(tmp_path)
     found = labels(source)
-    assert source.class_names == ["cat", "dog"]
+    assert source.class_names == ("cat", "dog")
     assert len(found) == 18
     assert all(path.startswith(name) for path, name in found.items())
 
@@ -103,7 +108,7 @@ def test_a_train_and_a_held_out_folder_are_taken_as_they_are(tmp_path: Path, hel
     assert all(path.startswith("train/") for path in train)
     assert len(test) == 6
     assert all(path.startswith(f"{held_out}/") for path in test)
-    assert source.class_names == ["cat", "dog"]
+    assert source.class_names == ("cat", "dog")
     assert {path.split("/")[1] == name for path, name in labels(source).items()} == {True}
 
 
@@ -132,16 +137,83 @@ def test_a_flat_held_out_folder_takes_the_labels_from_both(tmp_path: Path) -> No
     assert source.class_names is None
 
 
-def test_hidden_files_other_files_and_links_in_a_circle_are_passed_over(tmp_path: Path) -> None:
-    save_images(tmp_path / "a", 3)
+@pytest.mark.parametrize(
+    "names",
+    [
+        [str(i) for i in range(12)],
+        ["-1", "0", "01", "1", "10", "a", "class_2", "class_10", "z"],
+        ["2 cats", "10 cats", "cat2dog9", "cat2dog10"],
+    ],
+)
+def test_classes_are_numbered_in_natural_order(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        save_images(tmp_path / name, 2)
+    source = ImageFolder(tmp_path)
+    assert all(path.startswith(f"{name}/") for path, name in labels(source).items())
+    assert source.class_names == tuple(names)
+
+
+def test_whatever_pillow_opens_is_used_and_all_else_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    suffixes = [".png", ".JPG", ".jp2", ".tga", ".ico", *([".avif"] if features.check("avif") else [])]
+    for suffix in suffixes:
+        save_images(tmp_path / "a", 2, suffix=suffix)
+    save_images(tmp_path / "a" / "_blurred", 2)
+    assert len(set().union(*files(ImageFolder(tmp_path)))) == 2 * len(suffixes) + 2
+    assert warned(caplog) == []
     save_images(tmp_path / ".cache", 3)
     save_images(tmp_path / "__MACOSX", 3)
-    (tmp_path / "a" / "._000.png").write_bytes(b"not an image")
-    (tmp_path / "a" / "notes.txt").write_text("x")
+    for name in ("._000.png", "notes.TXT", "1.heic", "2.HEIC", "raw", "plot.eps", "icon.svg", "all.zip"):
+        (tmp_path / "a" / name).write_bytes(b"not an image")
     (tmp_path / "a" / "again").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")  # reading it would wait for ever
+    assert len(set().union(*files(ImageFolder(tmp_path)))) == 2 * len(suffixes) + 2
+    [message] = warned(caplog)
+    assert message.startswith(f"{tmp_path}: left out: hidden (3), .heic (2), ")
+    for other in (
+        ".txt",
+        ".eps",
+        ".svg",
+        ".zip",
+        "without a suffix",
+        "pipes or devices",
+        "links to folders read already",
+    ):
+        assert f"{other} (1)" in message
+
+
+def test_what_this_program_has_drawn_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for folder in (tmp_path, tmp_path / "runs" / "a"):
+        paths = save_images(folder, 5)
+        (folder / "provenance.json").write_text("[]")
+        (folder / "sample.json").write_text("{}")
+        save_images(folder / "samples", 2)
+        for name in ("curves.png", "grid.png"):
+            (folder / name).write_bytes(paths[0].read_bytes())
+    save_images(tmp_path / "runs", 5)
     train, test = files(ImageFolder(tmp_path))
-    assert {Path(path).name for path in train | test} == {"000.png", "001.png", "002.png"}
-    assert len(train | test) == 3
+    assert train | test == {f"{folder}{i:03d}.png" for folder in ("", "runs/", "runs/a/") for i in range(5)}
+    assert "drawn by litdiffusion (6)" in caplog.text
+
+
+def test_images_beside_the_splits_are_counted_and_train_may_be_a_class(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("train", "car", "plane"):
+        save_images(tmp_path / name, 4)
+    source = ImageFolder(tmp_path)
+    assert len(labels(source)) == 12
+    assert source.class_names == ("car", "plane", "train")
+    assert warned(caplog) == []
+    save_images(tmp_path / "test", 3)
+    save_images(tmp_path, 1)
+    assert [len(split) for split in files(ImageFolder(tmp_path))] == [4, 3]
+    assert "left out: images outside train and test (9)" in caplog.text
+    save_images(tmp_path / "one" / "train", 1)
+    save_images(tmp_path / "one", 5)
+    with pytest.raises(UserError, match=r"only one image, .*left out: images outside train \(5\)"):
+        ImageFolder(tmp_path / "one").load("train")
 
 
 def test_a_linked_folder_is_followed(tmp_path: Path) -> None:
@@ -170,7 +242,7 @@ def test_a_missing_an_empty_and_a_too_small_folder_are_named(tmp_path: Path) -> 
         ImageFolder(tmp_path / "nowhere").load("train")
     (tmp_path / "empty" / "deep").mkdir(parents=True)
     (tmp_path / "empty" / "readme.txt").write_text("x")
-    with pytest.raises(UserError, match=r"empty has no images.*\.png"):
+    with pytest.raises(UserError, match=r"empty has no images.*\.png.*; left out: \.txt \(1\)"):
         ImageFolder(tmp_path / "empty").load("train")
     save_images(tmp_path / "single", 1)
     with pytest.raises(UserError, match=r"single has only one image"):
@@ -200,11 +272,3 @@ def test_a_name_that_is_no_text_is_one_line(tmp_path: Path) -> None:
         file.write(b"x")
     with pytest.raises(UserError, match=r"udcff\\udcfe\.png'.*rename it"):
         ImageFolder(tmp_path).load("train")
-
-
-def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
-    """Reading a pipe would wait for ever."""
-    paths = save_images(tmp_path, 20)
-    os.mkfifo(tmp_path / "pipe.png")
-    train, test = files(ImageFolder(tmp_path))
-    assert train | test == {path.name for path in paths}

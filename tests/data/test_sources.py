@@ -139,7 +139,7 @@ def test_digits_are_the_library_s_and_split_once_for_all() -> None:
     assert (train.min(), train.max()) == (0, 255)
     assert len(np.unique(train)) == 17
     assert np.array_equal(pixels(Digits(), "test"), test)
-    assert source.class_names == list("0123456789")
+    assert source.class_names == tuple("0123456789")
     assert not source.flip
     assert min(np.bincount(source.load("test")["label"][:], minlength=10)) > 20
     assert pixels(Digits(image_size=16, channels=3), "test").shape == (299, 3, 16, 16)

@@ -1,6 +1,8 @@
+import io
 import multiprocessing
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 from image_worlds import noise, save_images
+from PIL import Image
 
+from litdiffusion.configuration.messages import user_error
 from litdiffusion.data.decoding import array_dataset
+from litdiffusion.data.fingerprint import changes, fingerprint
 from litdiffusion.data.sources import ImageFolder
 from litdiffusion.data.stores import ArrowStore, MemoryStore, Request, to_float
 from litdiffusion.errors import UserError
@@ -36,8 +41,14 @@ def test_to_float_is_exact_at_the_ends_and_inverted_by_rounding() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_workers_read_what_memory_holds_bit_for_bit(tmp_path: Path, num_workers: int) -> None:
-    rows = folder_dataset(tmp_path)
+def test_workers_read_what_memory_holds_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    deep = tmp_path / ("x" * 110)  # the path of a socket has at most 107 characters
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
+    rows = folder_dataset(tmp_path / "images")
     wanted = [[3, 1, 4], [1, 5], [9, 2, 6, 5, 3, 5], [8]]
     memory = list(MemoryStore(rows, (8, 6), 3).batches(requests(*wanted)))
     disk = list(ArrowStore(rows, (8, 6), 3, num_workers).batches(requests(*wanted)))
@@ -93,9 +104,13 @@ def test_without_labels_there_are_none(tmp_path: Path) -> None:
         assert len(store) == len(rows)
 
 
-def test_an_unreadable_image_is_named_by_both_in_one_line(tmp_path: Path) -> None:
+def test_an_unreadable_image_is_named_by_both_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("litdiffusion.data.stores.CHUNK", 3)
     rows = folder_dataset(tmp_path)
-    path = rows.cast_column("image", datasets.Image(decode=False))[4]["image"]["path"]
+    paths = [row["image"]["path"] for row in rows.cast_column("image", datasets.Image(decode=False))]
+    path, whole = paths[4], Path(paths[4]).read_bytes()
     Path(path).write_bytes(b"damaged")
     with pytest.raises(UserError, match=f"cannot read image {path}") as in_memory:
         MemoryStore(rows, (8, 8), 3)
@@ -106,6 +121,16 @@ def test_an_unreadable_image_is_named_by_both_in_one_line(tmp_path: Path) -> Non
             next(batches)
         assert str(in_worker.value) == str(in_memory.value)
         assert "\n" not in str(in_worker.value)
+    # All of them are counted, also those of other chunks; and a repaired image is the one that it was.
+    Path(paths[9]).write_bytes(b"damaged")
+    with pytest.raises(UserError, match=f"cannot read 2 images: {path}: .*; {paths[9]}: "):
+        MemoryStore(rows, (8, 8), 3)
+    monkeypatch.setattr("litdiffusion.data.fingerprint.SOME", 2)
+    before = fingerprint(ArrowStore(rows, (8, 8), 3, 0), rows)
+    Image.open(io.BytesIO(whole)).save(path, compress_level=0)
+    assert changes(before, fingerprint(ArrowStore(rows, (8, 8), 3, 0), rows)) == []
+    moved = rows.select([*range(1, len(rows)), 0])
+    assert changes(before, fingerprint(ArrowStore(moved, (8, 8), 3, 0), moved)) == ["files", "labels", "some"]
 
 
 def test_reading_leaves_the_global_generator_alone(tmp_path: Path) -> None:
@@ -141,3 +166,22 @@ def test_workers_outlive_a_signal_to_every_process_of_a_run(tmp_path: Path, sign
     assert worker.pid is not None
     os.kill(worker.pid, signum)
     assert [batch.step for batch in stream] == list(range(1, 20))
+
+
+def test_a_worker_that_is_stuck_ends_the_run_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("litdiffusion.data.stores.BATCH_SECONDS", 1)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    rows = folder_dataset(tmp_path)
+    stream = ArrowStore(rows, (4, 4), 3, num_workers=1).batches(requests(*[[0]] * 20))
+    assert next(stream).step == 0
+    [worker] = multiprocessing.active_children()
+    os.kill(worker.pid or 0, signal.SIGSTOP)  # as on a disk that does not answer
+    with pytest.raises(RuntimeError) as error:
+        list(stream)
+    line = user_error(error.value)
+    assert line is not None
+    assert "is stuck (DataLoader timed out after 1 seconds): the same command continues" in line
+    worker.join(5)
+    assert worker.exitcode == -signal.SIGKILL  # or Python would wait for it at exit

@@ -54,17 +54,22 @@ def test_asked_to_stop_twice_and_repeated(uninterrupted: Path, tmp_path: Path) -
     assert differences(uninterrupted, tmp_path) == []
 
 
-@pytest.mark.parametrize("trainer", ["cpu", pytest.param("ddp_cpu", marks=pytest.mark.slow)])
-def test_out_of_time_in_the_middle_of_a_validation(uninterrupted: Path, tmp_path: Path, trainer: str) -> None:
+@pytest.mark.parametrize(
+    ("trainer", "signum"),
+    [("cpu", signal.SIGTERM), pytest.param("ddp_cpu", signal.SIGUSR1, marks=pytest.mark.slow)],
+)
+def test_out_of_time_in_the_middle_of_a_validation(
+    uninterrupted: Path, tmp_path: Path, trainer: str, signum: signal.Signals
+) -> None:
     run_dir = tmp_path / "run"
     endless = {"_target_": "hold.EndlessValidation", "step": 28, "begun": tmp_path / "begun"}
     overrides = [f"+callbacks.endless.{name}={value}" for name, value in endless.items()]
     overrides += ["callbacks.stop_cleanly.grace_seconds=0.5", f"trainer={trainer}"]
     process = start(run_dir, *overrides)
     wait_for((tmp_path / "begun").exists, process)
-    os.killpg(process.pid, signal.SIGUSR1)  # as Slurm does, to all of them
-    output = assert_stopped(process, signal.SIGUSR1)
-    assert "stopped by SIGUSR1 after step 28, of which 21 are saved" in output
+    os.killpg(process.pid, signum)  # as Slurm does, to all of them
+    output = assert_stopped(process, signum)
+    assert f"stopped by {signum.name} after step 28, of which 21 are saved" in output
     assert "Continuing from step 21" in finish(run_dir, *overrides)
     if trainer == "cpu":
         assert differences(uninterrupted, run_dir) == []

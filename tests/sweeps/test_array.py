@@ -216,17 +216,26 @@ def test_a_job_that_leaves_the_queue_without_a_result_has_failed(
     )  # missing for the second time, or Slurm would not say, but: 4, 6
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (
+            "echo slurm_load_jobs error: Unable to contact >&2; exit 1",
+            "slurm_load_jobs error: Unable to contact",
+        ),
+        ("exec sleep 60", "Command .*squeue.* timed out after 0.2 seconds"),
+    ],
+)
 def test_nothing_is_done_while_slurm_does_not_say_what_it_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: list[Job], answer: str, said: str
 ) -> None:
+    monkeypatch.setattr(slurm_array, "SLURM_SECONDS", 0.2)
     handles = [Handle(tmp_path, f"7_{n}", returned(JobStatus.COMPLETED)) for n in range(3)]
     Array(monkeypatch, handles).run(tmp_path, jobs)
     commands = [Handle(tmp_path, f"7_{n}", RuntimeError()).paths.submitted_pickle for n in range(3)]
-    play_squeue(tmp_path, monkeypatch, "echo slurm_load_jobs error: Unable to contact >&2; exit 1")
+    play_squeue(tmp_path, monkeypatch, answer)
     array = Array(monkeypatch, [])
-    with pytest.raises(
-        UserError, match=r"squeue does not say .*\(slurm_load_jobs error: Unable to contact\)"
-    ):
+    with pytest.raises(UserError, match=rf"squeue does not say .*\({said}\)"):
         array.run(tmp_path, jobs)
     assert array.handed_in == []
     assert all(path.exists() for path in commands)

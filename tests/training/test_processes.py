@@ -60,6 +60,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "together"
     output = finish(run_dir, *SHORT)
     assert output.count("Training 30 steps") == 1  # one of them speaks
+    assert "training images, 0.1 MiB as pixels, decoded once into memory, 2 times: by each process" in output
     return run_dir
 
 

@@ -67,10 +67,10 @@ def user_error(error: BaseException) -> str | None:
             return _of_user_error(cause)
         if isinstance(cause, WriteError) or (isinstance(cause, OSError) and cause.errno in _DISK_ERRORS):
             return _not_written(cause)
-        if isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader worker"):
+        if isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader"):
             return (
-                f"a process that decodes images was lost ({_flat(str(cause)).rstrip('. ')}): the same command"
-                " continues; where memory ran out, with a smaller datamodule.num_workers"
+                f"a process that decodes images was lost or is stuck ({_flat(str(cause)).rstrip('. ')}): the same"
+                " command continues; where memory ran out, with a smaller datamodule.num_workers"
             )
         if isinstance(cause, RuntimeError) and (lost := _LOST_CONNECTION.search(_flat(str(cause)))):
             return (

@@ -87,9 +87,10 @@ class ImageDataModule(LightningDataModule):
         source: where the images come from.
         batch_size: size of the global batch, all processes together; divisible by their number.
         seed: decides the order and the flips.
-        num_val: validation uses the first ``num_val`` images of the test split; 0 switches it off.
+        num_val: validation uses the first ``num_val`` images of the test split; 0 switches it off, and no image is
+            held out of the training split for it.
         num_workers: processes that decode images, for a split too large for memory.
-        memory_limit_mb: a split of at most this size, decoded, in MiB, is held in memory.
+        memory_limit_mb: a split is held in memory, by each process, where that takes a machine at most so many MiB.
 
     Raises:
         ValueError: a value is out of range.
@@ -113,6 +114,7 @@ class ImageDataModule(LightningDataModule):
             if value < least:
                 raise ValueError(f"{name}={value}: must be at least {least}")
         self.source = source
+        self.source.hold_out = num_val > 0
         self.batch_size = batch_size
         self.seed = seed
         self.num_val = num_val
@@ -155,6 +157,9 @@ class ImageDataModule(LightningDataModule):
             self._fingerprint = fingerprint(self._train, train)
         if stage in (None, "fit", "validate") and self._val is None and self.num_val > 0:
             test = self.source.load("test")
+            if self.num_val > len(test):
+                few = f"{len(test):,} held-out images, all of them measured, where {self.num_val:,} were asked for"
+                log.warning("%s: %s", self.source.name, few)
             self._val = self._open(test.select(range(min(self.num_val, len(test)))), "validation")
 
     def train_dataloader(self) -> TrainLoader:
@@ -191,9 +196,11 @@ class ImageDataModule(LightningDataModule):
         """Return the fingerprint of the training images, after ``setup``: the same on every process."""
         return self._fingerprint
 
-    def held_out_fingerprint(self) -> Fingerprint:
-        """Return the fingerprint of the first few images of the test split, whatever ``num_val`` is."""
+    def held_out_fingerprint(self) -> Fingerprint | None:
+        """Return the fingerprint of the first few images of the test split; None where all images are trained on."""
         test = self.source.load("test")
+        if len(test) == 0:
+            return None
         few = test.select(range(min(FEW, len(test))))
         _, height, width = self.image_shape
         return fingerprint(MemoryStore(few, (height, width), self.image_shape[0]), few)
@@ -257,8 +264,12 @@ class ImageDataModule(LightningDataModule):
         if size == 0:
             raise UserError(f"{self.source.name} has no {role} images")
         megabytes = size * channels * height * width / 2**20
-        in_memory = megabytes <= self.memory_limit_mb
+        # Each process of this machine has its own copy.
+        copies = 1 if self.trainer is None else self.trainer.num_devices
+        in_memory = megabytes * copies <= self.memory_limit_mb
         how = "decoded once into memory" if in_memory else "decoded as they are needed"
+        if in_memory and copies > 1:
+            how += f", {copies} times: by each process"
         log.info("%s: %d %s images, %.1f MiB as pixels, %s", self.source.name, size, role, megabytes, how)
         pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         if in_memory:

@@ -31,6 +31,8 @@ from litdiffusion.errors import UserError
 from litdiffusion.system.files import whole_file
 
 PACKAGE = "dataset-fashion-mnist"
+DEBIAN_SECONDS = 900
+"""How long a command of Debian's may take."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -130,10 +132,14 @@ def _from_debian(work: Path) -> Path:
 
 def _run(command: list[str], folder: Path) -> None:
     """Run a command in ``folder``; raise UserError with its last line if it fails."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise UserError(f"`{' '.join(command)}` failed ({last})")
+    try:
+        subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=True, timeout=DEBIAN_SECONDS
+        )
+    except subprocess.SubprocessError as error:
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+        last = (said.strip() or str(error)).splitlines()[-1]
+        raise UserError(f"`{' '.join(command)}` failed ({last})") from error
 
 
 def _from_hub(work: Path) -> Path:

@@ -1,9 +1,9 @@
 """Fingerprints of image sets, so that a run is not continued on other images by mistake.
 
-A fingerprint names the number of images, their labels, some images pixel by pixel, all of them where they are held
-in memory, and what is stored of them (the names and sizes of files, or the sizes of encoded images). It depends
-neither on where the data lies nor on the number of processes. Two of them are compared as far as both can tell:
-the same images may be stored otherwise, or be held in memory on one machine and not on another.
+A fingerprint holds the number of images, their labels, some images pixel by pixel, all of them where they are held
+in memory, and the names of their files. It depends neither on where the data lies nor on the number of processes. Two
+of them are compared as far as both can tell: the same images may be stored otherwise, or be held in memory on one
+machine and not on another. An image that stopped a run and has been repaired is the same image.
 """
 
 import hashlib
@@ -23,21 +23,20 @@ Fingerprint = dict[str, Any]
 SOME = 64
 """How many images to hash where not all are in memory."""
 
-MOST_FILES = 10_000
-"""How many files to ask for their sizes; all names are hashed."""
-
 
 def fingerprint(store: ImageStore, dataset: datasets.Dataset) -> Fingerprint:
     """Return the fingerprint of a split, from its store and its data set."""
-    found: Fingerprint = {"images": len(store), "decoder": _decoder()}
+    found: Fingerprint = {"images": len(store), "decoder": f"Pillow {PIL.__version__}"}
     if "label" in dataset.column_names:
         labels = dataset.select_columns(["label"]).with_format("arrow")[:]["label"]
         found["labels"] = _digest(labels.to_numpy().astype(np.int64))
+        found["class_names"] = getattr(dataset.features["label"], "names", None)  # to be read, not compared
     column = dataset.data.column("image")
-    if pa.types.is_struct(column.type):
+    if pa.types.is_struct(column.type) and pc.struct_field(column, "bytes").null_count:
         rows = dataset._indices  # the selected rows' numbers in the table
-        found["stored"] = _of_storage(column, None if rows is None else rows.column(0).combine_chunks())
-    found["some"] = _digest(store.read(_spread(len(store), SOME)).images.numpy())
+        found["files"] = _of_names(column, None if rows is None else rows.column(0).combine_chunks())
+    some = sorted({index * len(store) // SOME for index in range(SOME)})
+    found["some"] = _digest(store.read(some).images.numpy())
     if isinstance(store, MemoryStore):
         found["pixels"] = _digest(store.images.numpy())
     return found
@@ -50,45 +49,21 @@ def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
         "decoder"
     ):  # another release of the decoder may round a JPEG differently
         both -= {"some", "pixels"}
-    if "pixels" in both:  # then it does not matter how they are stored
-        both -= {"stored"}
-    return sorted(name for name in both - {"decoder"} if before[name] != now[name])
+    if "pixels" in both:  # then the names of the files do not matter
+        both -= {"files"}
+    return sorted(name for name in both - {"decoder", "class_names"} if before[name] != now[name])
 
 
-def _of_storage(column: pa.ChunkedArray, rows: pa.Array | None) -> str:
-    """Sizes of the encoded images, or, where they are files, the names below their common folder and the sizes."""
-    sizes = pc.binary_length(pc.struct_field(column, "bytes"))
+def _of_names(column: pa.ChunkedArray, rows: pa.Array | None) -> str:
+    """Names of the files, below their common folder."""
     paths = pc.struct_field(column, "path")
-    if rows is not None:
-        sizes, paths = sizes.take(rows), paths.take(rows)
-    if sizes.null_count == 0:
-        return _digest(sizes.to_numpy().astype(np.int64))
-    names = ["" if path is None else str(path) for path in paths.to_pylist()]
+    names = [
+        "" if path is None else str(path)
+        for path in (paths if rows is None else paths.take(rows)).to_pylist()
+    ]
     folder = os.path.commonpath([min(names), max(names)]) if all(map(os.path.isabs, names)) else ""
-    relative = "\n".join(name[len(folder) :] for name in names)
-    on_disk = [_size(names[index]) for index in _spread(len(names), MOST_FILES)]
-    return _digest(np.frombuffer(relative.encode(), np.uint8), np.array(on_disk, np.int64))
+    return _digest(np.frombuffer("\n".join(name[len(folder) :] for name in names).encode(), np.uint8))
 
 
-def _size(path: str) -> int:
-    """Return the size of a file, -1 if it is missing: decoding it will report that."""
-    try:
-        return os.stat(path).st_size  # noqa: PTH116  (a Path for each file of a large set would take longer)
-    except OSError:
-        return -1
-
-
-def _spread(size: int, count: int) -> list[int]:
-    """Return at most ``count`` numbers of ``range(size)``, evenly spaced."""
-    return [index * size // count for index in range(count)] if size > count else list(range(size))
-
-
-def _digest(*arrays: np.ndarray) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-def _decoder() -> str:
-    return f"Pillow {PIL.__version__}"
+def _digest(array: np.ndarray) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).hexdigest()

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from litdiffusion.data.decoding import to_pixels
+from litdiffusion.data.decoding import open_picture, to_pixels
 from litdiffusion.errors import UserError, short_text
 
 Shape = tuple[int, int, int]
@@ -47,7 +47,11 @@ def read_image(key: str, path: Path, shape: Shape) -> Float[Tensor, "channels h 
         UserError: the file is missing or cannot be read; the line begins with ``key=path``.
     """
     channels, height, width = shape
-    return torch.tensor(to_pixels(_open(key, path), (height, width), channels)) / 127.5 - 1
+    picture = _open(key, path)
+    try:
+        return torch.tensor(to_pixels(picture, (height, width), channels)) / 127.5 - 1
+    except ValueError as error:
+        raise UserError(f"{key}={path}: {error}") from error
 
 
 def read_mask(key: str, path: Path, over: Path, shape: Shape) -> Bool[Tensor, "1 h w"]:
@@ -73,7 +77,6 @@ def _open(key: str, path: Path) -> Image.Image:
     if not path.is_file():
         raise UserError(f"{key}={path}: there is no such file")
     try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture)
+        return open_picture(path)
     except Exception as error:  # Pillow's plugins raise a dozen unrelated types on damaged files
         raise UserError(f"{key}={path}: cannot be read as a picture: {short_text(error)}") from error

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,12 +13,15 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from litdiffusion.data.decoding import decode_column
+from litdiffusion.data.decoding import UnreadableError, decode_column
 from litdiffusion.errors import UserError
 from litdiffusion.system.processes import STOP_SIGNALS, usable_cores
 
 CHUNK = 256
 """Images decoded together by one thread."""
+
+BATCH_SECONDS = 600
+"""How long a worker process may take over a batch: a disk that never answers must not hold up a run for ever."""
 
 
 class Request(NamedTuple):
@@ -58,6 +61,9 @@ class MemoryStore:
         image_size: (height, width).
         channels: 1 or 3.
         pin_memory: page-locked batches, for a CUDA device.
+
+    Raises:
+        UnreadableError: some images cannot be read.
     """
 
     def __init__(
@@ -73,19 +79,24 @@ class MemoryStore:
         self.labels = torch.empty(size, dtype=torch.int64) if "label" in dataset.column_names else None
         rows = dataset.with_format("arrow")
 
-        def decode(first: int) -> None:
-            batch = _read(rows, slice(first, first + CHUNK), image_size, channels, first)
+        def decode(first: int) -> Iterable[str]:
+            try:
+                batch = _read(rows, image_size, channels, slice(first, first + CHUNK))
+            except UnreadableError as error:
+                return error.args
             self.images[first : first + CHUNK] = batch.images
             if self.labels is not None and batch.labels is not None:
                 self.labels[first : first + CHUNK] = batch.labels
+            return ()
 
         # Pillow releases the interpreter lock while it decodes, so threads suffice.
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             try:
-                for _ in pool.map(decode, range(0, size, CHUNK)):
-                    pass
+                unreadable = [each for chunk in pool.map(decode, range(0, size, CHUNK)) for each in chunk]
             finally:
                 pool.shutdown(cancel_futures=True)
+        if unreadable:
+            raise UnreadableError(*unreadable)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -110,7 +121,7 @@ def _page_locked(batch: Batch) -> Batch:
     return batch._replace(images=batch.images.pin_memory(), labels=labels)
 
 
-class ArrowStore:
+class ArrowStore(Dataset[Batch | UserError]):
     """A large split, left in memory-mapped Arrow or in its files; worker processes decode ahead.
 
     Args:
@@ -130,7 +141,7 @@ class ArrowStore:
         pin_memory: bool = False,
     ) -> None:
         self.dataset = dataset
-        self._reader = _Reader(dataset.with_format("arrow"), image_size, channels)
+        self._read = partial(_read, dataset.with_format("arrow"), image_size, channels)
         self._num_workers = min(num_workers, len(usable_cores()))
         self._pin_memory = pin_memory
 
@@ -144,20 +155,34 @@ class ArrowStore:
             UserError: an image cannot be read.
         """
         loader = DataLoader(
-            self._reader,
-            sampler=_Requests(requests),
+            self,
+            sampler=requests,
             batch_size=None,
             num_workers=self._num_workers,
-            collate_fn=_as_is,
+            # Arrays pass through the worker's pipe. Tensors would need room in /dev/shm, and a socket below TMPDIR,
+            # whose path may be too long for one.
+            collate_fn=_as_arrays,
             worker_init_fn=_leave_signals_to_the_run,
-            pin_memory=self._pin_memory,
+            timeout=BATCH_SECONDS if self._num_workers else 0,
             # Otherwise the workers' seeds would be drawn from the global generator.
             generator=torch.Generator().manual_seed(0),
         )
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        stream: Any = iter(loader)
+        try:
+            for sent in stream:
+                if isinstance(sent, UserError):
+                    raise sent
+                images, labels, start, step = sent
+                tensors = torch.from_numpy(images), None if labels is None else torch.from_numpy(labels)
+                batch = Batch(*tensors, start, step)
+                yield _page_locked(batch) if self._pin_memory else batch
+        finally:
+            if (
+                self._num_workers
+            ):  # at exit Python waits for its children, and one that is stuck ignores SIGTERM
+                stream._shutdown_workers()
+                for worker in stream._workers:
+                    worker.kill()
 
     def read(self, indices: list[int]) -> Batch:
         """Return a few images, decoded here.
@@ -165,46 +190,24 @@ class ArrowStore:
         Raises:
             UserError: an image cannot be read.
         """
-        batch = self._reader[Request(indices, 0, 0)]
-        if isinstance(batch, UserError):
-            raise batch
-        return batch
+        return self._read(indices)
+
+    def __getitem__(self, request: Request) -> Batch | UserError:
+        """Read a batch, in a worker. An error is returned: raised, it would arrive as the text of a traceback."""
+        try:
+            return self._read(*request)
+        except UserError as error:
+            return error
 
 
 ImageStore = MemoryStore | ArrowStore
 
 
-class _Requests:
-    """Wraps a stream of requests as a sampler."""
-
-    def __init__(self, requests: Iterator[Request]) -> None:
-        self.requests = requests
-
-    def __iter__(self) -> Iterator[Request]:
-        return self.requests
-
-
-class _Reader(Dataset[Batch | UserError]):
-    """Reads a batch in a worker. An error is returned: raised, it would arrive as the text of a traceback."""
-
-    def __init__(self, rows: datasets.Dataset, image_size: tuple[int, int], channels: int) -> None:
-        self.rows = rows
-        self.image_size = image_size
-        self.channels = channels
-
-    def __getitem__(self, request: Request) -> Batch | UserError:
-        indices, start, step = request
-        try:
-            return _read(self.rows, indices, self.image_size, self.channels, start, step)
-        except UserError as error:
-            return error
-
-
 def _read(
     rows: datasets.Dataset,
-    where: slice | list[int],
     image_size: tuple[int, int],
     channels: int,
+    where: slice | list[int],
     start: int = 0,
     step: int = 0,
 ) -> Batch:
@@ -228,5 +231,5 @@ def _leave_signals_to_the_run(worker: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
-def _as_is(item: Any) -> Any:
-    return item
+def _as_arrays(read: Any) -> Any:
+    return read if isinstance(read, UserError) else [e.numpy() if isinstance(e, Tensor) else e for e in read]

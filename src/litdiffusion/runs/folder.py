@@ -3,7 +3,7 @@
 config.yaml       the resolved configuration          checkpoints/    last.ckpt, previous.ckpt
 overrides.txt     what was typed                      metrics.csv     numbers over the course of the run
 provenance.json   code, versions, hardware, seed      samples/        grids, noised strip, denoising GIF
-data.json         fingerprint of the images           curves.png, wandb/, tensorboard/
+data.json         fingerprint, names of classes       curves.png, wandb/, tensorboard/
 summary.json      how it ended                        .lock           which job is at work here
 
 None of these files holds a secret from the configuration, the command or the code.
@@ -90,7 +90,7 @@ class RunFolder:
         write_text(self.provenance, json.dumps([*starts, provenance], indent=2) + "\n")
 
     def remember_data(self, fingerprint: dict[str, Any]) -> None:
-        """Write the fingerprint of the training images."""
+        """Write the fingerprint of the training images, with the names of their classes."""
         write_text(self.data, json.dumps(fingerprint, indent=2) + "\n")
 
     def forget_summary(self) -> None:

@@ -103,7 +103,7 @@ class RunLock:
         if self._descriptor is None or self._heartbeat is None:
             return
         self._released.set()
-        self._heartbeat.join()
+        self._heartbeat.join(BEAT_SECONDS)  # it may be stuck on a disk that does not answer
         with suppress(OSError):  # the folder may have become read-only meanwhile
             os.ftruncate(self._descriptor, 0)
         _held.discard(self._descriptor)

@@ -167,12 +167,13 @@ def require_same_data(run: RunFolder, fingerprint: Fingerprint) -> None:
     if "images" in changed:
         what = f"{before['images']} images then, {fingerprint['images']} now"
     else:
-        names = {"some": "pixels", "pixels": "pixels", "labels": "labels", "stored": "files"}
-        what = f"other {' and '.join(dict.fromkeys(names[name] for name in changed))}"
+        what = (
+            f"other {' and '.join(dict.fromkeys('pixels' if name == 'some' else name for name in changed))}"
+        )
     if changed:
         raise UserError(
             f"the training data is not what run_dir {run.path} began with ({what}): restore it, or choose a"
-            " new run_dir"
+            " new run_dir (there, resume=PATH goes on from a checkpoint of this run)"
         )
 
 

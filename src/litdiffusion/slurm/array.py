@@ -19,7 +19,8 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 
 from litdiffusion.configuration.messages import one_line
-from litdiffusion.errors import UserError
+from litdiffusion.errors import UserError, short_text
+from litdiffusion.slurm.cluster import SLURM_SECONDS
 from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.machine import SWEEP
 from litdiffusion.sweeps.process import FAILED, FINISHED, Outcome, reason
@@ -174,14 +175,16 @@ def _listed(tries: int = 1) -> frozenset[str]:
     squeue = ["squeue", "--me", "--all", "--noheader", "--array", "--format=%i"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
-        answer = subprocess.run(squeue, env=environment, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
+        answer = subprocess.run(
+            squeue, env=environment, capture_output=True, text=True, check=True, timeout=SLURM_SECONDS
+        )
+    except (OSError, subprocess.SubprocessError) as error:
         if tries > 1:
             time.sleep(LOOK_SECONDS)
             return _listed(tries - 1)
-        said = one_line(error) if isinstance(error, OSError) else " ".join(error.stderr.split())
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else one_line(error)
         raise UserError(
-            f"hydra/launcher=slurm: squeue does not say which jobs are queued ({said});"
+            f"hydra/launcher=slurm: squeue does not say which jobs are queued ({short_text(said)});"
             " repeat the command when it does"
         ) from error
     return frozenset(answer.stdout.split())

@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from litdiffusion.system.launch import num_tasks, task_rank
 
 SLURM_SECONDS = 10.0
-"""How long ``scontrol`` may take to answer."""
+"""How long ``scontrol`` and ``squeue`` may take to answer."""
 
 
 class SlurmTasks(SLURMEnvironment):

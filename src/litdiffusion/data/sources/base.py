@@ -1,5 +1,6 @@
 """The interface of every source of images."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
@@ -7,6 +8,9 @@ from typing import Literal
 import datasets
 
 Split = Literal["train", "test"]
+
+HELD_OUT = ("test", "validation", "valid", "val", "eval", "dev")
+"""Names of held-out splits, in order of preference."""
 
 
 class Source(ABC):
@@ -23,11 +27,16 @@ class Source(ABC):
 
     name: str
     """The name of this source in messages."""
-    class_names: list[str] | None = None
+    class_names: tuple[str, ...] | None = None
     """Names of the labels 0, 1, ... once a split is loaded; None where there are no labels."""
+    hold_out = True
+    """Whether some training images are held out where the data set has no split for that; "test" is empty if not."""
 
     def __init__(self, image_size: int | Sequence[int], channels: int, flip: bool) -> None:
-        self.image_size = _height_width(image_size)
+        sides = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise ValueError(f"image_size={image_size}: must be a positive integer, or [height, width]")
+        self.image_size = sides[0], sides[1]
         if channels not in (1, 3):
             raise ValueError(f"channels={channels}: must be 1 (gray) or 3 (RGB)")
         self.channels = channels
@@ -49,14 +58,15 @@ class Source(ABC):
         """
 
 
-def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    sides = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f"image_size={image_size}: must be a positive integer, or [height, width]")
-    return sides[0], sides[1]
-
-
 def require_holdout(holdout: float) -> None:
     """Raise ValueError unless a fraction leaves images on both sides."""
     if not 0.0 < holdout < 1.0:
-        raise ValueError(f"holdout={holdout}: must lie between 0 and 1, both excluded")
+        raise ValueError(
+            f"holdout={holdout}: must lie between 0 and 1, both excluded; datamodule.num_val=0 holds out none"
+        )
+
+
+def natural_order(name: str) -> tuple[list[str | int], str]:
+    """Return what to sort names of classes by: text as text and numbers by their value, so 2 before 10."""
+    parts = re.split(r"(^-?\d+|\d+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name

@@ -25,7 +25,8 @@ class Digits(Source):
         import sklearn.datasets  # here, since every other start would wait a second for it
 
         digits = sklearn.datasets.load_digits()
-        chosen = (np.arange(len(digits.target)) % 6 == 5) == (split == "test")
+        held_out = (np.arange(len(digits.target)) % 6 == 5) & self.hold_out
+        chosen = held_out == (split == "test")
         pixels = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-        self.class_names = [str(name) for name in digits.target_names]
+        self.class_names = tuple(map(str, digits.target_names))
         return array_dataset(pixels[:, None], digits.target[chosen].astype(np.uint8), self.class_names)

@@ -20,7 +20,7 @@ FILES: dict[Split, tuple[str, str]] = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-CLASSES = [
+CLASSES = (
     "T-shirt/top",
     "Trouser",
     "Pullover",
@@ -31,7 +31,7 @@ CLASSES = [
     "Sneaker",
     "Bag",
     "Ankle boot",
-]
+)
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 HUB_NAME = "zalando-datasets/fashion_mnist"
 THREE_WAYS = (

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from litdiffusion.data.sources.base import Source, Split, require_holdout
+from litdiffusion.data.sources.base import HELD_OUT, Source, Split, require_holdout
 from litdiffusion.data.sources.columns import (
     find_image_column,
     find_label_column,
@@ -29,9 +29,6 @@ from litdiffusion.errors import UserError, short_text
 
 log = logging.getLogger(__name__)
 
-HELD_OUT = ("test", "validation", "valid", "val", "eval", "dev")
-"""Names of held-out splits, in order of preference."""
-SECONDS_TO_ANSWER = 5.0
 
 Splits = dict[str, datasets.Dataset]
 
@@ -47,9 +44,10 @@ class Hub(Source):
         config: which of the data set's configurations, if it has several.
         revision: commit or tag on the Hub; None for the newest.
         image_column: "auto" finds it by its type.
-        label_column: "auto" finds it by its type; None for no labels.
-        train_split: name of the split to train on.
-        test_split: name of the split held out; "auto" takes test, else validation, else a fixed random
+        label_column: "auto" finds it by its type or name, and ignores labels that are incomplete; None for no labels.
+        train_split: the split to train on, or parts of splits as the library writes them: "train[:1000]",
+            "train[10%:]", "train+test".
+        test_split: the split held out, written alike; "auto" takes test, else validation, else a fixed random
             ``holdout`` of the training split.
         holdout: fraction held out if there is no held-out split.
     """
@@ -59,7 +57,7 @@ class Hub(Source):
         name: str,
         image_size: int | Sequence[int] = 32,
         channels: int = 3,
-        flip: bool = True,
+        flip: bool = False,
         config: str | None = None,
         revision: str | None = None,
         image_column: str = "auto",
@@ -78,7 +76,7 @@ class Hub(Source):
         self.train_split = train_split
         self.test_split = test_split
         self.holdout = holdout
-        self._splits: dict[Split, datasets.Dataset] | None = None
+        self._splits: list[datasets.Dataset] | None = None
 
     def prepare(self) -> None:
         """Download the data set and convert it to memory-mapped Arrow in the library's cache."""
@@ -88,7 +86,10 @@ class Hub(Source):
         """Open a split from the cache."""
         if self._splits is None:
             self._splits = self._choose(self._open())
-        return self._splits[split]
+        train, *tests = self._splits
+        if not tests:
+            train, *tests = hold_out(train, self.holdout * self.hold_out, self.name)
+        return train if split == "train" else tests[0]
 
     def _open(self) -> Splits:
         path = Path(self.name).expanduser()
@@ -98,36 +99,58 @@ class Hub(Source):
             raise UserError(f"data.name={self.name}: there is no such file or folder")
         return load_from_hub(self.name, self.config, self.revision)
 
-    def _choose(self, found: Splits) -> dict[Split, datasets.Dataset]:
-        """Choose splits and columns, and convert them to the form of ``Source.load``."""
-        for wanted in {self.train_split, self.test_split} - {"auto"}:
-            if wanted not in found:
-                raise UserError(f"{self.name} has no split {wanted!r}; it has {', '.join(found)}")
-        train = found[self.train_split]
+    def _choose(self, found: Splits) -> list[datasets.Dataset]:
+        """Choose the training split, and the held-out one if there is one, in the form of ``Source.load``."""
+        train, used = select_split(found, self.train_split, self.name)
+        for wanted in (self.image_column, self.label_column):
+            if wanted not in ("auto", None, *train.features):
+                raise UserError(f"{self.name} has no column {wanted!r}; it has {', '.join(train.features)}")
         image = find_image_column(train.features, self.image_column, self.name)
-        label = find_label_column(train.features, self.label_column, self.name)
+        label = find_label_column(train.features, self.label_column)
         if label == image:
             raise UserError(
                 f"column {image!r} of {self.name} cannot be both image and label: set data.image_column and"
                 " data.label_column to different ones"
             )
         columns = {image: "image"} if label is None else {image: "image", label: "label"}
-        splits = {name: split for name, split in found.items() if set(columns) <= set(split.column_names)}
-        if self.test_split != "auto" and self.test_split not in splits:
-            raise UserError(
-                f"split {self.test_split!r} of {self.name} lacks a column among {', '.join(columns)}"
-            )
-        if self.test_split == "auto":
-            tests = [splits[name] for name in HELD_OUT if name in splits and name != self.train_split]
-            if label is not None:  # competitions publish test images with the labels blanked out
-                tests = [split for split in tests if is_labelled(split, label)]
+        if self.test_split != "auto":
+            tests = [select_split(found, self.test_split, self.name)[0]]
+            if image not in tests[0].features:
+                raise UserError(f"split {self.test_split!r} of {self.name} has no column {image!r}")
         else:
-            tests = [splits[self.test_split]]
+            named = [found[name] for name in HELD_OUT if name in found and name not in used]
+            tests = [split for split in named if image in split.features]
+            # Competitions publish test images with the labels blanked out.
+            if label is not None and is_labelled(train, label, train):
+                tests = [split for split in tests if is_labelled(split, label, train)]
         chosen = [renamed(split, columns) for split in [train, *tests[:1]]]
         if label is not None:
-            chosen, self.class_names = with_class_labels(chosen, self.name)
-        train, test = chosen if tests else hold_out(train=chosen[0], fraction=self.holdout, source=self.name)
-        return {"train": train, "test": test}
+            try:
+                chosen, self.class_names = with_class_labels(chosen, self.name)
+            except UserError as error:
+                if self.label_column != "auto":
+                    raise UserError(f"{error}; ignore the labels by data.label_column=null") from error
+                log.warning("%s: its labels are ignored", error)
+                chosen = [split.select_columns("image") for split in chosen]
+        return chosen
+
+
+def select_split(found: Splits, spec: str, source: str) -> tuple[datasets.Dataset, set[str]]:
+    """Return a split, or parts of splits as ``datasets`` writes them, and the names of the splits in it.
+
+    Raises:
+        UserError: there is no such split, or no such part of it.
+    """
+    if spec in found:
+        return found[spec], {spec}
+    try:
+        lengths = {name: len(split) for name, split in found.items()}
+        parts = datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        reason = short_text(error)
+        raise UserError(f"{source} has no split {spec!r}; it has {', '.join(found)} ({reason})") from error
+    rows = [found[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    return datasets.concatenate_datasets(rows), {part.splitname for part in parts}
 
 
 def load_from_hub(name: str, config: str | None = None, revision: str | None = None) -> Splits:
@@ -139,7 +162,11 @@ def load_from_hub(name: str, config: str | None = None, revision: str | None = N
         UserError: there is no such data set, or neither the Hub nor an earlier download is available.
     """
     try:
-        huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=SECONDS_TO_ANSWER)
+        if datasets.config.HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set")
+        huggingface_hub.HfApi().dataset_info(
+            name, revision=revision, timeout=huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT
+        )
     except GatedRepoError as error:
         raise UserError(
             f"the data set {name} is gated: ask for access on its page, then `hf auth login`"
@@ -155,7 +182,7 @@ def load_from_hub(name: str, config: str | None = None, revision: str | None = N
     ) as unreachable:  # the errors of the HTTP library differ between versions of the Hub client
         with _offline(), _quiet():
             try:
-                loaded = datasets.load_dataset(name, config, revision=revision)
+                loaded: Splits = datasets.load_dataset(name, config, revision=revision)
             except Exception as error:
                 raise UserError(
                     f"the Hub cannot be reached for {name} ({short_text(unreachable)}), "
@@ -164,16 +191,19 @@ def load_from_hub(name: str, config: str | None = None, revision: str | None = N
         log.warning(
             "the Hub cannot be reached; using the latest earlier download of %s, its revision unchecked", name
         )
-        return _as_dict(loaded)
+        return loaded
     return _load(name, lambda: datasets.load_dataset(name, config, revision=revision))
 
 
 def hold_out(train: datasets.Dataset, fraction: float, source: str) -> list[datasets.Dataset]:
-    """Split rows at random, the same way every time, with at least one row in each part."""
+    """Split rows at random, the same way every time: at least one row in each part, or all in the first for 0."""
     size = len(train)
-    if size < 2:
-        raise UserError(f"{source} has {size} images; at least 2 are needed, one of them to hold out")
-    held = min(max(round(size * fraction), 1), size - 1)
+    if size < 2 and fraction:
+        raise UserError(
+            f"{source} has {size} images; at least 2 are needed, one of them to hold out (datamodule.num_val=0 holds"
+            " out none)"
+        )
+    held = min(max(round(size * fraction), 1), size - 1) if fraction else 0
     order = torch.randperm(size, generator=generator_at("holdout", size))
     return [train.select(rows.sort().values.numpy()) for rows in (order[held:], order[:held])]
 
@@ -193,12 +223,9 @@ def _load_local(path: Path, config: str | None) -> Splits:
 def _load(what: str, loading: Callable[[], datasets.Dataset | Splits]) -> Splits:
     try:
         with _quiet():
-            return _as_dict(loading())
+            loaded = loading()
     except Exception as error:  # the library's builders raise whatever their file formats raise
         raise UserError(f"cannot load the data set {what}: {short_text(error.__cause__ or error)}") from error
-
-
-def _as_dict(loaded: datasets.Dataset | Splits) -> Splits:
     return {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
 
 

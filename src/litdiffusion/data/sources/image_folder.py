@@ -1,24 +1,26 @@
 """Any folder of images."""
 
+import logging
 import os
-import stat
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import datasets
 import pyarrow as pa
+from PIL import Image
 
-from litdiffusion.data.sources.base import Source, Split, require_holdout
+from litdiffusion.data.sources.base import HELD_OUT, Source, Split, natural_order, require_holdout
 from litdiffusion.diffusion.draws import seed_of
-from litdiffusion.errors import UserError
+from litdiffusion.errors import UserError, short_text
 
-EXTENSIONS = (
-    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
-)
-HELD_OUT = ("test", "val", "validation", "valid")
-"""Names of held-out subfolders, in order of preference."""
+log = logging.getLogger(__name__)
+
+RESULTS = {"provenance.json", "sample.json"}
+"""Files by which a folder that ``train`` or ``sample`` has written is known."""
+DRAWN = {"samples", "wandb", "curves.png", "grid.png", "denoising.gif"}
+"""What there is, or holds, a picture in such a folder."""
 
 
 class Files(NamedTuple):
@@ -34,11 +36,12 @@ class Files(NamedTuple):
 
 
 class ImageFolder(Source):
-    """All images of a folder, at any depth.
+    """All images of a folder, at any depth, in the formats that Pillow opens; of several frames or pages, the first.
 
-    Subfolders are classes if there are at least two and every image is in one. Beside a subfolder ``train``,
-    ``test`` (else ``val``, ``validation``, ``valid``) is the held-out split. Otherwise a fraction is held out by
-    a hash of each path, so that adding images does not move the others from one split to the other.
+    Subfolders are classes, in natural order, if there are at least two and every image is in one. Beside a
+    subfolder ``train``, ``test`` (else ``validation``, ``val``, ...) is the held-out split. Otherwise a
+    fraction is held out by a hash of each path, so that adding images does not move the others from one split to
+    the other. A warning names what is left out: other files, hidden ones, pictures that this program has drawn.
 
     Args:
         path: the folder.
@@ -53,7 +56,7 @@ class ImageFolder(Source):
         path: str | Path,
         image_size: int | Sequence[int] = 32,
         channels: int = 3,
-        flip: bool = True,
+        flip: bool = False,
         holdout: float = 0.1,
     ) -> None:
         super().__init__(image_size, channels, flip)
@@ -68,12 +71,15 @@ class ImageFolder(Source):
         if self._splits is None:
             self._splits = self._find()
             self.class_names = _classes(self._splits["train"], self._splits["test"])
+            names = self.class_names
+            found = f"{len(names)} classes, {', '.join(names)}" if names else "no classes"
+            log.info("%s: %s", self.name, short_text(found))
         root, paths = self._splits[split]
         full = pa.array([str(root / path) for path in paths], pa.string())
         columns = [pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), full], ["bytes", "path"])]
         features = datasets.Features(image=datasets.Image())
         if self.class_names is not None:
-            features["label"] = datasets.ClassLabel(names=self.class_names)
+            features["label"] = datasets.ClassLabel(names=list(self.class_names))
             number = {name: i for i, name in enumerate(self.class_names)}
             columns.append(pa.array([number[path.parts[0]] for path in paths], pa.int64()))
         table = pa.table(columns, schema=features.arrow_schema)
@@ -84,52 +90,59 @@ class ImageFolder(Source):
             raise UserError(f"data.path={self.path}: there is no such folder")
         if not self.path.is_dir():
             raise UserError(f"data.path={self.path} is a file; give a folder of images")
-        everything = _images_in(self.path)
-        subfolders = {path.parts[0].lower(): path.parts[0] for path in everything if len(path.parts) > 1}
-        root = self.path
-        if "train" in subfolders:
-            for name in HELD_OUT:
-                if name in subfolders:
-                    train, test = (self.path / subfolders[part] for part in ("train", name))
-                    return {"train": Files(train, _images_in(train)), "test": Files(test, _images_in(test))}
-            root = self.path / subfolders["train"]
-            everything = _images_in(root)
-        if len(everything) < 2:
-            what = (
-                "no images"
-                if not everything
-                else "only one image; at least 2 are needed, one of them to hold out"
-            )
+        paths, left_out = _find_images(self.path)
+        folders = {path.parts[0].lower(): path.parts[0] for path in paths if len(path.parts) > 1}
+        held_out = next((name for name in HELD_OUT if name in folders), None)
+        splits = [Files(self.path, paths)]
+        if "train" in folders and (held_out or len(folders) == 1):
+            chosen = [folders[name] for name in ("train", held_out) if name]
+            splits = [
+                Files(self.path / name, [p.relative_to(name) for p in paths if p.parts[0] == name])
+                for name in chosen
+            ]
+            unused = len(paths) - sum(len(split.paths) for split in splits)
+            left_out[f"images outside {' and '.join(chosen)}"] = unused
+        others = ", ".join(f"{kind} ({count})" for kind, count in (+left_out).most_common()) or "nothing"
+        if len(splits) == 1 and len(splits[0].paths) < 1 + self.hold_out:
+            one = "only one image, and holding one out takes two (datamodule.num_val=0 holds out none)"
             raise UserError(
-                f"data.path={self.path} has {what} (looked for {' '.join(EXTENSIONS)} at any depth)"
+                f"data.path={self.path} has {one if splits[0].paths else 'no images'}; looked for what Pillow opens"
+                f" (.png, .jpg, ...), at any depth; left out: {short_text(others)}"
             )
-        return _hold_out(root, everything, self.holdout)
+        if left_out.total():
+            log.warning("%s: left out: %s", self.name, short_text(others))
+        train, *tests = splits
+        return {"train": train, "test": tests[0]} if tests else _hold_out(train, self.holdout * self.hold_out)
 
 
-def _images_in(folder: Path) -> list[Path]:
-    """Return the relative paths of the images below a folder, by extension, sorted, without hidden ones."""
-    return sorted(path.relative_to(folder) for path in _walk(folder))
-
-
-def _walk(folder: Path) -> Iterator[Path]:
+def _find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """Return the paths of the images below a folder, relative to it and sorted, and what else there is, counted."""
+    formats = Image.registered_extensions()
+    suffixes = {suffix for suffix in formats if Image.MIME.get(formats[suffix], "").startswith("image/")}
+    found: list[Path] = []
+    others: Counter[str] = Counter()
     visited: set[str] = set()
     for parent, subfolders, files in os.walk(folder, onerror=_refuse, followlinks=True):
-        real = os.path.realpath(parent)
-        # A link may lead to a parent, so each folder is visited once.
-        subfolders[:] = [] if real in visited else [s for s in subfolders if s[0] not in "._"]
-        if real not in visited:
-            named = (f for f in files if f[0] != "." and f.lower().endswith(EXTENSIONS))
-            paths = (os.path.join(parent, f) for f in named)  # noqa: PTH118  (a Path only for those that are kept)
-            yield from (Path(_named_in_unicode(path)) for path in paths if not _is_special(path))
+        real, names = os.path.realpath(parent), {*files, *subfolders}
+        if real in visited:  # a link may lead to a parent
+            others["links to folders read already"] += 1
+            subfolders.clear()
+            continue
         visited.add(real)
-
-
-def _is_special(path: str) -> bool:
-    """Whether it is a pipe, a socket or a device, which could block; a broken link is not, and fails later."""
-    try:
-        return not stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116  (as above)
-    except OSError:
-        return False
+        hidden = {name for name in names if name[0] == "." or name == "__MACOSX"}
+        drawn = names & DRAWN if names & RESULTS else set()
+        others.update({"hidden": len(hidden), "drawn by litdiffusion": len(drawn)})
+        for name in set(files) - hidden - drawn:
+            path = os.path.join(parent, name)  # noqa: PTH118  (a Path only for those that are kept)
+            suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
+            if suffix not in suffixes:
+                others[ascii(suffix)[1:-1] or "without a suffix"] += 1
+            elif not os.path.isfile(path) and os.path.exists(path):  # noqa: PTH110, PTH113
+                others["pipes or devices"] += 1  # which could block; a broken link is none, and fails later
+            else:
+                found.append(Path(_named_in_unicode(path)).relative_to(folder))
+        subfolders[:] = sorted(set(subfolders) - hidden - drawn)
+    return sorted(found), others
 
 
 def _named_in_unicode(path: str) -> str:
@@ -144,18 +157,18 @@ def _refuse(error: OSError) -> NoReturn:
     raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
 
-def _hold_out(root: Path, paths: list[Path], fraction: float) -> dict[Split, Files]:
-    """Hold out the images whose hash is below ``fraction``, but at least one image and not all."""
-    hashes = {path: seed_of("holdout", path.as_posix()) / 2**63 for path in paths}
+def _hold_out(images: Files, fraction: float) -> dict[Split, Files]:
+    """Hold out the images whose hash is below ``fraction``: at least one image and not all, or none if it is 0."""
+    hashes = {path: seed_of("holdout", path.as_posix()) / 2**63 for path in images.paths}
     ranked = sorted(hashes.values())
-    threshold = min(max(fraction, ranked[1]), ranked[-1])
+    threshold = min(max(fraction, ranked[1]), ranked[-1]) if fraction else 0.0
     return {
-        "train": Files(root, [path for path in paths if hashes[path] >= threshold]),
-        "test": Files(root, [path for path in paths if hashes[path] < threshold]),
+        "train": Files(images.root, [path for path in images.paths if hashes[path] >= threshold]),
+        "test": Files(images.root, [path for path in images.paths if hashes[path] < threshold]),
     }
 
 
-def _classes(train: Files, test: Files) -> list[str] | None:
+def _classes(train: Files, test: Files) -> tuple[str, ...] | None:
     """Return the names of the classes; None if the folders are no classes.
 
     Raises:
@@ -170,4 +183,4 @@ def _classes(train: Files, test: Files) -> list[str] | None:
         raise UserError(
             f"{test.root} has class folders that {train.root} lacks: {', '.join(sorted(unknown))}"
         )
-    return sorted(classes) if len(classes) > 1 else None
+    return tuple(sorted(classes, key=natural_order)) if len(classes) > 1 else None

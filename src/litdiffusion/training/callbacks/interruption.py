@@ -45,9 +45,9 @@ class StopCleanly(Callback):
     Lightning restores the handlers that it found.
 
     Args:
-        grace_seconds: from a signal that announces the end (SIGUSR1, SIGUSR2), how long the run may take to come to
-            the end of a step; then it stops without saving. Less than what ``scripts/slurm`` and
-            ``hydra/launcher=slurm`` have Slurm leave, which is two minutes.
+        grace_seconds: from a signal, how long the run may take to come to the end of a step; then it stops without
+            saving. Less than what ``scripts/slurm`` and ``hydra/launcher=slurm`` have Slurm leave, which is two
+            minutes.
     """
 
     def __init__(self, grace_seconds: float = 80.0) -> None:
@@ -142,8 +142,7 @@ class StopCleanly(Callback):
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signum
-            if signum in (signal.SIGUSR1, signal.SIGUSR2):
-                signal.setitimer(signal.ITIMER_REAL, self.grace_seconds)
+            signal.setitimer(signal.ITIMER_REAL, self.grace_seconds)
         elif signum == signal.SIGINT:
             raise KeyboardInterrupt
 

@@ -13,6 +13,9 @@ from litdiffusion.errors import UserError
 from litdiffusion.system.files import write_text
 from litdiffusion.system.processes import STOP_SIGNALS
 
+FINISH_SECONDS = 600
+"""How long the last upload of a run may take; what is missing is logged when the command is repeated."""
+
 FLUSH_EVERY = 0.01
 """Seconds after which W&B's own process writes what was logged; what is not written is lost when it is killed."""
 
@@ -81,6 +84,8 @@ def open_run(folder: Path, mode: Literal["online", "offline"], **settings: Any) 
         settings=wandb.Settings(
             silent=True,
             mode=mode,
+            finish_timeout=FINISH_SECONDS,
+            finish_timeout_raises=True,
             # Addresses of repositories and commands may hold secrets; the run folder knows both without them.
             disable_git=True,
             x_disable_meta=True,
