@@ -99,7 +99,7 @@ def ours(precision: str, preset: str = "cpu") -> Callable[[Plan], Seconds]:
         from hydra import compose, initialize_config_dir
         from lightning import Callback
 
-        from litdiffusion.configuration.entry import config_folder
+        from litdiffusion.configuration import config_folder
         from litdiffusion.configuration.nodes import build
         from litdiffusion.diffusion import DDIM, Draws
         from litdiffusion.system.memory import keep_freed_memory

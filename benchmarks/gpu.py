@@ -131,7 +131,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="litdiffusion-gpu-") as folder:
         try:
             kit = prepare(Path(folder), arguments.dry_run, parts)
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (OSError, subprocess.SubprocessError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         try:
@@ -155,7 +155,7 @@ def prepare(folder: Path, dry_run: bool, parts: list["Part"]) -> Kit:
 
     Raises:
         OSError: there is no GPU, or something is missing still.
-        subprocess.CalledProcessError: a wheel cannot be installed.
+        subprocess.SubprocessError: a wheel cannot be installed, or the child does not answer.
     """
     out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / ("dry-run" if dry_run else ""))
     path = [str(ROOT / "src"), str(folder / "packages")]
@@ -163,7 +163,7 @@ def prepare(folder: Path, dry_run: bool, parts: list["Part"]) -> Kit:
     if wheels := os.environ.get("WHEELS"):
         try:
             installed = install_missing(Path(wheels), folder / "packages")
-        except subprocess.CalledProcessError as error:
+        except subprocess.SubprocessError as error:
             raise OSError(f"pip could not install the wheels in {wheels} (its message is above)") from error
         print(f"Installed from {wheels}: {', '.join(installed) or 'nothing, all is there'}", flush=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
@@ -176,7 +176,7 @@ def prepare(folder: Path, dry_run: bool, parts: list["Part"]) -> Kit:
     if dry_run:
         environment["OMP_NUM_THREADS"] = "1"  # its processes share the cores
     looked = subprocess.run(
-        [sys.executable, "-c", LOOK], env=environment, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", LOOK], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     if looked.returncode:
         why = (looked.stderr.strip() or "no reason given").splitlines()[-1]
@@ -229,8 +229,8 @@ def commit() -> str | None:
     """The commit of this checkout, where git can tell."""
     try:
         words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
 
 
@@ -363,7 +363,8 @@ def run_quality(kit: Kit, seconds: float, part: dict[str, Any]) -> tuple[bool, s
             f"callbacks.sample_images.every_n_steps={steps}",
             f"run_dir={run_dir}",
         )
-        drawn = ["sampler=dpmpp_2m", "sampler.num_steps=20", "num_images=100", "seed=0"]
+        number = 16 if kit.dry_run else 100
+        drawn = ["sampler=dpmpp_2m", "sampler.num_steps=20", f"num_images={number}", "seed=0"]
         command("sample", f"ckpt={run_dir}/checkpoints/last.ckpt", *drawn, f"out={folder}/drawn")
 
         summary = read_json(run_dir / "summary.json")

@@ -101,7 +101,7 @@ def run(key: str, batch_size: int, warmup: int, steps: int) -> dict[str, list[fl
     numbers = {"--batch-size": batch_size, "--warmup": warmup, "--steps": steps}
     program = str(Path(__file__).with_name("contenders.py"))
     command = [sys.executable, program, key, *(str(word) for pair in numbers.items() for word in pair)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     if done.returncode:
         sys.exit(f"{shlex.join(command)} failed:\n{done.stderr}")
     seconds: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])

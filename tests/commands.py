@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from litdiffusion import evaluate, sample, train
-from litdiffusion.configuration.entry import config_folder
+from litdiffusion.configuration import config_folder
 
 MAINS = {"train": train.main, "sample": sample.main, "evaluate": evaluate.main}
 

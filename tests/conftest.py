@@ -1,7 +1,9 @@
 """Every shape in the package's signatures is checked while the tests run."""
 
+import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,7 +53,30 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of ``train_tiny``, for tests that only read it or copy it."""
+    from commands import train_tiny  # here: the tests of the core import no framework
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # another number of threads rounds differently
+    try:
+        return train_tiny(tmp_path_factory.mktemp("runs") / "trained")
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands in this process compute as on a machine without bfloat16, so that they can be compared to rounding."""
     monkeypatch.setattr("litdiffusion.configuration.hardware.native_precision", lambda accelerator: "32-true")
+
+
+@pytest.fixture
+def quiet_logging() -> Iterator[None]:
+    """Hydra sets the root logger's handlers up for the streams of the moment."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers, root.level = handlers, level
+    logging.disable(logging.NOTSET)

@@ -15,12 +15,16 @@ from typing import Any
 
 import torch
 
+from commands import type_command
+
 COMMAND = [
     "debug=tiny",
     "trainer.max_steps=60",
     "trainer.val_check_interval=7",
     "callbacks.save_checkpoints.every_n_steps=7",
     "callbacks.monitor.every_n_steps=5",
+    "+callbacks.rates._target_=lightning.pytorch.callbacks.LearningRateMonitor",
+    "+trainer.log_every_n_steps=4",  # its rows, some of them at steps with a validation and a checkpoint
     "net.dropout=0.1",
     "net.self_condition=true",
 ]
@@ -49,6 +53,18 @@ def finish(run_dir: Path, *overrides: str) -> str:
     output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, output
     return output
+
+
+def finish_here(run_dir: Path, *overrides: str) -> str:
+    """Do the same in this process, which has its libraries imported."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        typed = type_command("train", *COMMAND, f"run_dir={run_dir}", *overrides)
+    finally:
+        torch.set_num_threads(threads)
+    assert typed.code == 0, typed
+    return typed.out + typed.err
 
 
 def kill(process: subprocess.Popen[str]) -> None:
@@ -86,8 +102,8 @@ def differences(one: Path, other: Path) -> list[str]:
     )
     found = [f"checkpoint{key}" for key in first.keys() ^ second.keys()]
     for key in first.keys() & second.keys():
-        # Counters that Lightning keeps for its own loggers, which this project does not use.
-        if key.startswith("/loops") or "run_dir" in key or key.endswith(("/folder", "images_per_second")):
+        # Where Lightning resumes at a step with a validation, it counts that validation's batches again.
+        if "val_loop" in key or "run_dir" in key or key.endswith(("/folder", "images_per_second")):
             continue
         value, there = first[key], second[key]
         same = torch.equal(value, there) if isinstance(value, torch.Tensor) else value == there

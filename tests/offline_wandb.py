@@ -1,15 +1,37 @@
-"""What W&B's real client has written, offline."""
+"""What W&B's real client has written, offline, and a run that has it written."""
 
 import json
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
+from litdiffusion.training.loggers import CSVLogger, WandB
+
 BLOCK, HEADER = 32 * 1024, 7
+
+
+class Logging:
+    """Logs as a training does, to ``metrics.csv`` and to W&B."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.wandb = WandB(str(run_dir), mode="offline")
+        self.loggers = CSVLogger(str(run_dir / "metrics.csv")), self.wandb
+        self.picture = run_dir / "picture.png"
+        Image.new("L", (2, 2)).save(self.picture)
+        self.wandb.describe({"seed": 3})
+
+    def rows(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            for logger in self.loggers:
+                logger.log_metrics({"x": step, "images_seen": step}, step=step)
+
+    def show(self, step: int) -> None:
+        self.wandb.log_picture(self.picture, step=step, images_seen=step)
 
 
 def offline_records(file: Path) -> Iterator[Any]:

@@ -4,9 +4,10 @@
 a network, ``Spy`` remembers what it was asked, and ``Affine`` is a network that a batch cannot disturb.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from litdiffusion.diffusion import (
     Velocity,
     schedules,
 )
+from litdiffusion.diffusion.likelihood import Variance, bound_term, prior_bits
 
 SCHEDULES = {
     "linear": schedules.linear,
@@ -67,6 +69,15 @@ SAMPLERS = {
     "heun": Heun,
     "heun_churn": lambda num_steps: Heun(num_steps, churn=10.0),
 }
+
+
+def every_pair(first: Iterable, second: Iterable, third: Sequence) -> list[tuple]:
+    """Cases for three parameters: every pair of the first two, each of which meets every value of the third in turn.
+
+    In place of the whole product, where two parameters may spoil each other's case and three need not be feared.
+    """
+    seconds = list(second)
+    return [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(first) for j, b in enumerate(seconds)]
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -287,3 +298,41 @@ def draws(count: int, seed: int = 0, device: str = "cpu") -> Draws:
 def times(*t: float) -> Tensor:
     """A time of each image."""
     return torch.tensor(t, dtype=torch.float64)
+
+
+class Bound(NamedTuple):
+    """The bound of each image, part by part, in bits per dimension.
+
+    Attributes:
+        prior: L_T.
+        terms: L_0..L_{T-1}, in this order.
+    """
+
+    prior: Tensor
+    terms: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The bound: all parts together."""
+        return self.prior + self.terms.sum(1)
+
+
+def variational_bound(
+    denoiser: Denoiser, x0: Tensor, noise: Callable[[Tensor], Tensor], variance: Variance
+) -> Bound:
+    """Return the whole bound of each image, each term's expectation over x_t taken at one draw of noise.
+
+    The network is called once (twice where it is self-conditioned) at each of the T times, on all images.
+
+    Args:
+        denoiser: of the model; with its guidance, where it has any.
+        x0: images in [-1, 1], on the gray levels.
+        noise: from the times, the same for every image, to standard normal images.
+        variance: of p(x_s | x_t).
+    """
+    terms = []
+    T = denoiser.schedule.num_steps
+    for step in range(1, T + 1):
+        t = torch.full((len(x0),), step / T, dtype=torch.float64, device=x0.device)
+        terms.append(bound_term(denoiser, x0, t, noise(t), variance))
+    return Bound(prior_bits(denoiser.schedule, x0), torch.stack(terms, dim=1))

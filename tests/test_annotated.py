@@ -9,9 +9,9 @@ from hydra import compose, initialize_config_dir
 
 from blog_weights import carry_over
 from commands import run
-from litdiffusion.configuration import build
+from litdiffusion.configuration import config_folder
 from litdiffusion.configuration.checks import validate
-from litdiffusion.configuration.entry import config_folder
+from litdiffusion.configuration.nodes import build
 from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.data.fetch import default_folder
 from litdiffusion.data.sources.fashion_mnist import FashionMNIST, find_folder

@@ -72,12 +72,12 @@ def test_the_variance_can_be_chosen_and_the_bound_left_out(classy: Path, tmp_pat
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("bits_per_dim_images=-1", "metrics.bits_per_dim.num_images=-1: must be at least 0"),
+        ("bits_per_dim_images=-1", "bits_per_dim_images=-1: must be at least 0"),
         ("bits_per_dim_images=null", "bits_per_dim_images: null is not an int"),
         ("bits_per_dim_images=1.5", "bits_per_dim_images: 1.5 is not an int"),
         (
             "bits_per_dim_times=1",
-            "metrics.bits_per_dim.num_times=1: must be at least 2, or null for all times",
+            "bits_per_dim_times=1: must be at least 2, or null for all times",
         ),
         ("bits_per_dim_times=all", "bits_per_dim_times: 'all' is not an int"),
         ("bits_per_dim_variance=betta", "bits_per_dim_variance: 'betta' is not .*'beta'"),
@@ -152,8 +152,10 @@ def test_generated_images_are_drawn_once_and_measured(classy: Path, tmp_path: Pa
     assert len(stamps) == 3
     assert without_time(evaluate(classy, out, *DRAW, cache)) == without_time(metrics)
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-    with pytest.raises(UserError, match="holds the images of another request"):
-        evaluate(classy, out, *DRAW, cache, "seed=1")
+    assert evaluate(classy, out, *DRAW, cache, "seed=1")["val/fid"] != metrics["val/fid"]
+    (out / "samples.json").unlink()
+    with pytest.raises(UserError, match=r"holds a samples.npz that is not of this command"):
+        evaluate(classy, out, *DRAW, cache)
 
 
 def without_time(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -1,21 +1,29 @@
 """What ``sample`` offers beyond ckpt images: classes, guidance and edits, typed as a user types them."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from commands import run, train_tiny, type_command
 from litdiffusion import load_model
+from litdiffusion.configuration import config_folder
 from litdiffusion.data.pictures import read_image, read_mask
 from litdiffusion.diffusion import DDIM, DDPM, DPMSolverPP2M, Heun
 from litdiffusion.errors import UserError
 from litdiffusion.inference import TrainedModel
 from litdiffusion.reporting.images import to_uint8
+from small_worlds import images
 
 SHAPE = (1, 8, 8)
 FEW = ["num_images=3", "sampler=ddim", "sampler.num_steps=5", "batch_size=2", "device=cpu"]
@@ -199,6 +207,90 @@ def test_further_samplers_and_spacings_go_by_their_names(sampler, spacing, ckpt,
     assert json.loads((tmp_path / "sample.json").read_text())["num_steps"] == 3
 
 
+def test_results_lie_in_the_run_folder_and_replace_nothing_without_a_word(ckpt):
+    run_dir = ckpt.parents[1]
+    words = [type_command("sample", f"ckpt={ckpt}", *FEW).out.count("they are replaced") for _ in range(2)]
+    assert words == [0, 1]
+    assert (run_dir / "sampled" / "sample.json").exists()
+    mine = run_dir / "samples" / "grid.png"
+    mine.write_text("of the run")
+    typed = type_command("sample", f"ckpt={ckpt}", f"out={mine.parent}", *FEW)
+    line = f"error: out={mine.parent} holds a grid.png that is not of this command: choose another folder\n"
+    assert (typed.code, typed.err) == (2, line)
+    assert [path.name for path in mine.parent.iterdir()] == ["grid.png"]
+    assert mine.read_text() == "of the run"
+
+
+@pytest.mark.parametrize(
+    ("ckpt", "out"), [("a/checkpoints/last.ckpt", "a/evaluated"), ("b/c.ckpt", "b/evaluated")]
+)
+def test_measurements_lie_beside_the_checkpoint(ckpt, out):
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        assert compose("evaluate", [f"ckpt={ckpt}"]).out == str(Path(out).absolute())
+
+
+EQUAL: list[dict[str, Any]] = [
+    {"seed": np.int64(3), "num_images": np.uint8(2), "batch_size": np.int32(1)},
+    {"seed": torch.tensor(3), "num_images": torch.tensor(2), "batch_size": torch.tensor(1)},
+    {"num_steps": np.int64(3), "eta": np.float32(0.3)},
+    {"sampler": "heun", "churn": torch.tensor(2.0), "churn_interval": np.array([0.1, 50.0])},
+    {
+        "labels": np.array([3, 1]),
+        "guidance_scale": np.float32(2.5),
+        "guidance_interval": np.array([0.2, 1.0]),
+    },
+    {
+        "labels": np.int64(3),
+        "guidance_scale": torch.tensor(2.5),
+        "guidance_interval": torch.tensor([0.25, 1]),
+    },
+]
+IMAGE, MASK = images(2, size=8), torch.ones(8, 8)
+MISTYPED: dict[str, tuple[dict[str, Any], str]] = {
+    "a fraction": ({"seed": 3.5}, "seed=3.5: must be a whole number"),
+    "a float": ({"seed": 3.0}, "seed=3.0: must be a whole number"),
+    "no number": ({"seed": float("nan")}, "seed=nan: must be a whole number"),
+    "a text": ({"seed": "3"}, "seed=3: must be a whole number"),
+    "a bool": ({"seed": True}, "seed=True: must be a whole number"),
+    "nothing": ({"seed": None}, "seed=null: must be a whole number"),
+    "a negative seed": ({"seed": -1}, "seed=-1: must be a whole number, from 0"),
+    "a huge seed": ({"seed": 2**63}, f"seed={2**63}: must be a whole number, from 0 to {2**63 - 1}"),
+    "no image": ({"num_images": 0}, "num_images=0: must be a whole number, at least 1"),
+    "half an image": ({"num_images": 1.5}, "num_images=1.5: must be a whole number, at least 1"),
+    "no batch": ({"batch_size": 0}, "batch_size=0: must be a whole number, at least 1"),
+    "steps in words": ({"sampler": "ddim", "num_steps": "5"}, "sampler.num_steps: '5' is not an int"),
+    "no steps": ({"sampler": "ddim", "num_steps": 0}, "sampler.num_steps=0: a sampler needs"),
+    "true steps": ({"sampler": "ddim", "num_steps": True}, "sampler.num_steps: True is not an int"),
+    "an object": ({"sampler": "ddim", "eta": object()}, "sampler.eta: "),
+    "labels as floats": ({"labels": np.array([1.0])}, "labels=[1.0]: give all"),
+    "an edit by name": ({"edit": "inpaint"}, "edit=inpaint: must be an Edit"),
+    "gray levels": (
+        {"images": IMAGE.byte(), "masks": MASK},
+        "images: must be floats in [-1, 1], not uint8 from 0",
+    ),
+    "beyond white": (
+        {"images": 255 * IMAGE, "masks": MASK},
+        "images: must be floats in [-1, 1], not float32 from -",
+    ),
+    "a path": (
+        {"images": "cat.png", "masks": MASK},
+        "images: must be a tensor or an array of numbers, not a str",
+    ),
+    "a mask of gray": ({"images": IMAGE, "masks": MASK / 2}, "masks: must hold true or 1"),
+    "masks for others": ({"images": IMAGE, "masks": MASK.expand(3, 8, 8)}, "mask: 3 masks for 2 images"),
+}
+
+
+@contextmanager
+def float64_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+STATES = [float64_by_default, lambda: torch.device("meta"), torch.inference_mode, torch.no_grad]
+
+
 class TestTrainedModel:
     """Editing in Python."""
 
@@ -225,6 +317,46 @@ class TestTrainedModel:
         assert not torch.allclose(*paths)
         assert (paths[1][0] - cat).abs().mean() < (paths[1][0] - dog).abs().mean()
 
+    @pytest.mark.parametrize("asked", EQUAL)
+    def test_equal_values_draw_equal_images_whatever_their_types(self, model, asked):
+        plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in asked.items()}
+        few = {"num_images": 2, "sampler": "ddim", "num_steps": 3}
+        assert torch.equal(model.sample(**few | asked), model.sample(**few | plain))
+
+    @pytest.mark.parametrize("given", [np.asarray, torch.Tensor.double, lambda x: x.mT.contiguous().mT])
+    def test_equal_images_and_masks_are_edited_alike(self, model, given):
+        image, mask = images(2, size=8), torch.ones(8, 8, dtype=torch.bool).tril()
+        few = {"sampler": "ddim", "num_steps": 3}
+        filled = model.inpaint(image, mask, repeats=2, **few)
+        assert torch.equal(model.inpaint(given(image), given(mask), repeats=np.int64(2), **few), filled)
+        # Between two of the sampler's times: of less precision, 0.5 would be nearer to the other.
+        varied = model.vary(image, 0.5, **few)
+        assert torch.equal(model.vary(given(image), np.float32(0.5), **few), varied)
+
+    @pytest.mark.parametrize(("asked", "words"), MISTYPED.values(), ids=MISTYPED)
+    def test_what_is_not_of_the_type_is_one_line(self, model, asked, words, monkeypatch):
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users have it
+        call = model.inpaint if "images" in asked else model.sample
+        with pytest.raises(UserError) as caught:
+            call(**{"num_images": 2} | asked)
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("state", STATES)
+    def test_no_setting_of_torch_changes_the_images(self, model, ckpt, state):
+        def drawn(model: TrainedModel) -> Iterator[torch.Tensor]:
+            few = {"labels": [1, 2], "guidance_scale": 2.5, "num_steps": 3}
+            yield from (model.sample(2, sampler, **few) for sampler in ("ddpm", "heun", "dpmpp_2m"))
+            for strength in (0.5, None):
+                yield model.interpolate(pair[0], pair[1], 3, strength, sampler="ddim", **few)
+
+        pair = images(2, size=8)
+        expected = list(drawn(model))
+        with state():
+            here = list(drawn(load_model(ckpt, device="cpu")))
+        assert all(map(torch.equal, here, expected))
+        assert {(each.dtype, each.device.type) for each in here} == {(torch.float32, "cpu")}
+
     @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "heun"])
     def test_samplers_go_by_the_names_of_their_files(self, model, sampler):
         drawn = model.sample(2, sampler, num_steps=2, spacing="quadratic", labels=3, seed=1)
@@ -248,6 +380,51 @@ class TestTrainedModel:
     def test_what_cannot_be_drawn_is_the_users_to_mend(self, model, asked, words):
         with pytest.raises(UserError, match=words):
             model.sample(2, **asked)
+
+
+ON_WINDOWS = """
+import os, runpy, signal, sys
+import datasets, lightning, matplotlib.figure, torch, wandb  # what others do without is not the matter here
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("fcntl", "grp", "posix", "pwd", "resource", "termios"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+for module, names in {
+    os: "fork getuid killpg pread pwrite register_at_fork sched_getaffinity setsid sysconf O_NOFOLLOW O_CLOEXEC",
+    signal: "SIGALRM SIGHUP SIGKILL SIGUSR1 SIGUSR2 alarm pthread_sigmask setitimer",
+}.items():
+    for name in names.split():
+        delattr(module, name)
+for name in ("fcntl", "grp", "pwd", "resource", "termios"):
+    sys.modules.pop(name, None)
+
+from litdiffusion import load_model
+assert "litdiffusion.configuration.entry" not in sys.modules
+print(tuple(load_model(sys.argv[1], device="cpu").sample(2, sampler="ddim", num_steps=2).shape))
+for command, *overrides in (
+    ("sample", f"ckpt={sys.argv[1]}", f"out={sys.argv[2]}", "num_images=1", "sampler.num_steps=2", "sampler=ddim"),
+    ("evaluate", f"ckpt={sys.argv[1]}", f"out={sys.argv[2]}", "num_images=2", "bits_per_dim_images=0"),
+    ("train", "debug=tiny"),
+):
+    sys.modules.pop("litdiffusion.system.startup", None)  # it looks at the command that is typed
+    words, sys.argv = sys.argv, [command, *overrides]
+    runpy.run_module(f"litdiffusion.{command}", run_name="__main__", alter_sys=True)
+    sys.argv = words
+"""
+
+
+def test_models_sample_where_unix_is_not_and_training_says_what_it_needs(ckpt, tmp_path):
+    typed = [sys.executable, "-c", ON_WINDOWS, str(ckpt), str(tmp_path)]
+    run = subprocess.run(typed, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2, run.stderr
+    assert run.stdout.startswith("(2, 1, 8, 8)\nDrew 1 images")
+    assert json.loads(run.stdout.splitlines()[-1])["num_images"] == 2
+    assert run.stderr.splitlines()[-1] == (
+        "error: training runs on Linux and macOS (on Windows, in WSL); load_model, sample and evaluate run anywhere"
+    )
 
 
 REFUSED = {

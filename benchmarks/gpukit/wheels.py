@@ -68,7 +68,7 @@ def download(folder: Path, python: str, present: list[str]) -> None:
             command = [*pip, "wheel", "--no-deps", f"--wheel-dir={folder}", pinned]
         else:
             command = [*pip, "download", "--no-deps", f"--dest={folder}", *target, pinned]
-        code = subprocess.run(command).returncode
+        code = subprocess.run(command, timeout=3600).returncode
         if code:
             sys.exit(code)
 
@@ -104,7 +104,7 @@ def install_missing(wheels: Path, target: Path) -> list[str]:
 
     Raises:
         OSError: there are no wheels in the folder.
-        subprocess.CalledProcessError: pip refuses one.
+        subprocess.SubprocessError: pip refuses one, or takes ten minutes.
     """
     files = {parse_wheel_filename(path.name)[0]: path for path in sorted(wheels.glob("*.whl"))}
     if not files:
@@ -119,7 +119,7 @@ def install_missing(wheels: Path, target: Path) -> list[str]:
     if missing:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
         command += ["--disable-pip-version-check", "--target", str(target)]
-        subprocess.run([*command, *(str(files[name]) for name in sorted(missing))], check=True)
+        subprocess.run([*command, *(str(files[name]) for name in sorted(missing))], check=True, timeout=600)
     return sorted(missing)
 
 

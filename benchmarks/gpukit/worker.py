@@ -86,7 +86,7 @@ def ours(setting: Setting, answers: TextIO) -> None:
     from hydra import compose, initialize_config_dir
     from lightning import Callback
 
-    from litdiffusion.configuration.entry import config_folder
+    from litdiffusion.configuration import config_folder
     from litdiffusion.configuration.nodes import build
     from litdiffusion.data.datamodule import ImageDataModule
     from litdiffusion.diffusion import DDIM, Draws

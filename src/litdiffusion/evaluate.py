@@ -1,6 +1,7 @@
 """python -m litdiffusion.evaluate: measure a checkpoint, or images from anywhere, against a data set."""
 
-import litdiffusion.system.startup  # noqa: F401  # isort: skip
+import litdiffusion.system.startup  # isort: skip
+import litdiffusion.configuration.questions  # noqa: F401  # isort: skip
 
 import json
 import time
@@ -14,6 +15,7 @@ from lightning.fabric.utilities import move_data_to_device
 from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from litdiffusion.configuration.allowlist import require_allowed
 from litdiffusion.configuration.checks import validate
@@ -35,7 +37,7 @@ from litdiffusion.evaluation.reference import real_features
 from litdiffusion.evaluation.sample_metrics import Reference, measured
 from litdiffusion.inference import TrainedModel, load_model
 from litdiffusion.reporting.images import grid, save
-from litdiffusion.runs.folder import absolute, writable_folder
+from litdiffusion.runs.folder import absolute, results_folder
 from litdiffusion.sampling import sample_images
 from litdiffusion.system.files import write_text
 from litdiffusion.system.launch import num_started, num_tasks, process_rank
@@ -68,10 +70,10 @@ def main(cfg: DictConfig) -> None:
         for metric in metrics.values():
             metric.to(device).require_support(model.denoiser)
     source = data_source(cfg, model)
+    out = results_folder(cfg.out, ("metrics.json",), "metrics.json")
     started = time.perf_counter()
     report: dict[str, Any] = {}
     with together(device), native_autocast(device) as precision:
-        out = writable_folder("out", absolute(cfg.out, "out"))
         if model is not None and cfg.num_held_out:
             report |= measure_held_out(cfg, model, source, metrics, device)
         if cfg.images is not None or cfg.num_images:
@@ -94,7 +96,8 @@ def measure_held_out(
     data = held_out_images(source, model, cfg.num_held_out, cfg.batch_size)
     if not cfg.get("data"):
         require_known_images(data, model)
-    for batch in data.val_dataloader():
+    rank, _ = rank_and_number()
+    for batch in tqdm(data.val_dataloader(), desc="measuring", unit="batch", disable=rank > 0):
         batch = data.finish(move_data_to_device(batch, device), training=False)
         for metric in metrics.values():
             metric.update(Model(model.denoiser, model.objective), batch)

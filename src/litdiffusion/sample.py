@@ -1,6 +1,7 @@
 """python -m litdiffusion.sample: open a checkpoint, draw images, show how they came to be."""
 
-import litdiffusion.system.startup  # noqa: F401  # isort: skip
+import litdiffusion.system.startup  # isort: skip
+import litdiffusion.configuration.questions  # noqa: F401  # isort: skip
 
 import json
 import time
@@ -27,7 +28,7 @@ from litdiffusion.inference import TrainedModel, load_model
 from litdiffusion.reporting.edits import edit_strip
 from litdiffusion.reporting.gif import Film, pick_frames, save_gif
 from litdiffusion.reporting.images import grid, save, to_uint8
-from litdiffusion.runs.folder import absolute, writable_folder
+from litdiffusion.runs.folder import absolute, results_folder
 from litdiffusion.sampling import sample_images
 from litdiffusion.system.files import whole_file, write_text
 from litdiffusion.system.launch import process_rank
@@ -35,6 +36,7 @@ from litdiffusion.system.memory import keep_freed_memory
 from litdiffusion.system.processes import share_of, together
 
 GRID_IMAGES = 64
+FILES = ("grid.png", "denoising.gif", "samples.npz", "sample.json")
 PICTURES = ("image", "image2", "mask")
 """Keys that name pictures. An edit's node is completed by those of them that its class takes."""
 EDIT_KEYS = (*PICTURES, "strength", "repeats")
@@ -68,7 +70,7 @@ def main(cfg: DictConfig) -> None:
         )
         guidance.require_support(model.denoiser)
         times = visited_times(model, sampler, edit)
-    out = writable_folder("out", absolute(cfg.out, "out"))
+    out = results_folder(cfg.out, FILES, "sample.json")
 
     started = time.perf_counter()
     with together(device), native_autocast(device) as precision:

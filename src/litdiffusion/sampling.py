@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from litdiffusion.diffusion import Denoiser, Draws, Sampler, SamplerOutput
+from litdiffusion.diffusion.devices import torch_defaults
 from litdiffusion.diffusion.editing import Edit
 from litdiffusion.diffusion.guidance import Guidance
 from litdiffusion.system.processes import gathered, share_of
@@ -19,6 +20,7 @@ Watch = Callable[[int, SamplerOutput], None]
 """Called with the first image's number and each time of each batch: for previews, GIFs, progress bars."""
 
 
+@torch_defaults()
 def sample_images(
     denoiser: Denoiser,
     sampler: Sampler,

@@ -1,20 +1,29 @@
-import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from omegaconf import DictConfig
 
-from litdiffusion.configuration import build, entry_point, validate
+from litdiffusion.configuration.checks import validate
+from litdiffusion.configuration.entry import entry_point
+from litdiffusion.configuration.nodes import build
 from litdiffusion.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 FILES = {
     "train.yaml": """
-defaults: [_self_, net: unet, schedule: linear, sampler: ddim, hydra: default, experiment: null, sweep: null]
+# python -m litdiffusion.train schedule=cosine
+defaults:
+  - _self_
+  - net: unet
+  - schedule: linear  # how fast it falls
+  - sampler: ddim
+  - hydra: default
+  - experiment: null
+  - sweep: null
 seed: 0
 run_dir: ${new_run_dir:}
 data: {name: null}
@@ -22,7 +31,7 @@ datamodule: {batch_size: 128}
 optimizer: {_target_: torch.optim.AdamW, _partial_: true, lr: 1e-3}
 """,
     "net/unet.yaml": "{_target_: litdiffusion.nn.UNet, dim: 8, channels: 1, dim_mults: [1, 2]}",
-    "schedule/linear.yaml": "{_target_: litdiffusion.diffusion.schedules.linear, num_steps: 300}",
+    "schedule/linear.yaml": "{_target_: litdiffusion.diffusion.schedules.linear, num_steps: 300, beta_start: 1e-4}",
     "schedule/cosine.yaml": "{_target_: litdiffusion.diffusion.schedules.cosine, num_steps: 300}",
     "schedule/quadratic.yaml": "{_target_: litdiffusion.diffusion.schedules.quadratic, num_steps: 300}",
     "sampler/ddim.yaml": "{_target_: litdiffusion.diffusion.DDIM, num_steps: 50, eta: 0.0}",
@@ -62,16 +71,6 @@ def tree(tmp_path: Path) -> Path:
     (folder / "hydra").mkdir()
     (folder / "hydra/default.yaml").write_text((CONFIGS / "hydra/default.yaml").read_text())
     return folder
-
-
-@pytest.fixture
-def quiet_logging() -> Iterator[None]:
-    """Hydra sets the root logger's handlers up for the streams of the moment."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers, root.level = handlers, level
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 import litdiffusion
 from litdiffusion.configuration import config_folder, entry
+from litdiffusion.system.processes import handling
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -46,27 +49,43 @@ def test_overrides_may_stand_on_both_sides_of_an_option(command: Command) -> Non
         (["batch_size=64"], ["batch_size:", "nearest: datamodule.batch_size"]),
         (["schedul=linear"], ["schedul:", "nearest: schedule"]),
         (["net.dmi=3"], ["net.dmi", "nearest: net.dim"]),
-        (["sampler=ddpm", "sampler.eta=1"], ["sampler.eta", "sampler has: num_steps"]),
+        (["sampler=ddpm", "sampler.eta=1"], ["sampler.eta:", "for example: sampler=ddim sampler.eta=1"]),
+        (
+            ["schedule=cosine", "beta_start=1"],
+            ["beta_start:", "nearest: schedule.beta_start (with schedule=linear)"],
+        ),
+        (["ddim=3"], ["ddim:", "nearest: sampler=ddim"]),
+        (["timesteps=9"], ["timesteps:", "nearest: sampler.num_steps, schedule.num_steps\n"]),
+        (["edit=none"], ["edit: no such key"]),
+        (["hydra.run.dir=DIR"], ["hydra.run.dir=DIR:", "give run_dir=DIR"]),
+        (["hydra.output_subdir=sub"], ["hydra.output_subdir=sub:", "run_dir"]),
+        (["hydra.job.chdir=true"], ["hydra.job.chdir=true:", "run_dir"]),
+        (["hydra.sweep.dir=DIR"], ["hydra.sweep.dir=DIR:", "add -m, or give run_dir=DIR"]),
+        (["hydra.launcher.jobs=2"], ["hydra.launcher.jobs=2:", "add -m"]),
+        (["-m", "hydra.sweeper.params.seed=1,2"], ["add it with +hydra.sweeper.params.seed=1,2"]),
         (["seed=1", "net.dmi=3", "schedule=cosine"], ["net.dmi", "nearest: net.dim"]),
         (["optimizer.amsgrad=true"], ["optimizer.amsgrad", "AdamW takes it", "+optimizer.amsgrad=true"]),
         (["+optimizer.amsgard=true"], ["optimizer.amsgard", "nearest: amsgrad"]),
         (["+seed=3"], ["seed: exists already", "seed=3"]),
         (["~net.foo"], ["net.foo", "no such key"]),
         (["~net"], ["net: needed here", "~net"]),
-        (["net=null"], ["net=null", "~net", "unet"]),
+        (["net=null"], ["error: net=null: no such choice; there are: unet\n"]),
         (["experiment=smal"], ["experiment=smal", "nearest: small"]),
         (["experiment=wrong_choice"], ["schedule=liner", "file", "nearest: linear"]),
         (["experiment=not_yaml"], ["not_yaml.yaml, line 1"]),
         (["experiment=half_open"], ["seed: "]),
         (["schedule@other=cosine"], ["schedule@other", "+schedule@other=cosine"]),
-        (["hydra.run.dri=x"], ["hydra.run.dri", "nearest: hydra.run.dir"]),
-        (["hydra/launcher=slurm"], ["hydra/launcher=slurm", "basic"]),
+        (["hydra.verbos=x"], ["hydra.verbos", "nearest: hydra.verbose"]),
+        (["-m", "hydra/launcher=slurm"], ["hydra/launcher=slurm", "basic"]),
         (["nonsense=1"], ["nonsense", "--cfg job"]),
         (["seed"], ["seed:", "key=value"]),
+        (["run_dir=my", "runs/a"], ["runs/a:", "run_dir='my runs/a', in make ARGS=\"run_dir='my runs/a'\""]),
+        (["run_dir=it's"], ["run_dir=it's:", """'run_dir="it'"'"'s"'"""]),
         (["--seed", "3"], ["--seed", "key=value"]),
         (["run_dir=a (1)"], ["run_dir=a (1)", "'run_dir=\"a (1)\"'"]),
         (["seed=1,2"], ["seed=1,2", "-m"]),
         (["--config-name", "trein"], ["trein"]),
+        (["--package", "net"], ["--package=net:", "--cfg job"]),
         (["--config-dir", "nowhere"], ["nowhere"]),
         (["--multirun", "--cfg", "job"], ["--multirun"]),
         (["net.dim=abc"], ["net.dim: 'abc' is not an int (UNet.dim)"]),
@@ -81,7 +100,7 @@ def test_overrides_may_stand_on_both_sides_of_an_option(command: Command) -> Non
         (["+net.dropout=3.0"], ["net.dropout=3.0"]),
         (["seed=1003"], ["seed: 1003 is unlucky; take another"]),
         (["-m", "schedule=linear,cosin"], ["schedule=cosin:", "nearest: cosine"]),
-        (["-m", "sampler=ddim,ddpm", "sampler.eta=1"], ["sampler.eta", "sampler has: num_steps"]),
+        (["-m", "sampler=ddim,ddpm", "sampler.eta=1"], ["for example: sampler=ddim sampler.eta=1"]),
         (["-m", "seed=1,2", "run_dir=here"], ["run_dir=here", "seed", "${hydra:job.num}"]),
         (["sweep=seeds", "run_dir=here"], ["run_dir=here", "sweep", "${hydra:job.num}"]),
         (["-m", "seed=1,2", "run_dir=a b=c"], ["run_dir=a b=c", "quote"]),
@@ -99,6 +118,7 @@ def test_mistakes_end_in_one_line(command: Command, arguments: list[str], named:
 def test_mistake_leaves_nothing_behind(command: Command) -> None:
     command("net.dim=abc")
     command("schedule=liner", "run_dir=here")
+    command("hydra.run.dir=here")
     assert list(Path.cwd().iterdir()) == []
 
 
@@ -119,6 +139,27 @@ def test_bug_keeps_its_traceback(command: Command) -> None:
 def test_interruption_is_quiet(command: Command) -> None:
     code, _, err = command("seed=1002")
     assert (code, err) == (130, "")
+
+
+def test_a_ctrl_c_raises_nothing_before_the_task_begins(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OmegaConf could turn a KeyboardInterrupt into an error of its own, and the command would go on."""
+    seen: list[object] = []
+
+    def note(*args: object) -> None:
+        seen.append(signal.getsignal(signal.SIGINT))
+
+    compose = ConfigLoaderImpl.load_configuration
+    monkeypatch.setattr(
+        ConfigLoaderImpl, "load_configuration", lambda *args, **kwargs: note() or compose(*args, **kwargs)
+    )
+    monkeypatch.setattr("builtins.print", note)  # of the task
+    with handling([signal.SIGINT], signal.SIG_DFL):
+        assert command()[0] == 0
+        note()
+    assert list(dict.fromkeys(seen)) == [signal.SIG_DFL, signal.default_int_handler]
+    assert seen[-1] is signal.SIG_DFL
 
 
 def test_the_first_process_speaks_and_the_others_when_they_have_had_time_to_be_ended(
@@ -179,7 +220,11 @@ def test_bug_in_a_sweep_keeps_its_traceback(command: Command) -> None:
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        (["--help"], "schedule: cosine, linear, quadratic"),
+        (
+            ["--help"],
+            f"\n  {'schedule=linear':27} how fast it falls\n{'cosine, linear, quadratic':>55}\n",
+        ),
+        (["--help"], "\n  seed=0\n  run_dir\n"),
         (["--cfg", "job"], "batch_size: 128"),
         (["--cfg", "job", "--resolve"], "run_dir: logs/default/"),
         (["--info", "searchpath"], "Config search path"),
@@ -201,6 +246,22 @@ def test_tab_completion(command: Command, monkeypatch: pytest.MonkeyPatch) -> No
     assert {"schedule=linear", "schedule=cosine", "schedule=quadratic"} <= set(out.split())
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_tab_completes_what_people_type_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit(3)")
+    line = f"{sys.executable} -m litdiffusion.sample -m ckpt=a sampler=ddp"
+    script = (
+        f"source {config_folder().parent}/scripts/completion.bash; COMP_LINE='{line}' COMP_WORDS=({line})"
+    )
+    found = subprocess.run(
+        ["bash", "-c", f"{script} COMP_CWORD=5; _litdiffusion; echo ${{COMPREPLY[*]}}"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(litdiffusion.__file__).parents[1]}"},
+        capture_output=True,
+        text=True,
+    )
+    assert (found.stdout, found.stderr) == ("sampler=ddpm\n", "")
+
+
 def test_the_package_finds_its_own_configuration() -> None:
     assert (config_folder() / "hydra/default.yaml").is_file()
 
@@ -208,7 +269,8 @@ def test_the_package_finds_its_own_configuration() -> None:
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
-from litdiffusion.configuration import entry_point, validate
+from litdiffusion.configuration.checks import validate
+from litdiffusion.configuration.entry import entry_point
 
 @entry_point("train", Path(sys.argv.pop(1)))
 def main(cfg):

@@ -11,8 +11,9 @@ from lightning.pytorch.plugins import FSDPPrecision
 from omegaconf import OmegaConf
 from torch import nn, optim
 
-from litdiffusion.configuration import build, config_folder, require_arguments
+from litdiffusion.configuration import config_folder
 from litdiffusion.configuration.annotations import accepts, could_accept, spelled
+from litdiffusion.configuration.nodes import build, require_arguments
 from litdiffusion.diffusion import V
 from litdiffusion.errors import UserError
 from litdiffusion.nn import UNet
@@ -222,6 +223,22 @@ def test_build_says_which_node_was_refused(node: dict[str, Any], line: str) -> N
         build(OmegaConf.create({"node": node}).node, "node")
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+
+
+def test_build_says_where_a_refused_value_is_written() -> None:
+    cfg = OmegaConf.create(
+        {
+            "width": "${groups}",
+            "groups": 3,
+            "net": NET | {"groups": "${width}"},
+            "denoiser": DENOISER | {"net": "${net}"},
+        }
+    )
+    with pytest.raises(UserError, match=r"^groups=3 does not divide"):
+        build(cfg.denoiser, "denoiser")
+    cfg.merge_with({"net": {"groups": 3}, "denoiser": {"net": "${net}"}})
+    with pytest.raises(UserError, match=r"^net\.groups=3 does not divide"):
+        build(cfg.denoiser, "denoiser")
 
 
 def test_build_leaves_bugs_alone() -> None:

@@ -63,6 +63,28 @@ def test_white_begins_at_128_and_the_mask_is_cropped_as_the_picture_is(tmp_path)
     assert mask[0, 0].tolist() == [False, False, True, True, False, False, False, False]
 
 
+@pytest.mark.parametrize("mode", ["1", "I;16", "RGBA", "LA", "P"])
+def test_of_a_mask_what_is_white_or_painted_white_on_nothing_counts(tmp_path, mode):
+    image, gray = (
+        written(tmp_path / "image.png", pixels(8, 8)),
+        Image.fromarray(halves(8, 8).astype(np.uint8)),
+    )
+    layer = Image.new("RGBA", gray.size, (255, 255, 255, 0))
+    layer.paste("white", mask=gray)
+    mask = {
+        "1": lambda: gray.convert("1"),
+        "I;16": lambda: Image.fromarray(np.asarray(gray).astype(np.uint16) * 257),
+        "RGBA": lambda: layer,
+        "LA": lambda: layer.convert("LA"),
+        "P": lambda: layer.quantize(),
+    }[mode]()
+    mask.save(tmp_path / "mask.png")
+    with Image.open(tmp_path / "mask.png") as saved:
+        assert saved.mode == mode
+    read = read_mask("mask", tmp_path / "mask.png", image, SHAPE)
+    assert torch.equal(read, (torch.arange(8) >= 4).expand(1, 8, 8))
+
+
 def test_a_picture_turned_by_its_camera_and_its_mask_are_both_seen_upright(tmp_path):
     turned = Image.fromarray(np.full((10, 30), 200, np.uint8))
     exif = Image.Exif()

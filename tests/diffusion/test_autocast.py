@@ -21,7 +21,7 @@ from litdiffusion.diffusion import (
     Weighting,
     schedules,
 )
-from small_worlds import TARGETS, affine_denoiser, images, normal
+from small_worlds import TARGETS, affine_denoiser, every_pair, images, normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,10 +61,9 @@ def allowed(schedule: Schedule, target) -> bool:
     return target.defined_at_zero_snr or not schedule.has_zero_terminal_snr
 
 
-@pytest.mark.parametrize("learned_variance", [False, True])
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_gradients_are_finite_at_every_time(schedule, target, learned_variance):
+@pytest.mark.parametrize(("name", "kind", "learned_variance"), every_pair(SCHEDULES, TARGETS, [False, True]))
+def test_gradients_are_finite_at_every_time(name, kind, learned_variance):
+    schedule, target = SCHEDULES[name], TARGETS[kind]
     if not allowed(schedule, target):
         with pytest.raises(ValueError, match=r"target=(epsilon|edm)"):
             affine_denoiser(schedule, target)

@@ -84,7 +84,7 @@ def test_the_error_falls_with_the_order_of_the_method(name, spacing, make, order
     assert late == pytest.approx(order, abs=0.15)
 
 
-@pytest.mark.parametrize("name", ["cosine", "flow", "linear"])
+@pytest.mark.parametrize("name", ["cosine", "flow", "linear", "vp_cosine"])
 @pytest.mark.parametrize("spacing", ["uniform", "quadratic"])
 def test_ddim_is_of_first_order_with_every_spacing(name, spacing):
     found = orders(DDIM, GaussianData(SCHEDULES[name]), spacing, (25, 50))

@@ -89,6 +89,13 @@ def test_the_network_is_given_the_scaled_image():
     torch.testing.assert_close(net.calls[0].x, x_t / (0.09 + sigma**2).sqrt())
 
 
+@pytest.mark.parametrize(
+    ("target", "size"), [(V(), 80), (Epsilon(), 80), (EDM(), 1)], ids=["v", "epsilon", "edm"]
+)
+def test_exploding_noise_is_told_from_input_that_is_scaled(target, size):
+    assert Preconditioned(Spy(), schedules.VE(), target, 1, 4).largest_input == pytest.approx(size, rel=1e-3)
+
+
 def test_only_a_self_conditioned_network_hears_of_an_earlier_estimate():
     plain, conditioned = Spy(self_condition=False), Spy(self_condition=True)
     t, earlier = times(0.1, 0.1), images(2, seed=5)

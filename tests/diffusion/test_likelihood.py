@@ -24,19 +24,18 @@ from litdiffusion.diffusion import (
     transition,
 )
 from litdiffusion.diffusion.likelihood import (
-    Bound,
     Variance,
     bound_term,
     decoder_log_prob,
     normal_kl,
     prior_bits,
     reverse_bits,
-    variational_bound,
 )
 from small_worlds import (
     ALL_SCHEDULES,
     SCHEDULES,
     Affine,
+    Bound,
     GaussianData,
     Oracle,
     Spy,
@@ -44,6 +43,7 @@ from small_worlds import (
     normal,
     time_from,
     times,
+    variational_bound,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")

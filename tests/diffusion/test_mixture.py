@@ -9,7 +9,6 @@ from litdiffusion.diffusion import (
     DDPM,
     Denoiser,
     DPMSolverPP2M,
-    Guided,
     Heun,
     Labelled,
     Sampler,
@@ -73,16 +72,6 @@ def test_labels_of_a_batch_are_each_images_own():
     guided = Labelled(exact_denoiser(data, num_classes=3), labels)
     pixels = drawn(DDIM(50), guided, 300)
     assert torch.equal((pixels[:, None] - torch.tensor(data.means)).abs().argmin(1), labels)
-
-
-@pytest.mark.parametrize("scale", [0.0, 1.0])
-def test_guidance_without_effect_is_no_guidance(scale):
-    """Scale 0 ignores the labels; scale 1 of the label "none" would be the same network call."""
-    data = DATA["flow"]
-    denoiser = exact_denoiser(data, num_classes=3)
-    guided = Guided(Labelled(denoiser, torch.zeros(COUNT, dtype=torch.int64)), denoiser, scale)
-    pixels = drawn(DPMSolverPP2M(30, "log_snr"), guided)
-    assert_drawn_from(pixels, data, data.weights if scale == 0 else (1.0, 0.0, 0.0))
 
 
 @pytest.mark.parametrize("name", ALL_SCHEDULES)

@@ -34,7 +34,7 @@ from litdiffusion.diffusion import (
     schedules,
 )
 from litdiffusion.diffusion.spacing import spaced_times
-from small_worlds import ALL_SCHEDULES, MixtureData, draws, exact_denoiser, normal
+from small_worlds import ALL_SCHEDULES, MixtureData, draws, every_pair, exact_denoiser, normal
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -43,6 +43,7 @@ pytestmark = [
 
 X_T = normal(3, 1, 1, 1, dtype=torch.float64)
 SPACINGS = ["uniform", "quadratic", "log_snr", "karras"]
+NAMES = ["cosine", "linear", "flow", "vp_cosine"]
 
 
 def tables(schedule: Schedule, times: list[float]) -> tuple[Tensor, Tensor]:
@@ -87,9 +88,7 @@ def diffusers_2m(denoiser: Denoiser, times: list[float], flow: bool, **config) -
     return x
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("num_steps", [1, 2, 11, 40])
-@pytest.mark.parametrize("name", ["cosine", "linear", "flow", "vp_cosine"])
+@pytest.mark.parametrize(("name", "spacing", "num_steps"), every_pair(NAMES, SPACINGS, [1, 2, 11, 40]))
 def test_dpm_solver_pp_2m_is_diffusers(name, num_steps, spacing):
     schedule = ALL_SCHEDULES[name](num_steps=40)
     denoiser = exact_denoiser(MixtureData(schedule))
@@ -171,16 +170,15 @@ def edm_algorithm_2(
 
 
 @pytest.mark.parametrize(
-    "schedule",
-    [schedules.linear(300, rescale=False), schedules.VPCosine(-8.0, 15.0), schedules.VE()],
-    ids=["linear", "vp_cosine", "ve"],
+    ("spacing", "schedule", "churning"),
+    every_pair(
+        SPACINGS,
+        [schedules.linear(300, rescale=False), schedules.VPCosine(-8.0, 15.0), schedules.VE()],
+        [(0.0, (0.0, math.inf), 1.0), (5.0, (0.0, math.inf), 1.0), (100.0, (0.05, 3.0), 1.1)],
+    ),
 )
-@pytest.mark.parametrize(
-    ("churn", "interval", "noise_scale"),
-    [(0.0, (0.0, math.inf), 1.0), (5.0, (0.0, math.inf), 1.0), (100.0, (0.05, 3.0), 1.1)],
-)
-@pytest.mark.parametrize("spacing", SPACINGS)
-def test_heun_is_edms_algorithm_2(schedule, churn, interval, noise_scale, spacing):
+def test_heun_is_edms_algorithm_2(spacing, schedule, churning):
+    churn, interval, noise_scale = churning
     denoiser = exact_denoiser(MixtureData(schedule))
     sampler = Heun(12, churn, interval, noise_scale, spacing)
     ours = sampler.sample(denoiser, schedule.init_noise_sigma * X_T, InTurn(4, 3))

@@ -33,6 +33,7 @@ from small_worlds import (
     Oracle,
     affine_denoiser,
     draws,
+    every_pair,
     images,
     normal,
 )
@@ -69,11 +70,9 @@ def followed(make, schedule: Schedule, target, num_steps: int) -> tuple[Tensor, 
     return make(num_steps).sample(denoiser, x_T, draws(3)), x0
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 12])
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
-def test_an_oracle_is_followed_to_its_image(make, target, num_steps):
-    sampled, x0 = followed(make, schedules.linear(12), target, num_steps)
+@pytest.mark.parametrize(("sampler", "target", "num_steps"), every_pair(SAMPLERS, TARGETS, [1, 2, 5, 12]))
+def test_an_oracle_is_followed_to_its_image(sampler, target, num_steps):
+    sampled, x0 = followed(SAMPLERS[sampler], schedules.linear(12), TARGETS[target], num_steps)
     torch.testing.assert_close(sampled, x0, rtol=0, atol=1e-6)
 
 
@@ -211,7 +210,7 @@ def test_ancestral_sampling_keeps_the_mean_and_lacks_only_the_images_own_varianc
             assert c**2 == pytest.approx(step.v, rel=1e-7)
 
 
-@pytest.mark.parametrize("num_steps", [1, 3, 10, 37, 60])
+@pytest.mark.parametrize("num_steps", [3, 37])
 @pytest.mark.parametrize(
     ("name", "std", "variance"),
     [(name, 1e-6, "beta_tilde") for name in ALL_SCHEDULES] + [(name, 1.0, "beta") for name in PRESERVING],
@@ -256,26 +255,6 @@ def test_ddim_keeps_the_mean_for_every_eta_and_adds_eta_times_the_noise(name, pa
         assert abs(c) == pytest.approx(
             eta * transition(data.schedule, t, s).posterior_variance ** 0.5, rel=1e-6, abs=1e-12
         )
-
-
-@pytest.mark.parametrize(
-    "schedule",
-    [schedules.cosine(8192), schedules.VPCosine(), schedules.Flow(), schedules.VE(sigma_max=20)],
-    ids=class_name,
-)
-def test_ddim_converges_to_the_exact_flow_at_first_order(schedule):
-    """The probability flow keeps (x_t - mean_t) / std_t; halving the steps halves the error."""
-    data = GaussianData(schedule)
-    start = torch.full((1, 1, 1, 1), 1.7 * schedule.init_noise_sigma, dtype=torch.float64)
-    errors = []
-    for num_steps in (32, 64, 128, 256):
-        sampler, x = DDIM(num_steps), start
-        for t, s in pairwise(sampler.times(schedule)):
-            x = data.step(sampler, x, t, s, no_noise)
-        errors.append(abs(float(x - data.flow_to_image(start))))
-    slopes = torch.tensor(errors).log2().diff().neg()
-    assert errors[0] < 0.1
-    torch.testing.assert_close(slopes, torch.ones(3), rtol=0, atol=0.1)
 
 
 def test_a_deterministic_step_draws_nothing():

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from litdiffusion.data.stores import Batch
 from litdiffusion.diffusion import L2, Denoiser, Denoising, Draws, Uniform, UniformLevels, V, schedules
-from litdiffusion.diffusion.likelihood import variational_bound
 from litdiffusion.errors import UserError
 from litdiffusion.evaluation import BitsPerDim, Model
 from litdiffusion.evaluation.bits_per_dim import bound_parts, strata
-from small_worlds import Affine, Spy, affine_denoiser, images, normal
+from small_worlds import Affine, Spy, affine_denoiser, images, normal, variational_bound
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

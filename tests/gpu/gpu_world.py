@@ -20,6 +20,8 @@ from litdiffusion.data.idx import write_idx
 DRY_RUN = bool(os.environ.get("LITDIFFUSION_GPU_DRY_RUN"))
 DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
 ON_DEVICE = f"trainer={'cpu' if DRY_RUN else 'gpu'}"
+NUM_STEPS = 2 if DRY_RUN else 8
+"""Of each sampling."""
 
 needs_gpu = [
     pytest.mark.gpu,

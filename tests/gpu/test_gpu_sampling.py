@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_world import DEVICE, ON_DEVICE, needs_gpu
+from gpu_world import DEVICE, NUM_STEPS, ON_DEVICE, needs_gpu
 from torch import Tensor
 
 from commands import run
@@ -34,7 +34,7 @@ def on_both(
 ) -> tuple[Tensor, Tensor]:
     def draw(device: torch.device) -> Tensor:
         return sample_images(
-            model.to(device), SAMPLERS[sampler](num_steps=8), 6, seed=0, guidance=guidance, edit=edit
+            model.to(device), SAMPLERS[sampler](NUM_STEPS), 6, seed=0, guidance=guidance, edit=edit
         )
 
     return draw(torch.device("cpu")), draw(DEVICE)

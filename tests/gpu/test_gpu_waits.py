@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_world import DEVICE, ON_DEVICE, NoWaiting, needs_gpu, no_waiting
+from gpu_world import DEVICE, NUM_STEPS, ON_DEVICE, NoWaiting, needs_gpu, no_waiting
 
 from commands import run
 from litdiffusion.diffusion import Clipped, Denoiser, Preconditioned, V, schedules
@@ -68,7 +68,7 @@ def test_a_sampling_step_does_not_wait(sampler: str, clip: str) -> None:
     noise = normal(3, 1, 8, 8).to(DEVICE)
     numbers = draws(3, device=str(DEVICE))
     with no_waiting():
-        times = [output.t for output in SAMPLERS[sampler](num_steps=6).steps(guided, noise, numbers)]
+        times = [output.t for output in SAMPLERS[sampler](NUM_STEPS).steps(guided, noise, numbers)]
     assert all(t > s for t, s in pairwise(times))
     assert times[-1] == 0
 
@@ -81,5 +81,5 @@ def test_editing_does_not_wait(edit: str) -> None:
     model, noise = denoiser("static"), normal(2, 1, 8, 8).to(DEVICE)
     numbers = draws(2, device=str(DEVICE))
     with no_waiting():
-        *_, last = how.steps(SAMPLERS["ddim"](num_steps=6), model, noise, numbers, 0)
+        *_, last = how.steps(SAMPLERS["ddim"](NUM_STEPS), model, noise, numbers, 0)
     assert last.t == 0

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from litdiffusion.reporting.edits import COLUMNS, edit_strip
+from litdiffusion.reporting.edits import COLUMNS, MAX_ROWS, edit_strip
 from litdiffusion.reporting.images import strip
 
 
@@ -26,26 +26,25 @@ def test_an_image_stands_beside_what_was_drawn_from_it():
     )
 
 
-def test_each_of_several_images_has_a_row_and_gaps_are_paper():
+def test_each_of_several_images_has_a_row_and_gaps_are_white():
     picture = edit_strip({"image": flat(0.5, 0.6)}, flat(0.0, 0.1, 0.2))
     columns = [flat(0.5, 0.6), flat(0.0, 0.1), flat(0.2, 1.0)]
     assert same(picture, strip(columns, ["image", "drawn 1", "drawn 2"]))
 
 
-def test_many_drawn_from_one_image_go_on_in_further_rows():
+def test_many_images_drawn_from_one_wrap_into_further_rows():
     drawn = flat(*(i / 30 for i in range(COLUMNS + 1)))
     picture = edit_strip({"image": flat(0.5), "image2": flat(-1.0)}, drawn)
     columns = [flat(0.5, 0.5), torch.stack((drawn[0], drawn[-1]))]
     columns += [torch.stack((image, flat(1.0)[0])) for image in drawn[1:COLUMNS]]
     captions = ["image", *(f"drawn {i + 1}" for i in range(COLUMNS)), "image2"]
     assert same(picture, strip([*columns, flat(-1.0, -1.0)], captions))
-    assert same(
-        edit_strip({"image": flat(0.5)}, drawn, max_rows=1), edit_strip({"image": flat(0.5)}, drawn[:-1])
-    )
+    many = flat(*(i / 90 for i in range(COLUMNS * MAX_ROWS + 1)))
+    assert same(edit_strip({"image": flat(0.5)}, many), edit_strip({"image": flat(0.5)}, many[:-1]))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_checkerboard_shows_where_was_drawn(channels):
+def test_a_checkerboard_shows_the_redrawn_pixels(channels):
     mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     mask[..., 2:] = True
     picture = edit_strip({"image": flat(0.5, channels=channels), "mask": mask}, flat(0.0, channels=channels))

@@ -13,7 +13,7 @@ from litdiffusion.reporting.images import grid
 
 
 def denoising(count: int, channels: int, num_frames: int) -> list[torch.Tensor]:
-    """Disks that rise out of noise, as a perfect denoiser would show them, each frame with noise of its own."""
+    """Disks that emerge from noise as with a perfect denoiser, each frame with noise of its own."""
     generator = torch.Generator().manual_seed(0)
     axis = torch.linspace(-1, 1, 28)
     radius = torch.linspace(0.3, 0.9, count)[:, None, None, None]
@@ -39,12 +39,12 @@ def test_few_steps_are_all_shown():
 
 
 @pytest.mark.parametrize(("num_steps", "num_frames"), [(0, 10), (10, 1)])
-def test_pick_frames_refuses_what_makes_no_film(num_steps, num_frames):
+def test_pick_frames_refuses_too_few_steps_or_frames(num_steps, num_frames):
     with pytest.raises(ValueError, match=f"cannot pick {num_frames} frames of {num_steps} steps"):
         pick_frames(num_steps, num_frames)
 
 
-def test_gif_has_its_frames_and_holds_the_last(tmp_path: Path):
+def test_gif_shows_all_frames_and_pauses_on_the_last(tmp_path: Path):
     frames = denoising(4, 1, 8)
     save_gif(frames, tmp_path / "film.gif")
     with Image.open(tmp_path / "film.gif") as film:
@@ -76,7 +76,7 @@ def test_gif_of_64_images_in_60_frames_is_well_below_a_megabyte(tmp_path: Path):
         assert film.size == grid(torch.zeros(16, 1, 28, 28)).size
 
 
-def test_less_room_means_fewer_shades_of_noise_but_the_same_last_frame(tmp_path: Path):
+def test_a_smaller_limit_means_fewer_shades_of_noise_but_the_same_last_frame(tmp_path: Path):
     frames = denoising(4, 1, 10)
     sizes, lasts = [], []
     for max_bytes in (30_000, 100_000):

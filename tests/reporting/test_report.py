@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from litdiffusion.reporting.report import duration, paragraph
 
@@ -18,45 +19,59 @@ SUMMARY = {
     "parameters": 2_020_257,
     "device": "cpu",
     "precision": "bf16-mixed",
-    "checkpoint": str(RUN / "checkpoints" / "last.ckpt"),
-    "grid": str(RUN / "samples" / "grid.png"),
-    "gif": "/elsewhere/denoising.gif",
+    "checkpoint": "checkpoints/last.ckpt",
+    "grid": "samples/grid.png",
+    "gif": "samples/denoising.gif",
 }
 
 
-def test_paragraph_tells_the_whole_run_on_one_line():
+def test_paragraph_describes_the_run_on_one_line():
     assert paragraph(SUMMARY, RUN) == (
         "Trained experiment quickstart (2,020,257 parameters) for 2,340 steps (149,760 images) in 9 min 13 s "
         "on cpu at precision bf16-mixed (271 images/s). "
         "The loss ended at 0.03123 in training and 0.0345 on held-out images. "
-        "It left in logs/quickstart/one: a grid of samples (samples/grid.png), the reverse process as a GIF "
-        "(/elsewhere/denoising.gif) and the checkpoint (checkpoints/last.ckpt). "
+        "Run folder: logs/quickstart/one, with a grid of samples (samples/grid.png), the reverse process as a GIF "
+        "(samples/denoising.gif) and the checkpoint (checkpoints/last.ckpt). "
         "Sample from it with: "
         "python -m litdiffusion.sample ckpt=logs/quickstart/one/checkpoints/last.ckpt num_images=64"
-        " out=logs/quickstart/one/sampled"
     )
 
 
 @pytest.mark.parametrize("missing", list(SUMMARY))
-def test_what_is_missing_goes_unsaid(missing):
+def test_missing_values_are_left_out(missing):
     text = paragraph({key: value for key, value in SUMMARY.items() if key != missing}, RUN)
     assert "None" not in text
     assert "  " not in text
     assert "()" not in text
 
 
-def test_an_empty_summary_still_says_where():
-    assert paragraph({}, RUN) == "Trained a model. Everything lies in logs/quickstart/one."
+def test_an_empty_summary_still_names_the_folder():
+    assert paragraph({}, RUN) == "Trained a model. Run folder: logs/quickstart/one."
 
 
 @pytest.mark.parametrize(
-    "path", ["a b/last.ckpt", "it's/last.ckpt", "lr=0.1,x/last.ckpt", "plain-1/last.ckpt"]
+    "path",
+    [
+        *("a b/last.ckpt", "it's/last.ckpt", "lr=0.1,x/last.ckpt", "plain-1/last.ckpt", 'say "x"/last.ckpt'),
+        *(
+            "größe/🎉 last.ckpt",
+            "$HOME/`ls`",
+            "${x}/a",
+            r"\${x}/a",
+            "end\\",
+            r"\"" "\\'",
+            "~[x]{y}(z)#!;&|",
+            " a\tb ",
+        ),
+    ],
 )
 def test_the_command_survives_the_shell_and_hydra(path):
-    command = paragraph({"checkpoint": path}, RUN).split("Sample from it with: ")[1]
+    command = paragraph({"checkpoint": path, "trust": ["a", "b"]}, RUN).split("Sample from it with: ")[1]
     words = shlex.split(command)
     override = OverridesParser.create().parse_override(words[3])
-    assert str(override.value()).strip() == path
+    assert OmegaConf.create({"ckpt": override.value()}).ckpt == str(RUN / path)
+    assert words[-1] == "trust=[a,b]"
+    assert "'trust=[a,b]'" in command  # zsh would look for a file
 
 
 @pytest.mark.parametrize(

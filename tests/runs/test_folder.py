@@ -56,3 +56,11 @@ def test_a_name_that_no_file_system_takes_is_one_line(tmp_path: Path) -> None:
         RunFolder(folder).require_usable()
     with pytest.raises(UserError, match="too long"):
         writable_folder("out", str(folder))
+
+
+def test_a_run_that_a_callback_stopped_has_ended_unless_more_steps_are_asked_for(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.write_summary({"steps": 6, "stopped": "no improvement", "max_steps": 20})
+    assert [run.has_ended_at(step) for step in (6, 20, 21)] == [True, True, False]
+    run.write_summary({"steps": 6})
+    assert [run.has_ended_at(step) for step in (6, 20)] == [True, False]

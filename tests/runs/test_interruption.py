@@ -12,14 +12,17 @@ import torch
 from lightning import LightningModule, Trainer
 
 from commands import run
-from interrupted_runs import COMMAND, differences, finish, kill, rows, start, wait_for
+from interrupted_runs import COMMAND, differences, finish, finish_here, kill, rows, start, wait_for
+from litdiffusion.system.processes import STOP_SIGNALS, handling, stop_signals
 from litdiffusion.training.callbacks import StopCleanly, interruption
+
+SHORT = "trainer.max_steps=42"
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    finish(run_dir)
+    finish_here(run_dir, SHORT)
     return run_dir
 
 
@@ -36,21 +39,21 @@ def assert_stopped(process: subprocess.Popen[str], signum: signal.Signals) -> st
 
 
 def test_killed_and_repeated(uninterrupted: Path, tmp_path: Path) -> None:
-    process = start(tmp_path)
+    process = start(tmp_path, SHORT)
     wait_for((tmp_path / "checkpoints" / "previous.ckpt").exists, process)
     kill(process)
-    assert "Continuing from step" in finish(tmp_path)
+    assert "Continuing from step" in finish_here(tmp_path, SHORT)
     assert differences(uninterrupted, tmp_path) == []
 
 
 @pytest.mark.slow
-def test_asked_to_stop_twice_and_repeated(uninterrupted: Path, tmp_path: Path) -> None:
-    for signum, lines in ((signal.SIGTERM, 3), (signal.SIGINT, 8)):
-        process = start(tmp_path)
+def test_asked_to_stop_three_times_and_repeated(uninterrupted: Path, tmp_path: Path) -> None:
+    for signum, lines in ((signal.SIGTERM, 3), (signal.SIGINT, 6), (signal.SIGHUP, 8)):
+        process = start(tmp_path, SHORT)
         wait_for(has_logged(tmp_path, lines), process)
         process.send_signal(signum)
         assert_stopped(process, signum)
-    assert "Continuing from step" in finish(tmp_path)
+    assert "Continuing from step" in finish_here(tmp_path, SHORT)
     assert differences(uninterrupted, tmp_path) == []
 
 
@@ -64,20 +67,21 @@ def test_out_of_time_in_the_middle_of_a_validation(
     run_dir = tmp_path / "run"
     endless = {"_target_": "hold.EndlessValidation", "step": 28, "begun": tmp_path / "begun"}
     overrides = [f"+callbacks.endless.{name}={value}" for name, value in endless.items()]
-    overrides += ["callbacks.stop_cleanly.grace_seconds=0.5", f"trainer={trainer}"]
+    overrides += ["callbacks.stop_cleanly.grace_seconds=0.5", f"trainer={trainer}", SHORT]
     process = start(run_dir, *overrides)
     wait_for((tmp_path / "begun").exists, process)
     os.killpg(process.pid, signum)  # as Slurm does, to all of them
     output = assert_stopped(process, signum)
     assert f"stopped by {signum.name} after step 28, of which 21 are saved" in output
-    assert "Continuing from step 21" in finish(run_dir, *overrides)
+    repeated = (finish_here if trainer == "cpu" else finish)(run_dir, *overrides)
+    assert "Continuing from step 21" in repeated
     if trainer == "cpu":
         assert differences(uninterrupted, run_dir) == []
 
 
 def test_a_finished_run_is_left_alone(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in sorted(uninterrupted.rglob("*")) if path.is_file()}
-    run("train", *COMMAND, f"run_dir={uninterrupted}")
+    run("train", *COMMAND, SHORT, f"run_dir={uninterrupted}")
     after = {path: path.read_bytes() for path in sorted(uninterrupted.rglob("*")) if path.is_file()}
     assert "This run is finished" in capsys.readouterr().out
     assert before == after
@@ -93,6 +97,13 @@ def test_continued_for_longer(tmp_path: Path) -> None:
         for name in ("at once", "in two")
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_under_nohup_outlives_its_terminal() -> None:
+    with handling([signal.SIGHUP], signal.SIG_DFL):
+        assert signal.SIGHUP in stop_signals()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert stop_signals() == [signum for signum in STOP_SIGNALS if signum != signal.SIGHUP]
 
 
 class Processes:

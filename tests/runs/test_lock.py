@@ -186,3 +186,19 @@ def test_another_error_names_the_file(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match=r"\.lock"):
         RunLock(tmp_path).take()
+
+
+def test_a_disk_that_does_not_answer_does_not_hold_up_the_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, answered = threading.Event(), threading.Event()
+    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(os, "utime", lambda descriptor: (begun.set(), answered.wait(60)))
+    lock = RunLock(tmp_path)
+    lock.take()
+    assert begun.wait(60)
+    lock.release()
+    assert lock._heartbeat is not None
+    assert lock._heartbeat.is_alive()  # it was not waited for
+    assert not is_locked(tmp_path)
+    answered.set()

@@ -1,15 +1,22 @@
 """Whether a checkpoint fits what it is asked to continue."""
 
 import json
+import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from commands import run, train_tiny, type_command
+from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.errors import UserError
+from litdiffusion.runs import resume as resumption
+from litdiffusion.runs.checkpoint import read_checkpoint
+from litdiffusion.runs.folder import RunFolder
 from litdiffusion.runs.metrics import read_rows
-from litdiffusion.runs.resume import differences
+from litdiffusion.runs.resume import differences, find_resumption
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,6 +49,21 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert told in line
     assert f"checkpoint {trained}/checkpoints/last.ckpt" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_cut_short_is_not_another_one(trained: Path, tmp_path: Path) -> None:
+    text = (trained / "config.yaml").read_text()
+    folder = RunFolder(tmp_path)
+    folder.metrics.touch()
+    config = OmegaConf.to_container(OmegaConf.create(text))
+    for length in range(0, text.rindex("\npaths:"), 41):
+        folder.config.write_text(text[:length])
+        with pytest.raises(UserError, match="put back a copy, or choose another run_dir"):
+            find_resumption(folder, config, "auto")
+    folder.config.write_text(text)
+    assert find_resumption(folder, config, "auto") is None
+    with pytest.raises(UserError, match="belongs to another configuration: seed was 0 and is 1"):
+        find_resumption(folder, {**config, "seed": 1}, "auto")
 
 
 def test_a_checkpoint_of_the_same_model_is_continued_elsewhere(trained: Path, tmp_path: Path) -> None:
@@ -98,10 +120,62 @@ def test_another_runs_checkpoint_goes_on_with_this_commands_optimizer(trained: P
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.02, (0.8, 0.9), 0.3)
 
 
+def test_a_checkpoint_of_another_release_of_torch_is_continued_as_one_of_this(
+    trained: Path, tmp_path: Path
+) -> None:
+    """What its optimizer and its schedule lack is as in this release, and what they have besides is left out."""
+    checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    (group,), (schedule,) = checkpoint["optimizer_states"][0]["param_groups"], checkpoint["lr_schedulers"]
+    for settings, name in ((group, "decoupled_weight_decay"), (schedule, "_is_initial")):
+        del settings[name]
+        settings["of_a_later_release"] = True
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    for name, path in (("old", tmp_path / "old.ckpt"), ("new", trained / "checkpoints" / "last.ckpt")):
+        train_tiny(tmp_path / name, *QUICK, "trainer.max_steps=8", f"resume={path}")
+    old, new = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("old", "new")
+    )
+    assert old["optimizer_states"][0]["param_groups"] == new["optimizer_states"][0]["param_groups"]
+    assert old["lr_schedulers"] == new["lr_schedulers"]
+    assert all(torch.equal(old["state_dict"][name], value) for name, value in new["state_dict"].items())
+
+
+def test_a_checkpoint_with_a_weight_that_is_no_number_is_refused_before_data_is_read(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    next(iter(checkpoint["state_dict"].values())).fill_(float("nan"))
+    torch.save(checkpoint, tmp_path / "nan.ckpt")
+    monkeypatch.setattr(ImageDataModule, "prepare_data", lambda self: pytest.fail("data was read"))
+    with pytest.raises(UserError, match=r"nan\.ckpt holds a weight that is infinite or NaN"):
+        train_tiny(tmp_path / "run", *QUICK, "trainer.max_steps=9", f"resume={tmp_path / 'nan.ckpt'}")
+
+
+@pytest.mark.parametrize("resume", ["auto", "last.ckpt", "previous.ckpt"])
+def test_a_checkpoint_of_the_run_itself_is_read_once(
+    resume: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_folder = RunFolder(tmp_path)
+    run_folder.checkpoints.mkdir()
+    for name in ("last.ckpt", "previous.ckpt"):
+        shutil.copyfile(trained / "checkpoints" / "last.ckpt", run_folder.checkpoints / name)
+    read = Mock(side_effect=read_checkpoint)
+    monkeypatch.setattr(resumption, "read_checkpoint", read)
+    path = resume if resume == "auto" else str(run_folder.checkpoints / resume)
+    found = find_resumption(run_folder, {}, path)
+    assert found is not None
+    assert [call.args[0].name for call in read.mock_calls] == [found.checkpoint.name]
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["optimizer._target_=torch.optim.SGD", "~optimizer.betas", "~optimizer.weight_decay"], "optimizer"),
+        (
+            ["optimizer._target_=torch.optim.SGD", "~optimizer.betas", "~optimizer.weight_decay"],
+            r"state of AdamW, and optimizer\._target_ is SGD",
+        ),
+        (["optimizer=adam"], r"state of AdamW, and optimizer\._target_ is Adam:"),
         (["trainer.max_steps=4"], r"step \d already; give a larger trainer.max_steps"),
     ],
 )
@@ -117,14 +191,6 @@ def test_what_another_runs_checkpoint_cannot_do_is_refused(
             f"resume={trained}/checkpoints/last.ckpt",
         )
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_that_has_come_further_than_it_shall_is_refused(tmp_path: Path) -> None:
-    train_tiny(tmp_path, *QUICK, "trainer.max_steps=3")
-    (tmp_path / "summary.json").unlink()  # as if it had been interrupted on its way to a later step
-    with pytest.raises(UserError, match="this run has come to step 3 already; give a larger"):
-        train_tiny(tmp_path, *QUICK, "trainer.max_steps=2")
-    assert not (tmp_path / "summary.json").exists()
 
 
 def test_a_run_folder_where_a_checkpoint_was_asked_for_leads_to_it(trained: Path, tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_what_a_killed_job_was_writing_is_tidied_up(tmp_path: Path) -> None:
     torn.write_bytes(b"half")
     for name in (".hidden-note.txt", ".notes-abcdefgh.txt"):
         (tmp_path / name).write_text("the user's own")
-    train_tiny(tmp_path, "callbacks.sample_images=null")
+    train_tiny(tmp_path, "callbacks.sample_images=null", "datamodule.num_val=0", "trainer.max_steps=1")
     assert sorted(temporaries(tmp_path)) == [".hidden-note.txt", ".notes-abcdefgh.txt"]
 
 
@@ -304,6 +304,16 @@ def test_data_that_has_changed_is_refused_and_data_restored_goes_on(tmp_path: Pa
     for more in ([], ["datamodule.memory_limit_mb=0", "datamodule.num_workers=0"]):
         steps = 6 + len(more)
         assert type_command("train", *run, f"trainer.max_steps={steps}", *more).code == 0
+
+
+def test_what_is_appended_is_on_disk_before_a_checkpoint_counts_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    append_text(tmp_path / "rows.csv", "1,2\n")
+    append_text(tmp_path / "rows.csv", "3,4\n")
+    assert synced == [4, 8]
 
 
 def test_write_text_and_append_text_in_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -70,11 +70,11 @@ def test_a_sweep_is_killed_and_repeated_and_its_jobs_are_told_to_stop(slurm: Slu
     started.wait()
     started = begin(slurm, sweep, output, HELD_LATER)
     wait_until(
-        lambda: "jobs are with the cluster already" in output.read_text() or started.poll() is not None,
+        lambda: "jobs are already queued or running" in output.read_text() or started.poll() is not None,
         "the repeated sweep",
     )
     array = array_in_the_queue(slurm)
-    waits_for = f"2 of 2 jobs are with the cluster already: 0 (Slurm's {array}_0), 1 (Slurm's {array}_1)"
+    waits_for = f"2 of 2 jobs are already queued or running: 0 (Slurm's {array}_0), 1 (Slurm's {array}_1)"
     assert waits_for in output.read_text()
     slurm.run("scancel", "--signal=USR2", array)  # what submitit asks for before the time limit
     assert started.wait(PATIENCE_SECONDS) == 0, output.read_text()

@@ -1,9 +1,7 @@
 import csv
 import io
 import json
-import logging
 import sys
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +9,7 @@ from typing import NamedTuple
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from litdiffusion.configuration import entry_point
+from litdiffusion.configuration.entry import entry_point
 from litdiffusion.sweeps import sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -25,7 +23,7 @@ weighting: uniform
 optimizer: {lr: 1e-3}
 trainer: {max_steps: 2, accelerator: cpu, devices: 1}
 run_dir: ${new_run_dir:}
-optimized_metric: val_loss
+optimized_metric: null
 metrics:
   loss: {_target_: litdiffusion.evaluation.HeldOutLoss}
   bits_per_dim: {_target_: litdiffusion.evaluation.BitsPerDim, num_images: 1}
@@ -43,11 +41,11 @@ out: ???
 JOB = """
 import json, os, pathlib, signal, sys, time
 given = dict(text.partition("=")[::2] for text in sys.argv[1:])
-out = pathlib.Path((given.get("run_dir") or given["out"]).strip("'"))
+out = pathlib.Path((given.get("run_dir") or given["out"]).strip("\\"'"))
 out.mkdir(parents=True, exist_ok=True)
 seed, behaviour = int(given.get("seed", 0)), given.get("behaviour", "good")
 max_steps = int(given.get("trainer.max_steps", 2))
-settings = {"seed": seed, "behaviour": behaviour, "optimized_metric": "val_loss", "run_dir": str(out),
+settings = {"seed": seed, "behaviour": behaviour, "optimized_metric": None, "run_dir": str(out),
             "metrics": {"loss": {"_target_": "litdiffusion.evaluation.HeldOutLoss"}, "bits_per_dim":
                         {"_target_": "litdiffusion.evaluation.BitsPerDim", "num_images": 1}},
             "loss": given.get("loss", "l2"), "weighting": given.get("weighting", "uniform"),
@@ -61,10 +59,15 @@ def stop(signum, frame):
     print(f"stopped by {signum}", flush=True)
     sys.exit(128 + signum)
 def wait():
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(signum, stop)
     (out / "met").touch()
     time.sleep(60)
+if behaviour == "deaf":
+    def stop(signum, frame):
+        with (out / "heard").open("a") as file:
+            print(int(signum), file=file)
+    wait()
 if behaviour == "patient" and not (out / "met").exists():
     wait()
 if behaviour == "refused":
@@ -151,13 +154,3 @@ def sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_logging: None)
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     return Sweeps(tmp_path)
-
-
-@pytest.fixture
-def quiet_logging() -> Iterator[None]:
-    """Hydra sets the root logger's handlers up for the streams of the moment."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers, root.level = handlers, level
-    logging.disable(logging.NOTSET)

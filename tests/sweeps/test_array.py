@@ -67,7 +67,15 @@ def returned(status: JobStatus, value: object = None) -> JobReturn:
 @pytest.fixture
 def jobs(tmp_path: Path) -> list[Job]:
     return [
-        Job(n, (f"seed={n}",), tmp_path / str(n), tmp_path / str(n) / "summary.json", ()) for n in (0, 2, 5)
+        Job(
+            n,
+            (f"seed={n}",),
+            tmp_path / str(n),
+            tmp_path / str(n) / "summary.json",
+            (),
+            varied={"seed": str(n)},
+        )
+        for n in (0, 2, 5)
     ]
 
 
@@ -113,9 +121,9 @@ def test_each_job_of_an_array_has_its_outcome(
     ]
     array = Array(monkeypatch, handles)
     array.run(tmp_path, jobs)
-    assert [(overrides, number) for overrides, _, number, *_ in array.handed_in] == [
-        *((["seed=0"], 0), (["seed=2"], 2), (["seed=5"], 5)),
-    ]
+    named = [[f"seed={n}", f"+hydra.job.env_set.LITDIFFUSION_JOB='seed={n}'"] for n in (0, 2, 5)]
+    assert [overrides for overrides, *_ in array.handed_in] == named
+    assert [number for _, _, number, *_ in array.handed_in] == [0, 2, 5]
     assert array.begun == jobs
     assert array.outcomes == {
         0: Outcome("finished"),
@@ -147,7 +155,7 @@ def test_what_is_still_queued_is_waited_for_and_not_handed_in_again(
     array.run(tmp_path, again)
     assert "1 of 3 jobs are already queued or running: 2 (Slurm's 7_1)" in capsys.readouterr().out
     assert [number for _, _, number, *_ in array.handed_in] == [0, 5]
-    assert array.begun == [again[0], again[2]]
+    assert array.begun == [again[1], again[0], again[2]]
     assert array.outcomes == {
         0: Outcome("finished"),
         2: Outcome("failed", "of old"),

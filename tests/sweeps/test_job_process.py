@@ -68,14 +68,14 @@ def ended(process: RunningJob) -> Outcome:
     return outcome
 
 
-def test_what_a_job_says_is_passed_on(tmp_path: Path) -> None:
+def test_the_output_of_a_job_is_passed_on(tmp_path: Path) -> None:
     streams = io.StringIO(), io.StringIO()
     code = "import sys; print('ä', sys.stdout.isatty(), flush=True); sys.exit('error: wrong')"
     assert ended(running(tmp_path, code, streams)) == Outcome("failed", "wrong")
     assert [stream.getvalue() for stream in streams] == ["ä False\n", "error: wrong\n"]
 
 
-def test_at_a_terminal_a_job_has_one_of_its_own(tmp_path: Path) -> None:
+def test_at_a_terminal_a_job_has_a_terminal_of_its_own(tmp_path: Path) -> None:
     reader, writer = pty.openpty()
     termios.tcsetwinsize(writer, (33, 77))
     with os.fdopen(writer, "w") as terminal:
@@ -91,7 +91,7 @@ def test_a_job_is_in_a_session_of_its_own(tmp_path: Path) -> None:
     assert out.getvalue() == "True\n"
 
 
-def test_only_what_this_start_has_said_is_a_reason(tmp_path: Path) -> None:
+def test_only_the_output_of_this_start_is_a_reason(tmp_path: Path) -> None:
     (tmp_path / "output.log").write_text("error: of yesterday\n")
     assert ended(running(tmp_path, "import sys; sys.exit(1)")) == Outcome("failed", "exit code 1")
     assert (tmp_path / "output.log").read_text() == "error: of yesterday\n"
@@ -114,7 +114,7 @@ def test_nothing_outlives_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def _lives(pid: int) -> bool:
-    """Whether a process runs; one that nobody has asked after (a zombie) does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

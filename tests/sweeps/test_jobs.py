@@ -13,7 +13,7 @@ CONFIG = {"seed": 1, "trainer": {"max_steps": 10}, "logger": {"csv": {"path": "h
 
 
 def training(folder: Path, **changes: object) -> Job:
-    return Job(0, (), folder, folder / "summary.json", (), ("val_loss",), config=CONFIG | changes)
+    return Job(0, (), folder, folder / "summary.json", (), config=CONFIG | changes)
 
 
 def sampling(folder: Path, *overrides: str) -> Job:
@@ -36,7 +36,7 @@ def test_a_training_run_is_finished_by_its_last_step_and_its_configuration(train
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"steps": "10"}', "{}"])
-def test_what_cannot_be_read_is_not_finished(trained: Path, damage: str) -> None:
+def test_a_run_with_a_damaged_summary_is_not_finished(trained: Path, damage: str) -> None:
     (trained / "summary.json").write_text(damage)
     assert not training(trained).is_finished()
 
@@ -46,7 +46,7 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}
 
 
 @pytest.mark.parametrize("damage", ["", "seed: [", "- 1", BOMB])
-def test_an_illegible_configuration_is_not_finished(trained: Path, damage: str) -> None:
+def test_a_run_with_a_damaged_configuration_is_not_finished(trained: Path, damage: str) -> None:
     (trained / "config.yaml").write_text(damage)
     assert not training(trained).is_finished()
 
@@ -83,8 +83,7 @@ def test_a_note_holds_no_secret(tmp_path: Path) -> None:
 
 def test_the_value_is_the_number_that_was_asked_for(trained: Path) -> None:
     job = training(trained)
-    assert job.value() == 0.5
-    several = Job(0, (), trained, job.result, (), ("steps", "val_loss"))
-    assert several.value() == [10.0, 0.5]
+    assert job.value(["val_loss"]) == 0.5
+    assert job.value(["steps", "val_loss"]) == [10.0, 0.5]
     with pytest.raises(UserError, match=r"optimized_metric=seed: .* it has: steps, val_loss"):
-        Job(0, (), trained, job.result, (), ("seed",)).value()
+        job.value(["seed"])

@@ -5,14 +5,18 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-from litdiffusion.evaluation import HeldOutLoss
+from litdiffusion.evaluation import BitsPerDim
 from litdiffusion.runs.lock import RunLock, is_locked
+from litdiffusion.sweeps.jobs import Job
+from litdiffusion.sweeps.process import Outcome, RunningJob
+from litdiffusion.sweeps.sweep import Sweep
 
 
 def statuses(sweeps) -> list[str]:
@@ -52,6 +56,7 @@ def test_every_job_is_a_process_with_its_folder(sweeps) -> None:
             "hydra.mode=RUN",
         ]
         assert start["environment"]["LITDIFFUSION_SWEEP"] == folder.parent.name
+        assert start["environment"]["LITDIFFUSION_JOB"] == f"seed={seed}", "the name on a dashboard"
     assert "job of seed 1\n" in out
     assert [(row["seed"], row["val_loss"]) for row in sweeps.table()] == [("1", "0.5"), ("0", "1.0")]
 
@@ -93,11 +98,44 @@ def test_the_folder_is_a_function_of_the_sweep(sweeps) -> None:
     assert len({*same, *others}) == 4
 
 
+def test_the_table_holds_how_a_job_stands_while_it_runs(sweeps) -> None:
+    """Whoever reads it after the sweep was killed sees which jobs may still be at work."""
+    seen = []
+    ended = RunningJob.outcome
+
+    def look(self: RunningJob) -> Outcome | None:
+        seen.append(statuses(sweeps))
+        return ended(self)
+
+    with mock.patch.object(RunningJob, "outcome", look):
+        sweeps("-m", "seed=0,1")
+    assert seen[0] == ["running", "waiting"]
+    assert seen[-1] == ["finished", "running"]
+    assert statuses(sweeps) == ["finished", "finished"]
+
+
+def test_the_jobs_of_an_interrupted_array_are_still_submitted(
+    sweeps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(jobs: Sequence[Job], begun: Callable[[Job], None], ended: object) -> None:
+        begun(jobs[0])
+        raise KeyboardInterrupt
+
+    run = Sweep.run
+    monkeypatch.setattr(
+        Sweep, "run", lambda self, jobs, perform: run(self, jobs, interrupted, on_this_machine=False)
+    )
+    code, out, _ = sweeps("-m", "seed=0,1")
+    assert code == 130
+    assert statuses(sweeps) == ["submitted", "waiting"]
+    assert "\n0    submitted  0" in out, "the table is printed"
+
+
 def test_a_job_may_be_given_its_folder(sweeps) -> None:
     assert sweeps("-m", "seed=3,4", "run_dir='a b, c/${hydra:job.num}'").code == 0
     assert {path.name for path in Path("a b, c").iterdir()} == {"0", "1"}
     given = sweeps.starts()["1"][0]["given"]
-    assert [text for text in given if text.startswith("run_dir")] == [f"run_dir='{Path.cwd()}/a b, c/1'"]
+    assert [text for text in given if text.startswith("run_dir")] == [f'run_dir="{Path.cwd()}/a b, c/1"']
 
 
 def test_several_at_once_share_the_cores(sweeps) -> None:
@@ -178,10 +216,25 @@ def test_a_signal_stops_the_jobs_and_starts_no_others(sweeps, signum: int, at_on
     assert statuses(sweeps) == ["stopped"] * at_once + ["waiting"] * (3 - at_once)
     assert sweeps.table()[0]["reason"] == f"by {signal.Signals(signum).name}; the same command continues it"
     if at_once == 2:
-        Path(sweeps.table()[2]["run_dir"]).mkdir()
-        Path(sweeps.table()[2]["run_dir"], "met").touch()
+        [there] = sweeps.folder.glob("logs/sweeps/*")
+        folder = there / sweeps.table()[2]["run_dir"]  # relative, so that the sweep may be moved
+        folder.mkdir()
+        (folder / "met").touch()
         assert sweeps(*command).code == 0
         assert statuses(sweeps) == ["finished"] * 3
+
+
+def test_a_job_that_the_sweep_kills_has_been_stopped(sweeps) -> None:
+    """By the third Ctrl-C; a cluster or a closed terminal may repeat its signals."""
+    signals = [signal.SIGHUP, signal.SIGTERM, signal.SIGTERM, *[signal.SIGINT] * 3]
+    thread = meanwhile(lambda: len(list(sweeps.folder.rglob("met"))) == 1, *signals)
+    code = sweeps("-m", "behaviour=deaf", "seed=0,1").code
+    thread.join()
+    assert code == 128 + signal.SIGHUP
+    assert statuses(sweeps) == ["stopped", "waiting"]
+    assert sweeps.table()[0]["reason"] == "by SIGKILL; the same command continues it"
+    [heard] = sweeps.folder.rglob("heard")
+    assert heard.read_text().split() == [str(int(signum)) for signum in signals[:-1]]
 
 
 def test_a_job_that_is_stopped_when_it_has_written_its_results_has_finished(sweeps) -> None:
@@ -227,23 +280,26 @@ def test_optuna_and_the_table_ask_the_metric_which_way_is_better(
     sweeps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    monkeypatch.setattr(HeldOutLoss, "higher_is_better", True)
-    code, out, _ = sweeps("sweep=optuna", "hydra.sweeper.n_trials=3", "optimized_metric=val_loss")
+    monkeypatch.setattr(BitsPerDim, "higher_is_better", True)
+    code, out, _ = sweeps("sweep=optuna", "hydra.sweeper.n_trials=3")
     assert code == 0
-    losses = [float(row["val_loss"]) for row in sweeps.table()]
+    losses = [float(row["val_bits_per_dim"]) for row in sweeps.table()]
     (results,) = sweeps.folder.rglob("optimization_results.yaml")
     assert f"best_value: {max(losses)}" in results.read_text()
     header, *lines = out[out.index("\njob  status") + 1 :].splitlines()[:4]
-    shown = [float(line[header.index("val_loss") :].split()[0]) for line in lines]
+    shown = [float(line[header.index("val_bits_per_dim") :].split()[0]) for line in lines]
     assert shown == pytest.approx(sorted(losses, reverse=True), rel=1e-3)
 
 
-def test_optuna_is_told_of_a_metric_that_is_not_there(sweeps) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Optuna's own, at import
+@pytest.mark.parametrize("command", [("sweep=optuna", "hydra.sweeper.n_trials=1"), ("-m", "seed=0,1")])
+def test_a_goal_that_no_run_has_is_refused(sweeps, command: tuple[str, ...]) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    code, out, err = sweeps("sweep=optuna", "hydra.sweeper.n_trials=1", "optimized_metric=fid")
+    code, out, err = sweeps(*command, "optimized_metric=fid")
     assert code == 2
-    assert "optimized_metric=fid" in out + err
-    assert "it has: steps, val_loss, val_bits_per_dim, wall_seconds" in out + err
+    assert "Job 0" not in out
+    assert "error: optimized_metric=fid: no number of summary.json; there are: images_per_second" in err
+    assert sweeps.starts() == {}
 
 
 def test_a_sweeper_that_is_not_installed_is_named(sweeps, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def test_gpus_are_divided_by_the_names_they_were_given(monkeypatch: pytest.Monke
         (0, False, "hydra.launcher.jobs=0: must be at least 1"),
     ],
 )
-def test_what_the_machine_does_not_have(
+def test_more_jobs_than_cores_or_gpus_are_refused(
     jobs: int, on_gpu: bool, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -62,7 +62,7 @@ def test_what_the_machine_does_not_have(
     assert str(refused.value) == line
 
 
-def test_a_job_hears_nothing_of_other_process_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_inherits_no_variables_of_other_process_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     leaks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
     for name in (*leaks, "LITDIFFUSION_RUN_DIR", "TORCHELASTIC_RUN_ID", "HYDRA_FULL_ERROR"):
         monkeypatch.setenv(name, "1")

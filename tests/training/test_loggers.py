@@ -4,19 +4,25 @@ import shutil
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from lightning import Trainer
+from lightning.pytorch.loggers import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from commands import train_tiny
 from litdiffusion.errors import UserError
 from litdiffusion.runs.metrics import MetricsTable, read_rows
 from litdiffusion.training.callbacks import SaveCheckpoints
+from litdiffusion.training.loggers import CSVLogger, ForeignLogger
 
 
-def test_tensorboard(tmp_path: Path) -> None:
-    train_tiny(tmp_path, "logger=tensorboard", "callbacks.monitor.every_n_steps=2")
+def test_tensorboard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    train_tiny(tmp_path, "logger=tensorboard", "+trainer.log_every_n_steps=2", "+trainer.profiler=simple")
+    assert "FIT Profiler Report" in caplog.text
+    assert "GPU available" not in caplog.text
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
@@ -69,6 +75,19 @@ def test_a_file_where_tensorboards_folder_would_be_is_one_line(tmp_path: Path) -
     (tmp_path / "tensorboard").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=f"{tmp_path}/tensorboard is no folder: move it away"):
         train_tiny(tmp_path, "logger=tensorboard")
+
+
+def test_what_lightnings_own_callbacks_log_has_its_place_on_the_axis(tmp_path: Path) -> None:
+    logger = CSVLogger(str(tmp_path / "metrics.csv"))
+    logger.resume_at(0, 16)
+    logger.log_metrics({"lr-Adam": 0.1}, step=3)
+    assert read_rows(tmp_path / "metrics.csv") == [{"step": 3, "images_seen": 48, "lr-Adam": 0.1}]
+
+
+def test_what_another_logger_refuses_is_one_line() -> None:
+    refusing = Mock(spec=Logger, log_hyperparams=Mock(side_effect=RuntimeError("no such server")))
+    with pytest.raises(UserError, match="logger: Mock: no such server"):
+        ForeignLogger(refusing).describe({})
 
 
 def test_metrics_table_survives_kills_and_new_columns(tmp_path: Path) -> None:

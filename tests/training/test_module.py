@@ -1,3 +1,4 @@
+import re
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
@@ -23,10 +24,11 @@ from litdiffusion.diffusion import (
     q_sample,
     schedules,
 )
+from litdiffusion.errors import UserError
 from litdiffusion.evaluation import HeldOutLoss
 from litdiffusion.nn import UNet
 from litdiffusion.training.ema import EMA
-from litdiffusion.training.lr import constant
+from litdiffusion.training.lr import constant, warmup_cosine
 from litdiffusion.training.module import LitDiffusion
 from small_worlds import Affine, Spy, affine_denoiser, images, randomized
 
@@ -352,6 +354,94 @@ def test_the_scheduler_steps_with_the_optimizer():
 
     fit(module(lr_scheduler=partial(constant, warmup_steps=3)), 5, callbacks=[Rates()])
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+
+
+# ---------------------------------------------------------------------------------------------- resumption
+
+
+def saved(lit: LitDiffusion, step: int) -> dict[str, Any]:
+    """What a checkpoint at a step holds of the optimizer."""
+    configured = lit.configure_optimizers()
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    for _ in range(step):
+        optimizer.step()
+        scheduler.step()
+    return {"optimizer_states": [optimizer.state_dict()], "lr_schedulers": [scheduler.state_dict()]}
+
+
+def adam(lr: float, schedule: Any) -> LitDiffusion:
+    return module(optimizer=partial(torch.optim.Adam, lr=lr), lr_scheduler=schedule)
+
+
+COSINE = partial(warmup_cosine, total_steps=100)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [COSINE, partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=100)],
+    ids=["ours", "torch"],
+)
+def test_without_a_change_a_resumed_rate_is_the_same_bit_for_bit(schedule, caplog):
+    for step in range(1, 100, 7):
+        before, checkpoint = saved(adam(0.003, schedule), step), saved(adam(0.003, schedule), step)
+        adam(0.003, schedule).on_load_checkpoint(checkpoint)
+        assert checkpoint == before
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rate"), [(0.0, 0.0, 0.0), (0.0, 0.4, 0.2), (0.2, 0.4, 0.2), (0.2, 0.0, 0.0)]
+)
+def test_a_rate_of_zero_can_be_left_and_come_to(old, new, rate, caplog):
+    checkpoint = saved(adam(old, COSINE), 50)  # where the cosine is at a half
+    adam(new, COSINE).on_load_checkpoint(checkpoint)
+    [group] = checkpoint["optimizer_states"][0]["param_groups"]
+    assert (group["lr"], group["initial_lr"]) == (pytest.approx(rate), new)
+    assert checkpoint["lr_schedulers"][0]["base_lrs"] == [new]
+    assert caplog.text == ""
+
+
+def test_a_finished_cosine_that_is_made_longer_says_that_the_rate_jumps(caplog):
+    checkpoint = saved(adam(0.2, COSINE), 100)
+    adam(0.2, partial(COSINE, total_steps=200)).on_load_checkpoint(checkpoint)
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.1)
+    assert "the learning rate goes from 0 to 0.1 at step 100" in caplog.text
+
+
+def test_a_schedule_of_torch_goes_on_with_its_new_settings():
+    """Its place stays, also where the checkpoint is of another schedule."""
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR
+    for schedule in (partial(annealing, T_max=100), constant):
+        checkpoint = saved(adam(0.2, schedule), 20)
+        lit = adam(0.2, partial(annealing, T_max=400, eta_min=0.01))
+        lit.on_load_checkpoint(checkpoint)
+        state = checkpoint["lr_schedulers"][0]
+        assert (state["T_max"], state["eta_min"], state["last_epoch"]) == (400, 0.01, 20)
+        scheduler = lit.configure_optimizers()["lr_scheduler"]["scheduler"]
+        scheduler.load_state_dict(state)
+        assert scheduler.state_dict() == state
+    checkpoint = saved(adam(0.2, partial(annealing, T_max=100)), 20)
+    lit = adam(0.2, constant)
+    lit.on_load_checkpoint(checkpoint)
+    lit.configure_optimizers()["lr_scheduler"]["scheduler"].load_state_dict(checkpoint["lr_schedulers"][0])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule", "line"),
+    [
+        ({"lr": -1.0}, constant, "optimizer: Invalid learning rate: -1.0"),
+        ({"betas": (1, 2)}, constant, "optimizer: Invalid beta parameter at index 0: 1"),
+        ({"fused": True, "foreach": True}, constant, "optimizer: `fused` and `foreach` cannot be `True`"),
+        ({"lr": float("inf")}, constant, "optimizer.lr=inf: must be a finite number"),
+        ({}, partial(constant, warmup_steps=-1), "lr_scheduler: warmup_steps=-1: must be at least 0"),
+        ({}, partial(torch.optim.lr_scheduler.LinearLR, start_factor=2.0), "lr_scheduler: Starting multip"),
+    ],
+    ids=range(6),
+)
+def test_what_torch_refuses_is_one_line(optimizer, schedule, line):
+    lit = module(optimizer=partial(torch.optim.Adam, **optimizer), lr_scheduler=schedule)
+    with pytest.raises(UserError, match=re.escape(line)):
+        lit.configure_optimizers()
 
 
 # ---------------------------------------------------------------------------------------------- validation

@@ -1,4 +1,4 @@
-"""What is measured on whose time, what a checkpoint keeps of it, and what stops a run that went astray."""
+"""What counts towards throughput, what a checkpoint keeps of the monitor, and what stops a diverged run."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ WAIT, STEP, BESIDES = 1.0, 10.0, 1000.0
 
 
 class FakeTime:
-    """Passes when something is done, and not otherwise."""
+    """A clock that advances only when something is done."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -52,7 +52,7 @@ def fake_time(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     return fake
 
 
-def test_the_wait_for_data_counts_and_what_is_not_training_does_not(
+def test_throughput_includes_waiting_for_data_and_excludes_all_but_training(
     tmp_path: Path, fake_time: FakeTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = TrainLoader.__iter__
@@ -78,7 +78,9 @@ def test_the_wait_for_data_counts_and_what_is_not_training_does_not(
     assert speeds[0] == pytest.approx(5 * BATCH / (4 * WAIT + 5 * STEP))  # from the first batch on
 
 
-def test_the_device_is_waited_for_once_a_line_and_not_every_step(tmp_path: Path, fake_time: FakeTime) -> None:
+def test_the_device_is_synchronized_once_per_row_and_not_every_step(
+    tmp_path: Path, fake_time: FakeTime
+) -> None:
     steps, lines = 12, 2
     options = ("callbacks.sample_images=null", "datamodule.num_val=0", "callbacks.save_checkpoints=null")
     train_tiny(
@@ -92,7 +94,7 @@ def outputs(loss: float) -> Any:
     return {"loss": losses.mean(), "output": ObjectiveOutput(losses, torch.tensor([0.02, 1.0]))}
 
 
-def test_the_first_bad_step_is_named_even_if_nobody_looked_then(tmp_path: Path) -> None:
+def test_the_first_bad_step_is_named_even_if_it_is_noticed_later(tmp_path: Path) -> None:
     watching = Monitor()
     trainer = Trainer(
         default_root_dir=tmp_path,
@@ -110,7 +112,7 @@ def test_the_first_bad_step_is_named_even_if_nobody_looked_then(tmp_path: Path) 
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, batch_step: int) -> None:
-    """Make the loss of one batch no number."""
+    """Make the loss of one batch NaN."""
     original: Callable[..., Any] = LitDiffusion.training_step
 
     def training_step(self: LitDiffusion, batch: Any, batch_idx: int) -> Any:
@@ -121,7 +123,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, batch_step: int) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_good_checkpoint(
+def test_a_nan_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
     accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(monkeypatch, batch_step=2 * accumulate)  # the first batch of step 3
@@ -154,7 +156,7 @@ OVERSHOOT = (
     ],
     ids=["sampling", "validating", "saving", "ending"],
 )
-def test_weights_that_are_no_numbers_are_neither_shown_nor_measured_nor_saved(
+def test_nonfinite_weights_are_neither_sampled_nor_validated_nor_saved(
     due: list[str], tmp_path: Path
 ) -> None:
     typed = type_command("train", "debug=tiny", f"run_dir={tmp_path}", *OVERSHOOT, *due)
@@ -168,25 +170,35 @@ def test_weights_that_are_no_numbers_are_neither_shown_nor_measured_nor_saved(
 
 
 class Researcher(LitDiffusion):
-    """Logs what it likes: in every step, in a few of them, in validation, and not into the row."""
+    """Logs in every step, in some steps, in validation, and once without a logger."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.log("train/x", torch.tensor(float(batch_idx)))
         if batch_idx in (1, 10):
             self.log("train/seldom", torch.tensor(float(batch_idx)))
         self.log("train/hidden", 1.0, logger=False)
+        self.log_dict({"train/by_epoch": float(batch_idx)}, on_epoch=True, prog_bar=True)
+        self.log("train/by_both", float(batch_idx), on_step=True, on_epoch=True)
         return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.log("train/after", float(batch_idx))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
         self.log("val/x", batch.images.new_tensor(len(batch.images)))
+        self.log("val/by_both", batch.images.new_tensor(len(batch.images)), on_step=True, on_epoch=True)
 
 
 class Beside(Callback):
-    """A callback that logs, too."""
+    """A callback that logs, too, and another that does so once: in the last step of the first of two commands."""
 
-    def on_train_batch_end(self, _: Trainer, module: LitDiffusion, *args: Any) -> None:
-        module.log("train/beside", 2.0)
+    def on_train_batch_end(
+        self, _: Trainer, module: LitDiffusion, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        module.log("train/beside", float(batch_idx))
+        if batch_idx == 11:
+            module.log("train/once", float(batch_idx))
 
 
 @pytest.mark.filterwarnings("error:.*self.log:UserWarning", "error:.*batch_size:UserWarning")
@@ -209,15 +221,19 @@ def test_what_a_researcher_logs_joins_the_row_and_stays_after_a_resumption(tmp_p
     assert [(row["step"], row["images_seen"], row["train/x"]) for row in trained] == [
         (step, step * BATCH, step - 1) for step in (5, 10, 15, 20)
     ]
+    for name in ("train/by_epoch", "train/by_both", "train/after", "train/beside"):
+        assert [row[name] for row in trained] == [row["step"] - 1 for row in trained], name
     assert [row.get("train/seldom") for row in trained] == [1.0, None, 10.0, None]
+    assert [row.get("train/once") for row in trained] == [None, None, 11.0, None]
     validated = [row for row in table if "val/loss" in row]
     # Of batches of 16 and 8 images, weighted by their sizes.
     assert [(row["step"], row["val/x"]) for row in validated] == [
         (step, pytest.approx((16 * 16 + 8 * 8) / 24)) for step in (10, 12, 20)
     ]
     assert len(table) == len(trained) + len(validated)
-    assert not any("train/hidden" in row or "epoch" in row for row in table)
-    assert {row["train/beside"] for row in trained} == {2.0}
+    assert [row["val/by_both"] for row in validated] == [row["val/x"] for row in validated]
+    names = {name for row in table for name in row}
+    assert not names & {"train/hidden", "epoch", *(f"{name}_step" for name in names)}
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/x")] == [
@@ -225,11 +241,10 @@ def test_what_a_researcher_logs_joins_the_row_and_stays_after_a_resumption(tmp_p
     ]
 
 
-def test_a_checkpoint_keeps_what_the_summary_tells(tmp_path: Path) -> None:
-    train_tiny(tmp_path, "callbacks.sample_images=null")
+def test_a_checkpoint_keeps_what_the_summary_reports(trained: Path) -> None:
     (kept,) = (
         state
-        for name, state in torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)[
+        for name, state in torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)[
             "callbacks"
         ].items()
         if "Monitor" in name

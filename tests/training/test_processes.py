@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from interrupted_runs import COMMAND, differences, finish, rows, start, wait_for
+from interrupted_runs import COMMAND, differences, finish, finish_here, rows, start, wait_for
 
 TWO = ["trainer=ddp_cpu"]
 TO_ROUNDING = ["net.dropout=0", "trainer.precision=32-true"]
@@ -51,7 +51,7 @@ def last_frame(path: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "alone"
-    finish(run_dir, *TO_ROUNDING, "trainer.max_steps=30")
+    finish_here(run_dir, *TO_ROUNDING, "trainer.max_steps=30")
     return run_dir
 
 
@@ -60,7 +60,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "together"
     output = finish(run_dir, *SHORT)
     assert output.count("Training 30 steps") == 1  # one of them speaks
-    assert "training images, 0.1 MiB as pixels, decoded once into memory, 2 times: by each process" in output
+    assert "training images, 0.1 MiB as pixels, decoded once into the memory of each of 2 processes" in output
     return run_dir
 
 

@@ -15,16 +15,19 @@ from types import SimpleNamespace
 
 import pytest
 import wandb
+from omegaconf import OmegaConf
 from wandb.sdk.lib.service.service_port_file import ServicePollForTokenError
 
 from commands import train_tiny
 from litdiffusion.configuration import resolvers
+from litdiffusion.configuration.nodes import build
 from litdiffusion.errors import UserError
 from litdiffusion.runs.metrics import MetricsTable, read_rows
 from litdiffusion.system.processes import STOP_SIGNALS
 from litdiffusion.training.loggers import WandB
+from litdiffusion.training.loggers.base import close_loggers
 from litdiffusion.training.loggers.wandb import STEP, WATERMARK
-from offline_wandb import offline_history, offline_records
+from offline_wandb import Logging, offline_history, offline_records
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 ROWS = 11
@@ -76,21 +79,25 @@ def test_wandb_falls_to_offline_and_keeps_its_run(tmp_path: Path, caplog: pytest
 
 
 @pytest.mark.usefixtures("no_account")
-def test_a_wandb_run_is_grouped_by_its_sweep_and_tagged_by_its_experiment(
+def test_a_wandb_run_is_named_and_grouped_by_its_sweep_and_tagged_by_its_experiment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LITDIFFUSION_SWEEP", "a-sweep")
+    monkeypatch.setenv("LITDIFFUSION_JOB", f"loss=l2 seed={'1' * 200}")
+    for name, value in {"PROJECT": "a-project", "JOB_TYPE": "a-job", "TAGS": "yours"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
     monkeypatch.setattr(resolvers, "chosen_experiment", lambda: "quickstart+mine")
     quick = ["trainer.max_steps=2", "callbacks.sample_images=null", "datamodule.num_val=0"]
-    train_tiny(tmp_path, "logger=wandb", *quick)
+    train_tiny(tmp_path, "logger=wandb", "logger.wandb.entity=us", *quick)
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     deadline = time.monotonic() + 20
     while not (runs := [record.run for record in offline_records(file) if record.run.run_id]):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert runs[0].run_group == "a-sweep"
-    assert list(runs[0].tags) == ["quickstart", "mine"]
-    assert runs[0].display_name == tmp_path.name
+    assert list(runs[0].tags) == ["quickstart", "mine", "yours"]
+    assert (runs[0].entity, runs[0].project, runs[0].job_type) == ("us", "a-project", "a-job")
+    assert runs[0].display_name == f"loss=l2 seed={'1' * 115}", "as long as W&B takes it"
 
 
 @pytest.mark.usefixtures("no_account")
@@ -134,6 +141,41 @@ def test_what_wandb_has_sent_and_cleaned_away_is_not_told_again(tmp_path: Path) 
     assert not [row for row in kept if "samples/noised_strip" in row]
 
 
+def test_a_run_that_was_stopped_is_no_success(tmp_path: Path) -> None:
+    logger = WandB(str(tmp_path), mode="offline")
+    logger.describe({})
+    close_loggers([logger], 143)
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert [record.exit.exit_code for record in offline_records(file) if record.HasField("exit")] == [143]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [
+        ("tags", ["good", ""], "Tag at index 1 is empty"),
+        ("tags", ["x" * 70], "is 70 characters"),
+        ("project", "a/b", "cannot contain"),
+        ("project", "p" * 129, "exceeded 128 characters"),
+    ],
+)
+def test_a_setting_that_wandb_refuses_is_named(
+    setting: str, value: object, reason: str, tmp_path: Path
+) -> None:
+    node = OmegaConf.create(
+        {"_target_": "litdiffusion.training.loggers.WandB", "run_dir": str(tmp_path), setting: value}
+    )
+    with pytest.raises(UserError, match=re.escape(f"logger.wandb.{setting}={value}: ") + f".*{reason}"):
+        build(OmegaConf.create({"logger": {"wandb": node}}).logger.wandb, "logger.wandb")
+
+
+def test_a_variable_of_the_environment_that_wandb_refuses_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "soon")
+    with pytest.raises(UserError, match="WANDB_INIT_TIMEOUT: Input should be a valid number"):
+        WandB(str(tmp_path), mode="offline")
+
+
 def test_a_closing_that_a_signal_interrupts_is_made_up_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,53 +212,24 @@ def test_a_run_that_goes_on_with_wandb_brings_along_what_it_has_logged_without(t
 
 
 LOGGING = """
-import json
 import sys
 from pathlib import Path
-from PIL import Image
-from litdiffusion.training.loggers import CSVLogger, WandB
-run_dir = Path(sys.argv[1])
-loggers = [CSVLogger(str(run_dir / "metrics.csv")), WandB(str(run_dir), mode="offline")]
-picture = run_dir / "picture.png"
-Image.new("L", (2, 2)).save(picture)
-
-def log_rows(steps):
-    for step in steps:
-        for logger in loggers:
-            logger.log_metrics({"x": step, "images_seen": step}, step=step)
-
-def show(step):
-    loggers[1].log_picture(picture, step=step, images_seen=step)
+from offline_wandb import Logging
+logging = Logging(Path(sys.argv[1]))
 
 def when_told():
     print("ready", flush=True)
     input()
-
-def refuse_to_open(times, kill=False):
-    import os, subprocess, wandb
-    init, refusals = wandb.init, iter(range(times))
-    def refused(**settings):
-        if next(refusals, None) is None:
-            return init(**settings)
-        if not kill:
-            raise ConnectionResetError("Connection lost")
-        subprocess.run(["pkill", "-KILL", "--parent", str(os.getpid()), "wandb-core"], check=True)
-        return init(**settings)
-    wandb.init = refused
 """
-OPEN = """
-loggers[1].describe({"seed": 3})
-"""
-"""A process that logs, as a training does. In each test one of its own, for W&B serves all runs of a process by one
-process of its own."""
 
 
 @contextmanager
-def process_that_logs(run_dir: Path, script: str, begin: str = OPEN) -> Iterator[subprocess.Popen[str]]:
-    """Have it done, after ``LOGGING`` and ``OPEN``; wait for the end."""
-    # W&B's process of this test's own would be used instead, where an earlier test has started one.
+def process_that_logs(run_dir: Path, script: str) -> Iterator[subprocess.Popen[str]]:
+    """Have it done in a process of its own, and wait for the end, at which nothing complains."""
     environment = {name: value for name, value in os.environ.items() if "WANDB" not in name}
-    command = [sys.executable, "-c", LOGGING + begin + script, str(run_dir)]
+    path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    command = [sys.executable, "-c", LOGGING + script, str(run_dir)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
         yield process
@@ -237,14 +250,12 @@ def go_on(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
-def signal_wandb(process: subprocess.Popen[str], signum: signal.Signals) -> None:
+def signal_wandb(pid: int, signum: signal.Signals) -> None:
     """Send a signal to W&B's process, which writes for another."""
-    found = subprocess.run(
-        ["pgrep", "--parent", str(process.pid), "wandb-core"], capture_output=True, text=True
-    )
+    found = subprocess.run(["pgrep", "--parent", str(pid), "wandb-core"], capture_output=True, text=True)
     assert found.stdout
-    for pid in found.stdout.split():
-        os.kill(int(pid), signum)
+    for child in found.stdout.split():
+        os.kill(int(child), signum)
 
 
 def assert_told(run_dir: Path, steps: Iterable[int], pictures: Iterable[int]) -> None:
@@ -259,39 +270,38 @@ def assert_told(run_dir: Path, steps: Iterable[int], pictures: Iterable[int]) ->
             assert {item.key for record in records for item in record.config.update} >= {"seed"}
 
 
-@pytest.mark.parametrize(
-    "signum", [pytest.param(s, marks=() if s == signal.SIGTERM else pytest.mark.slow) for s in STOP_SIGNALS]
-)
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
 def test_wandb_outlives_a_signal_to_every_process_of_a_run(tmp_path: Path, signum: signal.Signals) -> None:
     """As Slurm sends it."""
-    script = "log_rows(range(20)); when_told(); show(20); log_rows([20]); loggers[1].close()"
-    with process_that_logs(tmp_path, script) as process:
-        await_ready(process)
-        time.sleep(0.5)  # what it was told before is written by now
-        signal_wandb(process, signum)
-        go_on(process)
+    logging = Logging(tmp_path)
+    logging.rows(range(20))
+    time.sleep(0.5)  # what it was told before is written by now
+    signal_wandb(os.getpid(), signum)
+    logging.show(20)
+    logging.rows([20])
+    logging.wandb.close()
     assert_told(tmp_path, range(21), [20])
 
 
 def test_what_wandb_was_told_as_its_process_ended_is_told_again(tmp_path: Path) -> None:
     """In the middle of a run, and at its end."""
     script = """
-log_rows(range(10))
+logging.rows(range(10))
 when_told()
-log_rows(range(10, 20))
-show(19)
+logging.rows(range(10, 20))
+logging.show(19)
 when_told()
-log_rows([20])
+logging.rows([20])
 when_told()
-log_rows(range(21, 30))
+logging.rows(range(21, 30))
 when_told()
-loggers[1].close()
+logging.wandb.close()
 """
     with process_that_logs(tmp_path, script) as process:
         # It stands still, so that it takes nothing up any more; then it ends. So does the next one.
         for signum in (signal.SIGSTOP, signal.SIGKILL) * 2:
             await_ready(process)
-            signal_wandb(process, signum)
+            signal_wandb(process.pid, signum)
             go_on(process)
     assert_told(tmp_path, range(30), [19])
 
@@ -299,7 +309,7 @@ loggers[1].close()
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.0, 0.2])
 def test_wandb_whose_process_ends_before_the_run_is_open(tmp_path: Path, seconds: float) -> None:
-    with process_that_logs(tmp_path, "log_rows(range(3)); loggers[1].close()") as process:
+    with process_that_logs(tmp_path, "logging.rows(range(3)); logging.wandb.close()") as process:
         deadline = time.monotonic() + 60
         find = ["pgrep", "--parent", str(process.pid), "wandb-core"]
         while not (found := subprocess.run(find, capture_output=True, text=True).stdout.split()):
@@ -335,38 +345,41 @@ def test_a_row_of_the_very_step_at_which_the_run_was_closed_is_not_lost(tmp_path
     assert sorted(told) == [["train/loss"], ["val/loss"]]
 
 
-def test_a_dashboard_that_was_given_up_is_whole_at_the_end(tmp_path: Path) -> None:
+def test_a_dashboard_that_was_given_up_is_whole_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """W&B's process ends, and another cannot be started at once."""
-    script = """
-log_rows(range(5))
-when_told()
-refuse_to_open(times=2)
-log_rows(range(5, 8))
-show(7)
-assert loggers[1]._given_up
-loggers[1].close()
-"""
-    with process_that_logs(tmp_path, script) as process:
-        await_ready(process)
-        time.sleep(0.5)  # what it was told before is written by now
-        signal_wandb(process, signal.SIGKILL)
-        go_on(process)
+    logging, init, refusals = Logging(tmp_path), wandb.init, iter(range(2))
+
+    def refused(**settings: object) -> object:
+        if next(refusals, None) is None:
+            return init(**settings)
+        raise ConnectionResetError("Connection lost")
+
+    logging.rows(range(5))
+    time.sleep(0.5)  # what it was told before is written by now
+    signal_wandb(os.getpid(), signal.SIGKILL)
+    monkeypatch.setattr(wandb, "init", refused)
+    logging.rows(range(5, 8))
+    logging.show(7)
+    assert logging.wandb._given_up
+    logging.wandb.close()
     assert_told(tmp_path, range(8), [7])
 
 
-def test_wandb_whose_process_ends_twice_before_the_run_is_open_is_one_line(tmp_path: Path) -> None:
-    script = """
-from litdiffusion.errors import UserError
-refuse_to_open(times=2, kill=True)
-try:
-    loggers[1].describe({"seed": 3})
-except UserError as error:
-    assert "the process that W&B writes with has ended" in str(error), error
-else:
-    raise AssertionError
-"""
-    with process_that_logs(tmp_path, script, begin=""):
-        pass
+def test_wandb_whose_process_ends_twice_before_the_run_is_open_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = wandb.init
+
+    def killed(**settings: object) -> object:
+        signal_wandb(os.getpid(), signal.SIGKILL)
+        return init(**settings)
+
+    monkeypatch.setattr(wandb, "init", killed)
+    with pytest.raises(UserError, match="the process that W&B writes with has ended"):
+        Logging(tmp_path)
+    wandb.teardown()
 
 
 def test_a_trainer_that_asks_for_the_dashboard_opens_nothing(
@@ -386,26 +399,38 @@ def starts_of(run_dir: Path) -> int:
     return len(list((run_dir / "wandb").glob("offline-run-*")))
 
 
+OFTEN = ("callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=1")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tiny(tmp_path_factory.mktemp("runs") / "finished", *OFTEN)
+
+
+@pytest.fixture
+def untold(finished: Path, tmp_path: Path) -> Path:
+    """A finished run of which W&B knows nothing."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
 @pytest.mark.usefixtures("no_account")
 def test_a_finished_run_that_is_repeated_tells_wandb_what_it_lacks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    untold: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As after a kill in its last moments, when all is written but W&B has not been told all."""
-    often = ("callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=2")
-    train_tiny(tmp_path, *often)
-    for picture in (tmp_path / "samples").iterdir():
+    for picture in (untold / "samples").iterdir():
         os.utime(picture)  # as a copy of the folder may have it
     for _ in range(2):
-        train_tiny(tmp_path, *often, "logger=wandb")
+        train_tiny(untold, *OFTEN, "logger=wandb")
         assert "This run is finished, at step 4" in capsys.readouterr().out
-        assert starts_of(tmp_path) == 1  # the second time there is nothing to tell
-    told_of = offline_history(tmp_path)
-    logged = read_rows(tmp_path / "metrics.csv")
+        assert starts_of(untold) == 1  # the second time there is nothing to tell
+    told_of = offline_history(untold)
+    logged = read_rows(untold / "metrics.csv")
     for key in ("train/loss", "val/loss"):
         assert [(row[STEP], row[key]) for row in told_of if key in row] == [
             (row["step"], row[key]) for row in logged if key in row
         ]
-    for key, steps in {"noised_strip": [0], "grid": [2, 4], "denoising": [4]}.items():
+    for key, steps in {"noised_strip": [0], "grid": [1, 2, 3, 4], "denoising": [4]}.items():
         assert [row[STEP] for row in told_of if f"samples/{key}" in row] == steps
     assert {row["images_seen"] for row in told_of if row[STEP] == 4} == {64}
 
@@ -448,34 +473,30 @@ def test_a_run_is_not_finished_before_its_dashboard_is(
 
 
 @pytest.mark.usefixtures("no_account")
-def test_pictures_that_wandb_lacks_are_told_of_where_only_the_end_is_repeated(tmp_path: Path) -> None:
+def test_pictures_that_wandb_lacks_are_told_of_where_only_the_end_is_repeated(untold: Path) -> None:
     """Killed while the last pictures were drawn: no step is left to train."""
-    often = ("callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=2")
-    train_tiny(tmp_path, *often)
-    (tmp_path / "summary.json").unlink()
-    train_tiny(tmp_path, *often, "logger=wandb")
-    told_of = offline_history(tmp_path)
-    for key, steps in {"noised_strip": [0], "grid": [2, 4], "denoising": [4]}.items():
+    (untold / "summary.json").unlink()
+    train_tiny(untold, *OFTEN, "logger=wandb")
+    told_of = offline_history(untold)
+    for key, steps in {"noised_strip": [0], "grid": [1, 2, 3, 4], "denoising": [4]}.items():
         assert [row[STEP] for row in told_of if f"samples/{key}" in row] == steps
 
 
 @pytest.mark.usefixtures("no_account")
-def test_pictures_that_cannot_be_shown_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    often = ("callbacks.monitor.every_n_steps=1", "callbacks.sample_images.every_n_steps=1")
-    train_tiny(tmp_path, *often)
-    damaged, link = (tmp_path / "samples" / f"step-000000{step}.png" for step in (1, 2))
-    film = tmp_path / "samples" / "denoising.gif"
+def test_pictures_that_cannot_be_shown_are_left_out(untold: Path, caplog: pytest.LogCaptureFixture) -> None:
+    damaged, link = (untold / "samples" / f"step-000000{step}.png" for step in (1, 2))
+    film = untold / "samples" / "denoising.gif"
     for file in (damaged, film):
         file.write_bytes(file.read_bytes()[: len(file.read_bytes()) * 7 // 10])
-    elsewhere = link.rename(tmp_path.parent / "elsewhere.png")
+    elsewhere = link.rename(untold.parent / "elsewhere.png")
     link.symlink_to(elsewhere)
     for _ in range(2):
-        train_tiny(tmp_path, *often, "logger=wandb")
+        train_tiny(untold, *OFTEN, "logger=wandb")
         for file in (damaged, film):
             assert f"{file} is damaged, and not shown" in caplog.text
-        assert starts_of(tmp_path) == 1
-    assert not [row for row in offline_history(tmp_path) if "samples/denoising" in row]
-    assert [row[STEP] for row in offline_history(tmp_path) if "samples/grid" in row] == [3, 4]
+        assert starts_of(untold) == 1
+    assert not [row for row in offline_history(untold) if "samples/denoising" in row]
+    assert [row[STEP] for row in offline_history(untold) if "samples/grid" in row] == [3, 4]
 
 
 @pytest.mark.usefixtures("no_account")
@@ -491,8 +512,9 @@ def test_odd_files_where_wandb_writes_are_one_line(tmp_path: Path) -> None:
     (folder / "run_id").rmdir()
     for text in ("", "{", "4.5 1", "4", "1 2 3", "9" * 5000, "\xff"):  # as if nothing had been told
         (folder / WATERMARK).write_text(text, encoding="latin-1")
-        train_tiny(tmp_path, "logger=wandb")
-        assert watermark(tmp_path) == 4
+        assert WandB(str(tmp_path), mode="offline")._watermark() == (-1, 0)
+    train_tiny(tmp_path, "logger=wandb")
+    assert watermark(tmp_path) == 4
     assert {row[STEP] for row in offline_history(tmp_path) if "val/loss" in row} == {4}
 
 
@@ -536,10 +558,10 @@ def test_a_dashboard_that_cannot_be_reached_again_does_not_end_the_training(
 def test_a_dashboard_whose_files_cannot_be_finished_hides_no_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(**kwargs: object) -> None:
+    def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def lost(**kwargs: object) -> None:
+    def lost(*args: object) -> None:
         raise ConnectionResetError("Connection lost")
 
     for step, finish in enumerate((full, lost)):  # or both: its process has ended, and none can be started

@@ -1,21 +1,18 @@
 """The configuration: composed by Hydra, checked against the constructors, built node by node."""
 
-from litdiffusion.configuration.allowlist import require_allowed
-from litdiffusion.configuration.checks import require_compatible, validate
-from litdiffusion.configuration.entry import config_folder, entry_point
-from litdiffusion.configuration.hardware import native_accelerator, native_precision, resolve_hardware
-from litdiffusion.configuration.nodes import build, require_arguments, require_values
+from pathlib import Path
 
-__all__ = [
-    "entry_point",
-    "config_folder",
-    "validate",
-    "require_values",
-    "require_arguments",
-    "require_compatible",
-    "require_allowed",
-    "resolve_hardware",
-    "native_accelerator",
-    "native_precision",
-    "build",
-]
+from litdiffusion.errors import UserError
+
+
+def config_folder() -> Path:
+    """Return the folder of the configuration: inside an installed package, or beside ``src`` in a checkout.
+
+    Raises:
+        UserError: there is neither.
+    """
+    package = Path(__file__).parents[1]
+    for folder in (package / "configs", package.parents[1] / "configs"):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"{package / 'configs'}: the configuration is missing; install litdiffusion again")

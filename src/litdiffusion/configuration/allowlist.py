@@ -58,10 +58,7 @@ def require_allowed(
                 f"{key}: {value!r} is an interpolation, which a foreign configuration may not hold"
             )
         if key.rpartition(".")[2] == "_target_" and not _is_allowed(value, ours, layers, kind):
-            raise UserError(
-                f"{key}: {value!r} is not allowed in a checkpoint, which may build only what "
-                f"{', '.join((*ours, *layers))} define{_way_out(value, trusted)}"
-            )
+            raise UserError(f"{key}: {_refusal(value, (*ours, *layers), trusted)}")
 
 
 def trusted_packages(trust: Any) -> tuple[str, ...]:
@@ -83,18 +80,22 @@ def trusted_packages(trust: Any) -> tuple[str, ...]:
     return names
 
 
-def _way_out(target: Any, trusted: tuple[str, ...]) -> str:
-    """Return how to allow a target that is refused; empty if there is no way."""
+def _refusal(target: Any, allowed: tuple[str, ...], trusted: tuple[str, ...]) -> str:
+    """Return why a target is refused, and how to allow it where there is a way."""
+    refusal = (
+        f"{target!r} is not allowed in a checkpoint, which may build only what {', '.join(allowed)} define"
+    )
     if not _is_dotted(target) or "." not in target or target.partition(".")[0] in NEVER_TRUSTED:
-        return ""
+        return refusal
     path, package = target.rpartition(".")[0], target.partition(".")[0]
     if not _inside(path, trusted):
-        return f"; if you trust all code of {package}, add trust=[{package}]"
+        return f"{refusal}; if you trust all code of {package}, add trust=[{package}]"
     try:
         importlib.import_module(path)
     except Exception as error:
-        return f"; {path} cannot be imported ({one_line(error)})"
-    return ""
+        missing = isinstance(error, ModuleNotFoundError) and str(error.name).startswith(f"{package}.")
+        return f"{refusal if missing else target}; {path} cannot be imported ({one_line(error)})"
+    return refusal
 
 
 def _is_dotted(name: Any) -> bool:

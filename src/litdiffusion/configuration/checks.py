@@ -4,6 +4,7 @@ A constructor checks its own arguments, and ``nodes.build`` puts their keys in f
 """
 
 import math
+import operator
 import os
 from typing import Any, TypeGuard
 
@@ -13,8 +14,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from litdiffusion.configuration.allowlist import trusted_packages
 from litdiffusion.configuration.hardware import machine_memory, num_devices, resolve_hardware
-from litdiffusion.configuration.messages import needs_value
+from litdiffusion.configuration.messages import needs_value, shown
 from litdiffusion.configuration.nodes import Supplied, arguments_of, require_arguments, require_values
+from litdiffusion.configuration.overrides import TRAINER
 from litdiffusion.configuration.resolvers import is_sweep
 from litdiffusion.configuration.sweeps import require_own_folders
 from litdiffusion.errors import UserError
@@ -35,17 +37,9 @@ BOUNDS: dict[str, tuple[int, int | None]] = {
 }
 """Whole numbers that no constructor of ours checks: the smallest and the largest value."""
 
-WHOLE_RUN = {
-    "max_time": [],
-    "limit_train_batches": ["1.0"],  # 1 is a single batch
-    "overfit_batches": ["0", "0.0"],
-    "fast_dev_run": ["False", "0"],
-}
-"""Arguments of the trainer that would shorten a run, and the values, besides null, with which they do not."""
-
 
 def validate(cfg: DictConfig, supplied: Supplied | None = None) -> None:
-    """Check a whole configuration, replace "auto" by what this machine has, and resolve it, in place.
+    """Check a whole configuration, and replace "auto" by what this machine has, in place.
 
     ``supplied`` as in ``require_arguments``.
 
@@ -56,7 +50,6 @@ def validate(cfg: DictConfig, supplied: Supplied | None = None) -> None:
     resolve_hardware(cfg)
     require_arguments(cfg, supplied)
     require_compatible(cfg)
-    OmegaConf.resolve(cfg)
 
 
 def require_compatible(cfg: DictConfig) -> None:
@@ -78,14 +71,28 @@ def require_compatible(cfg: DictConfig) -> None:
     _require_memory(cfg)
 
 
+def whole_number(key: str, value: Any, least: int, most: int | None = None) -> int:
+    """Return a whole number of any type: Python's, NumPy's, or torch's.
+
+    Raises:
+        UserError: it is none, or out of bounds.
+    """
+    try:
+        fits = not isinstance(value, bool) and least <= operator.index(value) <= (most or math.inf)
+    except TypeError:
+        fits = False
+    if not fits:
+        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise UserError(f"{key}={shown(value)}: must be a whole number, {bounds}")
+    return operator.index(value)
+
+
 def _require_numbers(cfg: DictConfig) -> None:
     for key, (least, most) in BOUNDS.items():
         value = OmegaConf.select(cfg, key)
         if value is None and key not in cfg:  # a dotted key never is: the trainer has defaults for null
             continue
-        if not _is_whole(value) or value < least or (most is not None and value > most):
-            bounds = f"at least {least}" if most is None else f"from {least} to {most}"
-            raise UserError(f"{key}={_shown(value)}: must be a whole number, {bounds}")
+        whole_number(key, value, least, most)
 
 
 def _require_words(cfg: DictConfig) -> None:
@@ -93,11 +100,11 @@ def _require_words(cfg: DictConfig) -> None:
         if OmegaConf.select(cfg, key) == "":  # as a path, it would mean the current folder
             raise UserError(needs_value(key))
     if cfg.get("weights", "ema") not in ("ema", "raw"):
-        raise UserError(f"weights={_shown(cfg.weights)}: choose ema or raw")
+        raise UserError(f"weights={shown(cfg.weights)}: choose ema or raw")
     if "trust" in cfg:
         trusted_packages(cfg.trust)
     if "resume" in cfg and not (isinstance(cfg.resume, str) and cfg.resume):
-        raise UserError(f"resume={_shown(cfg.resume)}: choose auto, must, never, or the path of a checkpoint")
+        raise UserError(f"resume={shown(cfg.resume)}: choose auto, must, never, or the path of a checkpoint")
     root = OmegaConf.select(cfg, "trainer.default_root_dir")
     if root is not None and root != cfg.get("run_dir"):
         raise UserError(
@@ -157,20 +164,17 @@ def _require_length(cfg: DictConfig) -> None:
             f"trainer.max_epochs={trainer.max_epochs}: a run's length is counted in steps; give "
             f"trainer.max_steps = epochs x training images / batch size ({batch_size}) instead"
         )
-    for name, harmless in WHOLE_RUN.items():
+    for name, (harmless, way_out) in TRAINER.items():
         given = trainer.get(name)
         if given is not None and str(given) not in harmless:
-            raise UserError(
-                f"trainer.{name}={given}: a run's length is counted in steps, or it could not be continued;"
-                " use trainer.max_steps"
-            )
+            raise UserError(f"trainer.{name}={given}: {way_out}")
     clip = trainer.get("gradient_clip_val")
     if isinstance(clip, int | float) and clip <= 0:
         raise UserError(f"trainer.gradient_clip_val={clip}: must be positive; null does not clip")
     max_steps = trainer.get("max_steps")
     if not _is_whole(max_steps) or max_steps < 1:
         raise UserError(
-            f"trainer.max_steps={_shown(max_steps)}: a run needs an end; give a number of steps, at least 1"
+            f"trainer.max_steps={shown(max_steps)}: a run needs an end; give a number of steps, at least 1"
         )
 
 
@@ -226,6 +230,12 @@ def _require_processes(cfg: DictConfig) -> None:
             f"trainer.num_nodes={num_nodes}: start the command by torchrun or srun on every node (scripts/slurm);"
             " a single process would wait for the others forever"
         )
+    num_val = OmegaConf.select(cfg, "datamodule.num_val")
+    if _is_whole(num_val) and 0 < num_val < processes:
+        raise UserError(
+            f"datamodule.num_val={num_val}: each of {processes} processes measures at least one image; use"
+            f" datamodule.num_val={processes}, or 0"
+        )
     if batch_size > 0 and batch_size % processes:
         rounded = -(-batch_size // processes) * processes
         raise UserError(
@@ -255,10 +265,6 @@ def _require_memory(cfg: DictConfig) -> None:
 def _sides(size: Any) -> list[Any]:
     """Return [height, width] of what may be one number for both."""
     return list(size) if isinstance(size, ListConfig | list | tuple) else [size, size]
-
-
-def _shown(value: Any) -> Any:
-    return "null" if value is None else value
 
 
 def _is_node(value: Any) -> bool:

@@ -7,7 +7,6 @@ so that is set here. If the user has set it, the traceback is printed before the
 import functools
 import logging
 import os
-import signal
 import sys
 import time
 import traceback
@@ -25,14 +24,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-import litdiffusion
+from litdiffusion.configuration import config_folder
 from litdiffusion.configuration.messages import PROCESS_LOST, one_line, user_error
-from litdiffusion.configuration.overrides import CommandLine, find_fault
+from litdiffusion.configuration.overrides import CommandLine, find_fault, require_effect
 from litdiffusion.configuration.resolvers import is_sweep
 from litdiffusion.configuration.sweeps import require_own_folders, sweep_command
 from litdiffusion.errors import UserError
 from litdiffusion.system.launch import environment_variable, process_rank
 from litdiffusion.system.parent_death import end_with_parent
+from litdiffusion.system.processes import interruptible
 from litdiffusion.system.redaction import REDACTED_LOG, redact_tracebacks, redacted
 from litdiffusion.system.version_check import require_sound_versions
 
@@ -57,8 +57,6 @@ def entry_point(
             wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
             job = _Job(task, wants_traceback)
             end_with_parent()
-            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of system/startup.py
-                signal.signal(signal.SIGINT, signal.default_int_handler)
             redact_tracebacks()
             try:
                 require_sound_versions()
@@ -81,19 +79,6 @@ def entry_point(
     return decorate
 
 
-def config_folder() -> Path:
-    """Return the folder of the configuration: inside an installed package, or beside ``src`` in a checkout.
-
-    Raises:
-        UserError: there is neither.
-    """
-    package = Path(litdiffusion.__file__).parent
-    for folder in (package / "configs", package.parents[1] / "configs"):
-        if folder.is_dir():
-            return folder
-    raise UserError(f"{package / 'configs'}: the configuration is missing; install litdiffusion again")
-
-
 class _Job:
     """The function that Hydra calls: once, or once for each job of a sweep."""
 
@@ -109,7 +94,8 @@ class _Job:
         for handler in logging.getLogger().handlers:
             handler.addFilter(REDACTED_LOG)
         try:
-            self.task(cfg)
+            with interruptible():
+                self.task(cfg)
         except Exception as error:
             line = user_error(error) or _deleted(error)
             if line is None:
@@ -146,6 +132,12 @@ def _run(job: _Job, config_name: str, config_dir: str) -> None:
         job(cfg)
 
     try:
+        if arguments.package and not arguments.cfg:
+            raise UserError(
+                f"--package={arguments.package}: shows a part of the configuration, with --cfg job"
+            )
+        if process_rank() == 0:  # Lightning gives the processes that it starts a hydra.run.dir of its own
+            require_effect(command)
         if multirun:
             require_own_folders(arguments.overrides)
         with sweep_command(_options(arguments), job.wants_traceback) as sweep:
@@ -166,7 +158,9 @@ def _explained(error: Exception, command: CommandLine) -> str | None:
     if any(frame.name == "return_value" for frame in traceback.extract_tb(error.__traceback__)):
         return None
     is_yaml = type(error).__module__.startswith("yaml.")
-    if not is_yaml and not isinstance(error, HydraException | OmegaConfBaseException | ValueError | OSError):
+    if not is_yaml and not isinstance(
+        error, HydraException | OmegaConfBaseException | ValueError | OSError | AssertionError
+    ):
         return None
     try:
         fault = find_fault(command)

@@ -1,6 +1,7 @@
 """What the machine can do: accelerators, their number, and bfloat16."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig
 
-from litdiffusion.configuration.messages import suggestion
+from litdiffusion.configuration.messages import shown, suggestion
 from litdiffusion.errors import UserError
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true", "32", "bf16", "16", "64")
@@ -76,7 +77,9 @@ def resolve_hardware(cfg: DictConfig) -> None:
 
 
 def machine_memory() -> int:
-    """Return how much memory this machine has, in bytes."""
+    """Return how much memory this machine has, in bytes; where the system does not say, no limit."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return sys.maxsize
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -117,7 +120,7 @@ def _replace(node: DictConfig, name: str, value: str) -> None:
         node[name] = value
 
 
-def torch_device(name: str | int | None) -> torch.device:
+def torch_device(name: str | int | torch.device | None) -> torch.device:
     """Return the device that ``device=NAME`` means; ``auto`` is the best there is, a number one of the GPUs.
 
     Each of the processes that torchrun has started on a machine gets a GPU of its own for ``auto``.
@@ -129,12 +132,11 @@ def torch_device(name: str | int | None) -> torch.device:
         own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         name = {"gpu": own}.get(native_accelerator(), native_accelerator())
     try:
-        device = torch.device("null" if name is None else name)
+        device = torch.device(shown(name))
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, TypeError) as error:
-        shown = "null" if name is None else name
         raise UserError(
-            f"device={shown}: this machine has no such device; use device=auto or device=cpu"
+            f"device={shown(name)}: this machine has no such device; use device=auto or device=cpu"
         ) from error
     return device
 

@@ -23,6 +23,21 @@ PROCESS_LOST = "another process of this run was lost"
 
 LEAST = 0.65
 """The least likeness of a word worth suggesting; "dmi" and "dim" share two of three letters."""
+MARGIN = 0.1
+"""How much less alike than the best a word may be."""
+
+SAME = (
+    {"T", "timesteps", "n_steps", "num_timesteps", "sampling_steps", "num_steps"},
+    {"checkpoint", "resume", "ckpt"},
+    {"cfg_scale", "guidance", "guidance_scale"},
+    {"epochs", "max_epochs", "num_epochs", "max_steps"},
+    {"gpus", "device", "devices"},
+    {"labels", "num_classes"},
+    {"learning_rate", "lr"},
+    {"model", "net"},
+    {"log_dir", "output_dir", "out", "run_dir"},
+)
+"""Words for one thing, here or elsewhere."""
 
 _WAYS_OUT = {
     errno.ENOSPC: "free space",
@@ -65,6 +80,9 @@ def user_error(error: BaseException) -> str | None:
     while cause is not None:
         if isinstance(cause, UserError):
             return _of_user_error(cause)
+        # By name, since Lightning is slow to import. What EarlyStopping finds missing is a plain RuntimeError.
+        if type(cause).__name__ == "MisconfigurationException" or "conditioned on metric" in str(cause):
+            return _flat(str(cause))
         if isinstance(cause, WriteError) or (isinstance(cause, OSError) and cause.errno in _DISK_ERRORS):
             return _not_written(cause)
         if isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader"):
@@ -111,6 +129,11 @@ def one_line(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+def shown(value: Any) -> Any:
+    """Return a value as one writes it: null for None."""
+    return "null" if value is None else value
+
+
 def needs_value(key: str) -> str:
     """Return the line for a mandatory value that nobody gave."""
     return f"{key}: needs a value; give it as {key}=VALUE"
@@ -141,12 +164,12 @@ def _flat(text: str) -> str:
 
 
 def nearest(word: str, words: Iterable[str], count: int = 3) -> list[str]:
-    """Return up to ``count`` of ``words``, best first; none where nothing is alike.
+    """Return up to ``count`` of ``words``, best first, the rest nearly as good; none where nothing is alike.
 
     Dotted words are compared by their last part too, so that ``batch_size`` finds ``datamodule.batch_size``.
     """
     scored = sorted((-_likeness(word, other), other) for other in set(words))
-    return [other for score, other in scored[:count] if -score >= LEAST]
+    return [other for score, other in scored[:count] if -score >= max(LEAST, -scored[0][0] - MARGIN)]
 
 
 def suggestion(word: str, words: Iterable[str], listed: int = 20) -> str:
@@ -172,8 +195,12 @@ def _likeness(word: str, other: str) -> float:
     parent, _, last = word.rpartition(".")
     other_parent, _, other_last = other.rpartition(".")
     part = SequenceMatcher(None, last, other_last).ratio()
+    if any({last, other_last} <= same for same in SAME):
+        part = max(part, 0.95)
+    elif set(re.split(r"[._]", word)) <= set(re.split(r"[._]", other)):  # "steps" and "trainer.max_steps"
+        part = max(part, 0.7 + 0.2 * part)
     if parent == other_parent:
         return part
     if part < 0.75:
         return 0.0
-    return 0.8 * part + 0.15 * SequenceMatcher(None, parent, other_parent).ratio()
+    return 0.85 * part + 0.1 * SequenceMatcher(None, parent, other_parent).ratio()

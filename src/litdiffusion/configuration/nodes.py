@@ -3,8 +3,10 @@
 A node is a mapping with ``_target_``, the class or function to call.
 """
 
+import copy
 import inspect
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pkgutil import resolve_name
@@ -22,6 +24,7 @@ from litdiffusion.errors import UserError
 Supplied = Mapping[str, Collection[str]]
 
 _SPECIAL = {"_target_", "_args_", "_convert_", "_partial_", "_recursive_"}
+_LINK = re.compile(r"\$\{(?:oc\.select:)?([\w.]+)(?:,null)?\}")
 _OPEN = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
 
 
@@ -87,6 +90,9 @@ def build(node: DictConfig, name: str, **overrides: Any) -> Any:
             Lightning found the configuration impossible. The line begins with the key: the argument's, where the
             constructor's text begins with ``argument=``, else the node's.
     """
+    root = copy.deepcopy(
+        node._get_root()
+    )  # Hydra resolves interpolations in place, and an error tells where they led
     try:
         return instantiate(node, _convert_="all", **overrides)
     except InstantiationException as error:
@@ -99,7 +105,7 @@ def build(node: DictConfig, name: str, **overrides: Any) -> Any:
         if cause is not None and not isinstance(cause, mendable):
             raise
         where = str(error).rpartition("full_key: ")[2].strip() if "full_key: " in str(error) else name
-        raise UserError(_with_key(node, where, one_line(cause or error))) from cause
+        raise UserError(_with_key(root, where, one_line(cause or error))) from cause
 
 
 @contextmanager
@@ -115,23 +121,28 @@ def refused(node: str = "") -> Iterator[None]:
         raise UserError(f"{node}.{error}" if node else str(error)) from error
 
 
-def _with_key(node: DictConfig, where: str, text: str) -> str:
+def _with_key(root: Any, where: str, text: str) -> str:
     """Put the key in front of what a constructor says of an argument of the node at ``where``, or of the node."""
-    root = node._get_root()
-    key, refused = _where_written(root, where), OmegaConf.select(root, where)
-    name, _, rest = text.partition("=")
+    refused, (name, _, rest) = OmegaConf.select(root, where), text.partition("=")
+    if re.fullmatch(r"\w+(\.\w+)+", name):  # a constructor that names the key of another node
+        return text
     if not (isinstance(refused, DictConfig) and takes(refused, name)):
-        return f"{key}: {text}"
-    return f"{_where_written(root, f'{key}.{name}')}={rest}"
+        return f"{_where_written(root, where)}: {text}"
+    return f"{_where_written(root, f'{where}.{name}')}={rest}"
 
 
 def _where_written(root: Any, key: str) -> str:
-    """Return the key; where an interpolation has copied a node from the top (``net``), the key there."""
-    here, (parent, _, last) = OmegaConf.select(root, key), key.rpartition(".")
-    for name in map(str, root):
-        if here is not None and isinstance(root._get_node(name), DictConfig) and root[name] == here:
-            return name
-    return f"{_where_written(root, parent)}.{last}" if parent else key
+    """Return the key of a value, or of the value that its interpolation, or that of a node around it, leads to."""
+    parent, _, name = key.rpartition(".")
+    parent = _where_written(root, parent) if parent else ""
+    holder = OmegaConf.select(root, parent) if parent else root
+    node = holder._get_node(name) if isinstance(holder, DictConfig) else None
+    link = (
+        _LINK.fullmatch(str(node._value())) if isinstance(node, Node) and node._is_interpolation() else None
+    )
+    if link:
+        return _where_written(root, link[1])
+    return f"{parent}.{name}" if parent else name
 
 
 def locate(key: str, target: object) -> Callable[..., Any]:
@@ -195,20 +206,12 @@ def _check(key: str, node: DictConfig, supplied: Collection[str]) -> None:
         optional = parameters[name].default is None
         fault = _fault(f"{key}.{name}", node[name], hints.get(name, Any), optional)
         if fault is not None:
-            raise UserError(f"{_origin(node, name) or f'{key}.{name}'}: {fault} ({owner}.{name})")
+            raise UserError(f"{_where_written(node._get_root(), f'{key}.{name}')}: {fault} ({owner}.{name})")
 
     if not node.get("_partial_", False) and "_args_" not in node:
         for name, parameter in parameters.items():
             if parameter.default is parameter.empty and name not in names and name not in supplied:
                 raise UserError(f"{key}.{name}: {owner} needs it; give it as +{key}.{name}=VALUE")
-
-
-def _origin(node: DictConfig, name: str) -> str | None:
-    """Return the key of the value that an argument's interpolation leads to; None if it is none."""
-    value = node._get_node(name)
-    if not (isinstance(value, Node) and value._is_interpolation()):
-        return None
-    return str((value._maybe_dereference_node() or value)._get_full_key(None))
 
 
 def _fault(key: str, value: Any, hint: Any, optional: bool) -> str | None:
@@ -220,8 +223,7 @@ def _fault(key: str, value: Any, hint: Any, optional: bool) -> str | None:
     plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     if (plain is None and optional) or accepts(plain, hint):
         return None
-    shown = "null" if plain is None else repr(plain)
-    return f"{shown} is not {spelled(hint, plain)}"
+    return f"{'null' if plain is None else repr(plain)} is not {spelled(hint, plain)}"
 
 
 def _signature(target: Callable[..., Any]) -> inspect.Signature | None:

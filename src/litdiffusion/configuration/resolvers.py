@@ -8,10 +8,14 @@ run agree, and two runs composed in one process (a notebook) have different fold
 import hashlib
 import json
 import os
+import re
 import secrets
+import textwrap
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -20,6 +24,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from litdiffusion.configuration.nodes import locate
 from litdiffusion.errors import UserError
 from litdiffusion.system.launch import of_step
+
+_GROUP = re.compile(r"  - (?:override )?(\w+): (\S+)(?:\s+# (.*))?")
+_KEY = re.compile(r"(\w+): (.+?)(?:\s+# (.*))?$")
+"""Lines of ``train.yaml``: a group and its choice, a key and its value, and what a comment says of them."""
 
 _INHERITED = "LITDIFFUSION_RUN_DIR"
 """Passes the folder on to the processes that Lightning starts for the other devices."""
@@ -37,8 +45,7 @@ def new_run_dir() -> str:
         UserError: torchrun or srun has started several processes, and each would choose its own folder.
     """
     if is_sweep():
-        sweep = HydraConfig.get().sweep
-        return f"{sweep.dir}/{sweep.subdir}"
+        return _job_dir()
     environment = os.environ
     if int(environment.get("LOCAL_RANK", 0)) > 0 and _INHERITED in environment:
         return environment[_INHERITED]
@@ -47,6 +54,21 @@ def new_run_dir() -> str:
         raise UserError("run_dir: processes started by torchrun or srun need to be told; give run_dir=DIR")
     environment[_INHERITED] = f"logs/{chosen_experiment() or 'default'}/{new_run_name()}"
     return environment[_INHERITED]
+
+
+def results_dir(ckpt: Any, name: str) -> str:
+    """Return ``name`` in a checkpoint's run folder, beside it, or here; in a sweep, the job's folder."""
+    if is_sweep():
+        return _job_dir()
+    if ckpt is None:
+        return name
+    folder = Path(str(ckpt)).expanduser().absolute().parent
+    return str((folder.parent if folder.name == "checkpoints" else folder) / name)
+
+
+def _job_dir() -> str:
+    sweep = HydraConfig.get().sweep
+    return f"{sweep.dir}/{sweep.subdir}"
 
 
 def sweep_name(*, _root_: DictConfig) -> str:
@@ -98,12 +120,42 @@ def direction(number: Any, *, _root_: DictConfig) -> Any:
     """
     if isinstance(number, ListConfig):
         return ListConfig([direction(each, _root_=_root_) for each in number])
+    return "maximize" if getattr(metric_of(number, _root_), "higher_is_better", False) else "minimize"
+
+
+def metric_of(number: object, config: DictConfig) -> Any:
+    """Return the class of the metric that a number of ``summary.json`` belongs to; None where it belongs to none."""
     name = str(number).removeprefix("val_")
-    node = (_root_.get("metrics") or {}).get(name) or {}
-    if "_target_" not in node:
-        return "minimize"
-    higher = getattr(locate(f"metrics.{name}", node["_target_"]), "higher_is_better", False)
-    return "maximize" if higher else "minimize"
+    node = (config.get("metrics") or {}).get(name) or {}
+    return locate(f"metrics.{name}", node["_target_"]) if "_target_" in node else None
+
+
+def command_help(*, _root_: DictConfig) -> str:
+    """Return what ``--help`` prints: groups and keys, each with what the command's file says of it."""
+    hydra, loader = _root_.hydra, GlobalHydra.instance().config_loader()
+    folder = next(source.path for source in hydra.runtime.config_sources if source.provider == "main")
+    usage, groups, keys = [], ["Groups, GROUP=CHOICE:"], ["Keys, KEY=VALUE:"]
+    for line in Path(folder, f"{hydra.job.config_name}.yaml").read_text(encoding="utf-8").splitlines():
+        if (found := _GROUP.match(line)) and found[1] != "hydra":
+            choices = ", ".join(each for each in loader.get_group_options(found[1]) if each != "default")
+            groups += [
+                _row(found[1] if found[2] == "null" else f"{found[1]}={found[2]}", found[3]),
+                *([_row("", choices)] if choices else []),
+            ]
+        elif found := _KEY.match(line):
+            keys.append(
+                _row(found[1] if found[2].startswith(("$", "?")) else f"{found[1]}={found[2]}", found[3])
+            )
+        elif line.startswith("# ") and len(groups) == 1:
+            usage.append(line[2:])
+    more = "-m runs a sweep, --cfg job shows every key, --hydra-help all options."
+    return "\n".join([*usage, "", *groups, "", *keys, "", more]).replace("$", "$$")
+
+
+def _row(name: str, said: str | None) -> str:
+    return textwrap.fill(
+        f"  {name:27} {said or ''}".rstrip(), 79, subsequent_indent=" " * 30, break_on_hyphens=False
+    )
 
 
 def is_sweep() -> bool:
@@ -113,8 +165,10 @@ def is_sweep() -> bool:
 
 OmegaConf.register_new_resolver("new_run_name", new_run_name, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("results_dir", results_dir, replace=True)
 OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
 OmegaConf.register_new_resolver("digest", digest, replace=True)
 OmegaConf.register_new_resolver("slurm", of_step, replace=True)
 OmegaConf.register_new_resolver("experiment_tags", experiment_tags, replace=True)
+OmegaConf.register_new_resolver("command_help", command_help, replace=True)
 OmegaConf.register_new_resolver("direction", direction, replace=True)

@@ -1,6 +1,7 @@
 """Sweeps on the command line: one folder for each job, and what a launcher reports at the end."""
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -78,8 +79,14 @@ def quoted(value: str) -> str:
     """Quote a value for Hydra's command line."""
     if re.fullmatch(r"[\w./-]+", value, re.ASCII):
         return value
-    escaped = value.replace("'", "\\'")
-    return f"'{escaped}'"
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # OmegaConf's escape
+    value = re.sub(r'(\\+)("|\Z)', r"\1\1\2", value).replace('"', r"\"")
+    return f'"{value}"'
+
+
+def typed(key: str, value: object) -> str:
+    """Return ``key=value`` as it is typed at a shell's prompt."""
+    return shlex.quote(f"{key}={quoted(str(value))}")
 
 
 def require_own_folders(overrides: Iterable[str], params: Iterable[str] = ()) -> None:

@@ -1,5 +1,6 @@
 """Batches for Lightning: the same images in the same order on any number of processes, and after a resume."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -50,13 +51,11 @@ class TrainLoader:
         self._first_step = first_step
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._store.batches(self._requests(self._first_step()))
+        return self._store.batches(self._request(step) for step in itertools.count(self._first_step()))
 
-    def _requests(self, step: int) -> Iterator[Request]:
-        while True:
-            indices = self._order.batch(step, self._batch_size, self._start, self._stop)
-            yield Request(indices.tolist(), self._start, step)
-            step += 1
+    def _request(self, step: int) -> Request:
+        indices = self._order.batch(step, self._batch_size, self._start, self._stop)
+        return Request(indices.tolist(), self._start, step)
 
 
 class ValidationLoader:
@@ -64,14 +63,12 @@ class ValidationLoader:
 
     def __init__(self, store: ImageStore, batch_size: int, rank: int, world_size: int) -> None:
         self._store = store
-        size = len(store)
-        requests = []
-        for step, first in enumerate(range(0, size, batch_size)):
-            rows = min(batch_size, size - first)
+        self._requests = []
+        for step, first in enumerate(range(0, len(store), batch_size)):
+            rows = min(batch_size, len(store) - first)
             start, stop = first + rows * rank // world_size, first + rows * (rank + 1) // world_size
             if start < stop:  # the last batch may have fewer rows than there are processes
-                requests.append(Request(list(range(start, stop)), start, step))
-        self._requests = requests
+                self._requests.append(Request(list(range(start, stop)), start, step))
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -267,9 +264,8 @@ class ImageDataModule(LightningDataModule):
         # Each process of this machine has its own copy.
         copies = 1 if self.trainer is None else self.trainer.num_devices
         in_memory = megabytes * copies <= self.memory_limit_mb
-        how = "decoded once into memory" if in_memory else "decoded as they are needed"
-        if in_memory and copies > 1:
-            how += f", {copies} times: by each process"
+        memory = "memory" if copies == 1 else f"the memory of each of {copies} processes"
+        how = f"decoded once into {memory}" if in_memory else "decoded as they are needed"
         log.info("%s: %d %s images, %.1f MiB as pixels, %s", self.source.name, size, role, megabytes, how)
         pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         if in_memory:

@@ -55,7 +55,7 @@ def read_image(key: str, path: Path, shape: Shape) -> Float[Tensor, "channels h 
 
 
 def read_mask(key: str, path: Path, over: Path, shape: Shape) -> Bool[Tensor, "1 h w"]:
-    """Read the mask of the picture ``over``: true where it is white.
+    """Read the mask of the picture ``over``: true where it is white; what is transparent is black.
 
     It is stretched to the size of that picture first, then both are cropped alike.
 
@@ -64,6 +64,9 @@ def read_mask(key: str, path: Path, over: Path, shape: Shape) -> Bool[Tensor, "1
     """
     _, height, width = shape
     mask = _open(key, path)
+    if mask.has_transparency_data:  # in an image it becomes white: here that would redraw everything
+        black = Image.new("RGBA", mask.size, "black")
+        mask = Image.alpha_composite(black, mask.convert("RGBA"))
     gray = Image.fromarray(to_pixels(mask, (mask.height, mask.width), 1)[0])
     gray = gray.resize(_open("image", over).size, Image.Resampling.BILINEAR)
     white = torch.tensor(to_pixels(gray, (height, width), 1) >= WHITE)

@@ -6,6 +6,7 @@ denoisers: ``Clipped`` keeps the estimate among the images; those of guidance ar
 """
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,11 @@ class Preconditioned(Denoiser):
         """Return ``change(self)``."""
         return change(self)
 
+    @property
+    def largest_input(self) -> float:
+        """The standard deviation of the network's input at t = 1, for images of unit variance."""
+        return self.schedule.init_noise_sigma * float(self.target.coefficients(*self.schedule.at(1.0)).c_in)
+
     def output(
         self, x_t: Images, t: Time, self_cond: Images | None = None, labels: Labels | None = None
     ) -> tuple[Images, Images | None]:
@@ -186,7 +192,7 @@ class Preconditioned(Denoiser):
         if isinstance(t, Tensor):
             return self.target.c_noise(self.schedule, t).float()
         c_noise = float(self.target.c_noise(self.schedule, torch.tensor([t], dtype=torch.float64)))
-        return torch.full((len(x_t),), c_noise, device=x_t.device)
+        return torch.full((len(x_t),), c_noise, dtype=torch.float32, device=x_t.device)
 
 
 class Wrapped(Denoiser):
@@ -251,8 +257,11 @@ class Clipped(Wrapped):
         if self.clip == "static":
             x0 = estimate.x0.clamp(-1, 1)
         else:
-            size = estimate.x0.abs().flatten(1).quantile(self.clip_quantile, dim=1).clamp(min=1)
-            size = size[:, None, None, None]
+            sizes = estimate.x0.abs().flatten(1).sort().values
+            # As torch.quantile has it, to the bit, which needs float64 on the device.
+            rank = float(torch.tensor(self.clip_quantile, dtype=sizes.dtype)) * (sizes.shape[1] - 1)
+            size = torch.lerp(sizes[:, math.floor(rank)], sizes[:, math.ceil(rank)], rank % 1)
+            size = size.clamp(min=1)[:, None, None, None]
             x0 = estimate.x0.clamp(-size, size) / size
         return consistent(self.schedule, x0, x_t, t, estimate.variance)
 

@@ -11,7 +11,9 @@ for none.
 
 import hashlib
 import math
+import operator
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Float, Float32, Int64, Shaped
@@ -24,9 +26,13 @@ WORD = 0xFFFFFFFF
 ROUNDS = 10
 
 
-def seed_of(*place: int | str) -> int:
-    """Return a 63-bit seed for a place; places that differ anywhere have unrelated seeds."""
-    digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
+def seed_of(*place: SupportsIndex | str) -> int:
+    """Return a 63-bit seed for a place; places that differ anywhere have unrelated seeds.
+
+    Equal numbers are one place, whether they are Python's, NumPy's or torch's.
+    """
+    plain = tuple(str(part) if isinstance(part, str) else int(operator.index(part)) for part in place)
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from litdiffusion.diffusion.denoiser import Denoiser
 from litdiffusion.diffusion.devices import to_device
 from litdiffusion.diffusion.draws import Draws
+from litdiffusion.diffusion.guidance import is_number
 from litdiffusion.diffusion.process import renoise
 from litdiffusion.diffusion.sampler import Noise, Sampler, SamplerOutput
 from litdiffusion.diffusion.samplers import DDIM
@@ -29,18 +30,32 @@ Masks = Shaped[Tensor, "_masks _any _h _w"] | Shaped[Tensor, "_masks _h _w"] | S
 
 
 class Edit(ABC):
-    """A way to draw images from given ones."""
+    """A way to draw images from given ones.
 
+    Attributes:
+        num_images: how many it draws where nobody asks for another number.
+        strength: the time at which it begins, in (0, 1].
+    """
+
+    num_images: int
+    strength: float = 1.0
     same_noise: ClassVar[bool] = False
     """Whether all images of a run are drawn from one and the same noise, and differ by the edit alone."""
 
     def start(self, sampler: Sampler, schedule: Schedule) -> float:
-        """Return the time, one of the sampler's, at which it begins.
+        """Return where it begins: the sampler's time nearest to ``strength``; it is 1 for strength 1 alone.
 
         Raises:
-            ValueError: it has no time for what is asked.
+            ValueError: the sampler has no time between 0 and 1.
         """
-        return 1.0
+        first, *between, _ = sampler.times(schedule)
+        if self.strength == 1:
+            return first
+        if not between:
+            raise ValueError(
+                f"strength={self.strength}: a sampler of 1 step begins with pure noise; take more steps"
+            )
+        return min(between, key=lambda t: abs(t - self.strength))
 
     @abstractmethod
     def steps(
@@ -76,12 +91,16 @@ class Inpaint(Edit):
         repeats: how often each step is taken: 1 is the fastest, the paper's 10 joins the halves best.
 
     Raises:
-        ValueError: fewer than 1 repeat.
+        ValueError: fewer than 1 repeat, or several masks and not as many images.
     """
 
     def __init__(self, image: Given, mask: Masks, repeats: int = 10) -> None:
         if repeats < 1:
             raise ValueError(f"repeats={repeats}: each step is taken at least once")
+        self.num_images = how_many(image)
+        masks = len(mask) if mask.ndim > 2 else 1
+        if masks not in (1, self.num_images):
+            raise ValueError(f"mask: {masks} masks for {self.num_images} images; give one, or one for each")
         self.image = image
         self.mask = mask
         self.repeats = repeats
@@ -118,16 +137,9 @@ class Variation(Edit):
     """
 
     def __init__(self, image: Given, strength: float = 0.5) -> None:
+        self.num_images = how_many(image)
         self.image = image
         self.strength = _checked_strength(strength)
-
-    def start(self, sampler: Sampler, schedule: Schedule) -> float:
-        """Return the sampler's time nearest to ``strength``; it is 1 for strength 1 alone.
-
-        Raises:
-            ValueError: the sampler has no time between 0 and 1.
-        """
-        return _nearest_time(sampler, schedule, self.strength)
 
     def steps(
         self, sampler: Sampler, denoiser: Denoiser, eps: Images, draws: Draws, first: int = 0
@@ -162,14 +174,6 @@ class Interpolate(Edit):
         self.ends = _checked_ends(image, image2, num_images)
         self.num_images = num_images
         self.strength = _checked_strength(strength)
-
-    def start(self, sampler: Sampler, schedule: Schedule) -> float:
-        """Return the sampler's time nearest to ``strength``; it is 1 for strength 1 alone.
-
-        Raises:
-            ValueError: the sampler has no time between 0 and 1.
-        """
-        return _nearest_time(sampler, schedule, self.strength)
 
     def steps(
         self, sampler: Sampler, denoiser: Denoiser, eps: Images, draws: Draws, first: int = 0
@@ -233,15 +237,6 @@ def _noised(schedule: Schedule, image: Images, t: float, eps: Images) -> Images:
     return schedule.init_noise_sigma * eps if t == 1 else renoise(schedule, image, 0.0, t, eps)
 
 
-def _nearest_time(sampler: Sampler, schedule: Schedule, strength: float) -> float:
-    last, *between, _ = sampler.times(schedule)
-    if strength == 1:
-        return last
-    if not between:
-        raise ValueError(f"strength={strength}: a sampler of 1 step begins with pure noise; take more steps")
-    return min(between, key=lambda t: abs(t - strength))
-
-
 def _rows(given: Given, eps: Images, first: int) -> Images:
     """For each row of ``eps`` the given image that belongs to it."""
     given = given[None] if given.ndim == 3 else given
@@ -272,11 +267,11 @@ def _fractions(eps: Images, first: int, num_images: int) -> Float[Tensor, "batch
 
 
 def _checked_strength(strength: float) -> float:
-    if not 0 < strength <= 1:
+    if not (is_number(strength) and 0 < strength <= 1):
         raise ValueError(
             f"strength={strength}: must lie in (0, 1], as a fraction of the way from image to noise"
         )
-    return strength
+    return float(strength)  # of less precision, another of the sampler's times might be the nearest
 
 
 def _checked_ends(image: Given, image2: Given, num_images: int) -> tuple[Given, Given]:

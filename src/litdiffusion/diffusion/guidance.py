@@ -8,17 +8,16 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from litdiffusion.diffusion.denoiser import Denoiser, Estimate, Images, Labels, Wrapped, consistent
 from litdiffusion.diffusion.devices import to_device
 from litdiffusion.diffusion.schedule import Time
 
-Classes = str | int | Sequence[int] | Int[Tensor, " classes"] | None
+Classes = str | SupportsIndex | Iterable[SupportsIndex] | None
 """Classes to draw: ``all`` for each in turn, one, several (image i gets class i modulo their number), or none."""
 
 
@@ -101,16 +100,19 @@ class Guidance:
         ValueError: a value is out of range.
     """
 
-    labels: Classes = "all"
-    scale: Any = 1.0  # of any type, as a user types it: checked below
+    labels: Any = "all"  # each of any type, as a user types it: checked below
+    scale: Any = 1.0
     interval: Any = (0.0, 1.0)
     guide: Denoiser | None = None
 
     def __post_init__(self) -> None:
-        if not _is_number(self.scale):
+        for name in ("labels", "scale", "interval"):  # arrays and tensors stand for what they hold
+            if hasattr(value := getattr(self, name), "tolist"):
+                object.__setattr__(self, name, value.tolist())
+        if not is_number(self.scale):
             raise ValueError(f"guidance_scale={self.scale}: must be a finite number")
         ends: Any = self.interval
-        is_pair = isinstance(ends, Sequence) and len(ends) == 2 and all(map(_is_number, ends))
+        is_pair = isinstance(ends, Sequence) and len(ends) == 2 and all(map(is_number, ends))
         if not is_pair or not 0 <= ends[0] <= ends[1] <= 1:
             shown = list(ends) if isinstance(ends, tuple) else ends
             raise ValueError(f"guidance_interval={shown}: must be [from, to], two times in [0, 1]")
@@ -130,8 +132,6 @@ class Guidance:
             raise ValueError(f"labels={labels}: this network was trained without classes; leave labels out")
         if isinstance(labels, str) and labels == "all":
             return list(range(number))
-        if isinstance(labels, Tensor):
-            labels = labels.tolist()
         classes: list[Any] = list(labels) if isinstance(labels, Sequence) else [labels]
         if not classes or not all(isinstance(c, Integral) and not isinstance(c, bool) for c in classes):
             raise ValueError(
@@ -181,7 +181,8 @@ class Guidance:
         return denoiser.with_core(guided)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is a finite real number, and no bool."""
     return type(value) is not bool and isinstance(value, Real) and math.isfinite(value)
 
 

@@ -12,8 +12,7 @@ beta (as in DDPM's and IDDPM's code), and of the lower end of what can be learne
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -37,44 +36,6 @@ Variance = Literal["beta", "beta_tilde", "learned"]
 
 LEVELS = 256
 """Gray levels of a pixel, evenly spaced over [-1, 1]."""
-
-
-class Bound(NamedTuple):
-    """The bound of each image, part by part, in bits per dimension.
-
-    Attributes:
-        prior: L_T.
-        terms: L_0..L_{T-1}, in this order.
-    """
-
-    prior: PerImage
-    terms: Float[Tensor, "batch T"]
-
-    @property
-    def total(self) -> PerImage:
-        """The bound: all parts together."""
-        return self.prior + self.terms.sum(1)
-
-
-def variational_bound(
-    denoiser: Denoiser, x0: Images, noise: Callable[[Times], Images], variance: Variance
-) -> Bound:
-    """Return the whole bound of each image, each term's expectation over x_t taken at one draw of noise.
-
-    The network is called once (twice where it is self-conditioned) at each of the T times, on all images.
-
-    Args:
-        denoiser: of the model; with its guidance, where it has any.
-        x0: images in [-1, 1], on the gray levels.
-        noise: from the times, the same for every image, to standard normal images.
-        variance: of p(x_s | x_t).
-    """
-    terms = []
-    T = denoiser.schedule.num_steps
-    for step in range(1, T + 1):
-        t = torch.full((len(x0),), step / T, dtype=precise_dtype(x0.device), device=x0.device)
-        terms.append(bound_term(denoiser, x0, t, noise(t), variance))
-    return Bound(prior_bits(denoiser.schedule, x0), torch.stack(terms, dim=1))
 
 
 def bound_term(denoiser: Denoiser, x0: Images, t: Times, eps: Images, variance: Variance) -> PerImage:

@@ -66,7 +66,26 @@ class UniformLevels(NoiseLevels):
         return u
 
 
-class Lognormal(NoiseLevels):
+class NormalLevels(NoiseLevels):
+    """Something of the time is normally distributed.
+
+    Raises:
+        ValueError: ``std`` is not positive.
+    """
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0, stratified: bool = False) -> None:
+        super().__init__(stratified)
+        if not 0 < std < math.inf:
+            raise ValueError(f"std={std}: must be positive")
+        self.mean, self.std = mean, std
+
+    def normal_quantile(self, u: Times) -> Times:
+        """Return the quantile of N(mean, std^2)."""
+        # Uniform numbers have 24 bits: this is half of the smallest step.
+        return self.mean + self.std * torch.special.ndtri(u.clamp(2**-25, 1 - 2**-25))
+
+
+class Lognormal(NormalLevels):
     """log(sigma / alpha) is normally distributed (Karras et al., 2206.00364, table 1).
 
     Args:
@@ -75,15 +94,14 @@ class Lognormal(NoiseLevels):
     """
 
     def __init__(self, mean: float = -1.2, std: float = 1.2, stratified: bool = False) -> None:
-        super().__init__(stratified)
-        self.mean, self.std = mean, _positive(std)
+        super().__init__(mean, std, stratified)
 
     def quantile(self, u: Times, schedule: Schedule) -> Times:
         """The time at which sigma / alpha = exp(mean + std z)."""
-        return schedule.time_of(-2 * (self.mean + self.std * _normal_quantile(u)))
+        return schedule.time_of(-2 * self.normal_quantile(u))
 
 
-class LogitNormal(NoiseLevels):
+class LogitNormal(NormalLevels):
     """log(t / (1 - t)) is normally distributed (Esser et al., 2403.03206, section 3.1).
 
     Args:
@@ -91,13 +109,9 @@ class LogitNormal(NoiseLevels):
         stratified: as for every distribution.
     """
 
-    def __init__(self, mean: float = 0.0, std: float = 1.0, stratified: bool = False) -> None:
-        super().__init__(stratified)
-        self.mean, self.std = mean, _positive(std)
-
     def quantile(self, u: Times, schedule: Schedule) -> Times:
         """sigmoid(mean + std z)."""
-        return (self.mean + self.std * _normal_quantile(u)).sigmoid()
+        return self.normal_quantile(u).sigmoid()
 
 
 class Importance(NoiseLevels):
@@ -180,14 +194,3 @@ class Importance(NoiseLevels):
     def _part(self, t: Times) -> Tensor:
         # A time i / T at the end of a part belongs to it, whatever the rounding.
         return (t * len(self.losses) - 5e-4).long().clamp(0, len(self.losses) - 1)
-
-
-def _normal_quantile(u: Times) -> Times:
-    # Uniform numbers have 24 bits: this is half of the smallest step.
-    return torch.special.ndtri(u.clamp(2**-25, 1 - 2**-25))
-
-
-def _positive(std: float) -> float:
-    if not 0 < std < math.inf:
-        raise ValueError(f"std={std}: must be positive")
-    return std

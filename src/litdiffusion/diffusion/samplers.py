@@ -78,7 +78,7 @@ class DDIM(Sampler):
         super().__init__(num_steps, spacing)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta}: DDIM's eta lies in [0, 1]")
-        self.eta = eta
+        self.eta = float(eta)
 
     def step(self, state: SamplerState) -> Images:
         """Move along the line from eps to x_0, with fresh noise where eta asks for it."""
@@ -197,9 +197,9 @@ class Heun(Sampler):
             )
         if not 0 <= churn_interval[0] <= churn_interval[1]:
             raise ValueError(f"churn_interval={list(churn_interval)}: must be [from, to], of sigma / alpha")
-        self.s_churn = churn
+        self.s_churn = float(churn)
         self.s_interval = churn_interval
-        self.s_noise = churn_noise
+        self.s_noise = float(churn_noise)
 
     def churn(self, schedule: Schedule, x_t: Images, t: float, noise: Noise) -> tuple[Images, float]:
         """Add noise by the forward process."""

@@ -1,6 +1,7 @@
 """The images that a model is judged by: drawn once, in parts, so that an interruption loses little."""
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from litdiffusion.reporting.images import to_uint8
 from litdiffusion.sampling import sample_images
 from litdiffusion.system.files import whole_file, write_text
 from litdiffusion.system.processes import gathered, rank_and_number, share_of
+
+log = logging.getLogger(__name__)
 
 PART = 512
 """Images between two saves."""
@@ -45,14 +48,21 @@ def drawn(
         request: what the images depend on, as ``samples.json`` records it.
 
     Raises:
-        UserError: the folder holds the images of another request, or these are not finite.
+        UserError: the folder holds images that are not of this command, or those drawn are not finite.
     """
     rank, _ = rank_and_number()
     samples, note, parts = folder / "samples.npz", folder / "samples.json", folder / "parts"
-    done, count = gathered((_noted(note), len(list(parts.glob("*.npy")))))[0]
-    if done != request and (done is not None or samples.exists()):
-        raise UserError(f"out={folder} holds the images of another request: give another out, or remove it")
-    if samples.exists():
+    if samples.exists() and not note.exists():
+        raise UserError(
+            f"out={folder} holds a samples.npz that is not of this command: choose another folder"
+        )
+    if rank == 0 and note.exists() and _noted(note) != request:
+        log.info("%s holds images of another request: they are replaced", folder)
+        for path in (samples, note):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(parts, ignore_errors=True)
+    is_done, count = gathered((samples.exists(), len(list(parts.glob("*.npy")))))[0]
+    if is_done:
         return read_images(samples)
     if rank == 0:
         parts.mkdir(exist_ok=True)
@@ -90,6 +100,7 @@ def drawn(
 
 
 def _noted(note: Path) -> Any:
+    """Return the request that a folder's images are of."""
     try:
         return json.loads(note.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -14,7 +14,16 @@ from litdiffusion.evaluation.metric import Mean, Model, tenth_of
 
 
 class HeldOutLoss(Mean):
-    """The mean loss, as a whole and by noise level; ``_raw``: of the weights that are not averaged."""
+    """The mean loss, as a whole and by noise level; ``_raw``: of the weights that are not averaged.
+
+    It compares what was trained on one objective.
+    """
+
+    depends_on = (
+        *Mean.depends_on,
+        *("schedule", "rescale_betas", "target", "loss", "weighting", "noise_levels", "objective"),
+        *("net.learned_variance", "ckpt"),
+    )
 
     def __init__(self) -> None:
         super().__init__("_raw")

@@ -1,16 +1,18 @@
 """What a metric is. ``configs/metrics`` lists those of a run, and whatever shows numbers goes by that list."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torchmetrics
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import Module
 
 from litdiffusion.data.stores import Batch
 from litdiffusion.diffusion import Denoiser, Objective
+from litdiffusion.diffusion.devices import precise_dtype
 from litdiffusion.errors import UserError
 from litdiffusion.evaluation.sample_metrics import SampleMetric
 
@@ -40,9 +42,13 @@ class Metric(torchmetrics.Metric):
     in a sweep's table; its further numbers add a suffix to ``val/NAME``. A subclass sets ``higher_is_better``, adds
     its states with ``add_state(..., dist_reduce_fx="sum")``, so that it is the same on any number of processes, and
     writes ``update`` and ``compute``. For a mean over images, see ``Mean``.
+
+    ``depends_on`` names the keys of the configuration, with all below them, that decide what the number means. Runs
+    that differ in one of them, or in the metric's own settings, are not ranked by it.
     """
 
     higher_is_better = False
+    depends_on: tuple[str, ...] = ("data", "datamodule.num_val", "trainer.limit_val_batches")
 
     def require_support(self, denoiser: Denoiser) -> None:
         """Make sure, before anything is trained or measured, that a denoiser has what this metric needs.
@@ -62,6 +68,11 @@ class Metric(torchmetrics.Metric):
     def extent(self) -> dict[str, int]:
         """Return over how many images and times the numbers are averages, for ``evaluate``, by full names."""
         return {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> Module:
+        """Follow the model's device; the states are as precise as numbers are there."""
+        precise = precise_dtype(fn(torch.empty(0)).device)
+        return super()._apply(lambda x: fn(x.to(precise) if x.is_floating_point() else x), *args)
 
 
 class Mean(Metric):
@@ -87,7 +98,7 @@ class Mean(Metric):
         self._add(values, len(self.suffixes) - BINS + tenth)
 
     def _add(self, values: Float[Tensor, " images"], index: Int[Tensor, " images"]) -> None:
-        values = values.double()
+        values = values.to(self.sums.dtype)
         self.sums = self.sums.index_add(0, index, values)
         self.counts = self.counts.index_add(0, index, torch.ones_like(values))
 

@@ -24,6 +24,8 @@ class SampleMetric(ABC):
     """
 
     higher_is_better = False
+    depends_on: tuple[str, ...] = ("data", "features", "callbacks.measure_samples", "num_images", "images")
+    """As for ``Metric``."""
 
     @abstractmethod
     def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:

@@ -10,7 +10,12 @@ from litdiffusion.evaluation.metric import Mean, Model, tenth_of
 
 
 class X0MeanAbsoluteError(Mean):
-    """The mean absolute error of the estimate of x_0, of pixels in [-1, 1], as a whole and by noise level."""
+    """The mean absolute error of the estimate of x_0, of pixels in [-1, 1], as a whole and by noise level.
+
+    It is measured at times of the schedule, so another schedule means other noise.
+    """
+
+    depends_on = (*Mean.depends_on, "schedule", "rescale_betas", "ckpt")
 
     def update(self, model: Model, batch: Batch) -> None:
         """See ``Metric``."""

@@ -1,4 +1,4 @@
-"""A run's curves, and schedules side by side, as matplotlib figures without pyplot and its global state."""
+"""Plots of a run's metrics and of noise schedules, by matplotlib without pyplot and its global state."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
@@ -19,21 +18,23 @@ from litdiffusion.runs.metrics import Row, read_rows
 from litdiffusion.system.files import whole_file
 
 BLUE, ORANGE, GRAY = "#2b6cb0", "#dd6b20", "#718096"
+OWN = ("step", "images_seen", "train/loss", "train/lr", "train/grad_norm", "train/images_per_second", "val/")
+"""The beginnings of the columns that a run writes by itself; each other one has a panel."""
 LABELS = {"images_seen": "training images seen", "step": "training steps"}
 
 
 @dataclass(frozen=True)
 class Series:
-    """One metric where it was logged: ``y[i]`` at ``x[i]``, x rising."""
+    """The values ``y[i]`` of a metric, logged at rising ``x[i]``."""
 
     x: list[float]
     y: list[float]
 
     def smoothed(self, share: float = 0.05) -> "Series":
-        """Average over a window of ``share`` of the points; centred, so that the line does not lag behind.
+        """Average over a window of ``share`` of the points, centred so that the curve does not lag.
 
-        At the steep start the window shrinks to stay centred; at the flat end it is cut off on one side, so
-        that the line does not end in the noise of its last point.
+        At the start, which is steep, the window shrinks to stay centred; at the end, which is flat, it loses only its
+        right side, so that the curve does not end in the noise of the last point.
         """
         half = round(share * len(self.y) / 2)
         sums = list(accumulate(self.y, initial=0.0))
@@ -45,16 +46,15 @@ class Series:
         return Series(self.x, means)
 
     def final(self, share: float = 0.1) -> float:
-        """The mean over the last ``share`` of the points."""
+        """Return the mean over the last ``share`` of the points."""
         last = self.y[-max(1, round(share * len(self.y))) :]
         return sum(last) / len(last)
 
 
 class Curves(dict[str, Series]):
-    """The finite values of rows, by name, over ``images_seen``, or ``step`` where that is not there (``axis``).
+    """The finite values in rows, by name, over ``axis``: ``images_seen``, or ``step`` where no row has that.
 
-    A run that resumed from an earlier checkpoint repeats some steps; what it had logged beyond the point it went
-    back to is dropped.
+    A run that resumes from an earlier checkpoint repeats steps: what it had logged of them before is dropped.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -75,21 +75,18 @@ class Curves(dict[str, Series]):
 
 
 def curves(metrics_csv: Path, png: Path, metrics: Iterable[str] = ()) -> None:
-    """Draw what ``metrics.csv`` holds into ``png``.
+    """Plot the values in ``metrics_csv`` into the file ``png``.
 
-    Panels are loss, loss by noise level, learning rate and gradient norm, and one for each further metric that was
-    logged. What was not logged leaves its panel empty, in so many words.
-
-    Args:
-        metrics_csv: the table.
-        png: the picture.
-        metrics: the names of the run's metrics.
+    Loss, loss by noise level, learning rate and gradient norm always have a panel, which says so where nothing was
+    logged; others of the run's ``metrics`` have one where they were.
 
     Raises:
-        UserError: the file is missing or is no table of metrics.
+        UserError: ``metrics_csv`` is missing or no table of metrics.
     """
     logged = Curves(read_rows(metrics_csv))
-    further = [name for name in metrics if name != "loss" and logged.get(f"val/{name}")]
+    further = {f"val/{name}": f"{name}, held out" for name in metrics if name != "loss"}
+    further |= {name: name for name in logged if not name.startswith(OWN)}
+    further = {name: title for name, title in further.items() if name in logged}
     rows = 2 + -(-len(further) // 2)
     figure = _figure(9.6, 3.0 * rows)
     loss, by_time, rate, norm, *others = figure.subplots(rows, 2).flat
@@ -97,8 +94,8 @@ def curves(metrics_csv: Path, png: Path, metrics: Iterable[str] = ()) -> None:
     _draw_loss_by_time(by_time, logged)
     _draw_one(rate, logged, "train/lr", "learning rate", smooth=False)
     _draw_one(norm, logged, "train/grad_norm", "gradient norm", smooth=True)
-    for name, axes in zip(further, others, strict=False):
-        _draw_one(axes, logged, f"val/{name}", f"{name}, held out", smooth=False)
+    for (name, title), axes in zip(further.items(), others, strict=False):
+        _draw_one(axes, logged, name, title, smooth=False)
     for axes in others[len(further) :]:
         axes.set_visible(False)
     with whole_file(png) as temporary:
@@ -106,10 +103,10 @@ def curves(metrics_csv: Path, png: Path, metrics: Iterable[str] = ()) -> None:
 
 
 def schedules_figure(schedules: Mapping[str, Sequence[float] | Float[Tensor, " T"]]) -> Figure:
-    """Compare noise schedules: alpha_bar and log-SNR over t.
+    """Plot the alpha_bar and log-SNR of noise schedules over t.
 
     Args:
-        schedules: for each name, ``alphas_cumprod`` at t = 1..T, each in (0, 1).
+        schedules: by name, alpha_bar at t = 1 / T, 2 / T, ..., 1, in (0, 1).
     """
     figure = _figure(9.6, 3.6)
     alpha_bar, log_snr = figure.subplots(1, 2)
@@ -119,7 +116,7 @@ def schedules_figure(schedules: Mapping[str, Sequence[float] | Float[Tensor, " T
         alpha_bar.plot(t, values, label=name)
         with np.errstate(divide="ignore"):
             log_snr.plot(t, np.log(values) - np.log1p(-values), label=name)
-    _dress(alpha_bar, "share of the image's variance that is left", "t")
+    _dress(alpha_bar, "share of the image's variance that remains", "t")
     alpha_bar.set_ylabel(r"$\bar\alpha_t$")
     _dress(log_snr, "signal-to-noise ratio", "t")
     log_snr.set_ylabel(r"$\log\,(\bar\alpha_t \,/\, (1 - \bar\alpha_t))$")
@@ -129,9 +126,7 @@ def schedules_figure(schedules: Mapping[str, Sequence[float] | Float[Tensor, " T
 
 def _figure(width: float, height: float) -> Figure:
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.03, hspace=0.03)
-    figure = Figure(figsize=(width, height), dpi=110, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=110, layout=layout)
 
 
 def _dress(axes: Axes, title: str, x_label: str) -> None:
@@ -158,7 +153,7 @@ def _over_images(axes: Axes, metrics: Curves, title: str) -> None:
 
 
 def _log_scale(axes: Axes) -> None:
-    """Loss curves often span less than a decade, where the default log axis shows a single label."""
+    """Set a log scale with readable ticks: the default shows a single one where values span less than a decade."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high / low < 30:
@@ -168,22 +163,25 @@ def _log_scale(axes: Axes) -> None:
 
 
 def _line(axes: Axes, series: Series, color: str, label: str) -> None:
-    """A single point has no line to show, so few points get markers."""
-    axes.plot(
-        series.x, series.y, color=color, label=label, linewidth=1.8, marker="o" if len(series.x) < 25 else ""
-    )
+    """Plot a line, with markers where the points are few: a single one would not be seen."""
+    marker = "o" if len(series.x) < 25 else ""
+    axes.plot(series.x, series.y, color=color, label=label, linewidth=1.8, marker=marker)
+
+
+def _smooth_line(axes: Axes, series: Series, label: str) -> None:
+    axes.plot(series.x, series.y, color=BLUE, alpha=0.25, linewidth=0.8)
+    _line(axes, series.smoothed(), BLUE, label)
 
 
 def _draw_loss(axes: Axes, metrics: Curves) -> None:
     train = metrics.get("train/loss")
     held_out, raw = metrics.get("val/loss"), metrics.get("val/loss_raw")
-    if train is None and held_out is None and raw is None:
+    if not any((train, held_out, raw)):
         _empty(axes, "loss")
         return
     _over_images(axes, metrics, "loss")
     if train is not None:
-        axes.plot(train.x, train.y, color=BLUE, alpha=0.25, linewidth=0.8)
-        _line(axes, train.smoothed(), BLUE, "training")
+        _smooth_line(axes, train, "training")
     if raw is not None:
         axes.plot(raw.x, raw.y, color=ORANGE, linewidth=1, linestyle=":", label="held out, raw weights")
     if held_out is not None:
@@ -200,9 +198,8 @@ def _draw_loss_by_time(axes: Axes, metrics: Curves) -> None:
         _empty(axes, title)
         return
     _dress(axes, title, "t")
-    for tenth, series in enumerate(tenths):
-        if series is not None:
-            axes.bar(tenth / 10, series.final(), width=0.094, align="edge", color=BLUE)
+    heights = [series.final() if series else 0 for series in tenths]
+    axes.bar([tenth / 10 for tenth in range(10)], heights, width=0.094, align="edge", color=BLUE)
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.grid(visible=False, axis="x")
@@ -215,8 +212,7 @@ def _draw_one(axes: Axes, metrics: Curves, name: str, title: str, smooth: bool) 
         return
     _over_images(axes, metrics, title)
     if smooth:
-        axes.plot(series.x, series.y, color=BLUE, alpha=0.25, linewidth=0.8)
-        _line(axes, series.smoothed(), BLUE, title)
+        _smooth_line(axes, series, title)
         _log_scale(axes)
     else:
         _line(axes, series, BLUE, title)

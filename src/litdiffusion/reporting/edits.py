@@ -1,57 +1,48 @@
-"""The picture of an edit: what was given beside what was drawn, each under a caption."""
+"""The picture of an edit: the given images beside what was drawn from each."""
 
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from litdiffusion.reporting.images import strip
 
-COLUMNS = 10
-"""Drawn images in a row."""
+COLUMNS, MAX_ROWS = 10, 8
+"""Drawn images in a row, and rows; the rest is left out."""
 
 
 def edit_strip(
-    given: Mapping[str, Tensor], drawn: Float[Tensor, "drawn channels height width"], max_rows: int = 8
+    given: Mapping[str, Tensor], drawn: Float[Tensor, "drawn channels height width"]
 ) -> Image.Image:
-    """Show given images on the left, and what was drawn from each in rows beside it; ``image2`` on the right.
+    """Show each given image on the left and what was drawn from it in rows beside it; ``image2`` on the right.
 
     Args:
-        given: by the keys of the command line: ``image`` [given, C, H, W], and perhaps ``mask`` [masks, 1, H, W],
-            shown as the image with a checkerboard where it is drawn anew, and ``image2`` [1, C, H, W].
-        drawn: image i belongs to given image i modulo their number.
-        max_rows: the rest is left out.
+        given: by their keys on the command line: ``image`` [given, C, H, W], and perhaps ``mask`` [masks, 1, H, W],
+            shown as a checkerboard on the image where that is redrawn, and ``image2`` [1, C, H, W].
+        drawn: image i was drawn from given image i modulo their number.
 
     Raises:
-        ValueError: the images are ones that ``strip`` refuses.
+        ValueError: ``strip`` refuses the images.
     """
     image = given["image"]
-    number = torch.arange(len(drawn)) % len(image)
-    rows, owners = [], []
-    for owner in range(min(len(image), len(drawn))):
-        for row in torch.split(drawn[number == owner], COLUMNS):
-            rows.append(row)
-            owners.append(owner)
-    rows, owners = rows[:max_rows], owners[:max_rows]
-    width = max(map(len, rows))
-    blank = torch.ones_like(drawn[0])
-    columns = [torch.stack([row[i] if i < len(row) else blank for row in rows]) for i in range(width)]
-    captions = ["drawn" if width == 1 else f"drawn {i + 1}" for i in range(width)]
+    rows = [
+        (owner, row)
+        for owner in range(min(len(image), len(drawn)))
+        for row in torch.split(drawn[owner :: len(image)], COLUMNS)
+    ][:MAX_ROWS]
+    owners = [owner for owner, _ in rows]
+    columns = {"image": image[owners]}
     if "mask" in given:
         mask = given["mask"][[owner % len(given["mask"]) for owner in owners]]
-        columns.insert(0, torch.where(mask, _checkerboard(image), image[owners]))
-        captions.insert(0, "draw here")
-    columns.insert(0, image[owners])
-    captions.insert(0, "image")
+        odd = (torch.arange(image.shape[-2])[:, None] + torch.arange(image.shape[-1])) % 2
+        columns["draw here"] = torch.where(mask, odd * 0.8 - 0.4, image[owners])
+    width = max(len(row) for _, row in rows)
+    filled = [F.pad(row, (0, 0, 0, 0, 0, 0, 0, width - len(row)), value=1.0) for _, row in rows]
+    for i, column in enumerate(torch.stack(filled, dim=1)):
+        columns["drawn" if width == 1 else f"drawn {i + 1}"] = column
     if "image2" in given:
-        columns.append(given["image2"].expand(len(rows), -1, -1, -1))
-        captions.append("image2")
-    return strip(columns, captions)
-
-
-def _checkerboard(images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "height width"]:
-    height, width = images.shape[-2:]
-    odd = (torch.arange(height)[:, None] + torch.arange(width)) % 2
-    return odd * 0.8 - 0.4
+        columns["image2"] = given["image2"].expand(len(rows), -1, -1, -1)
+    return strip(list(columns.values()), list(columns))

@@ -1,4 +1,4 @@
-"""The reverse process as an animated GIF of modest size."""
+"""The reverse process as an animated GIF of limited size."""
 
 import io
 from collections import Counter
@@ -17,34 +17,33 @@ from litdiffusion.system.processes import gathered
 
 GRAYS = (256, 128, 64, 48, 32, 24, 16, 12, 8, 6, 4)
 COLOURS = (256, 128, 64, 48, 32)
-
-
+FRAME_MILLISECONDS, LAST_MILLISECONDS = 50, 1500
 MAX_IMAGES = 16
 """More would be too small to follow."""
 
 
 class Film:
-    """Watches images come out of the noise, and keeps what a GIF shows of the first ones.
+    """Keeps what a GIF shows of a sampling process: the first images at some of their times.
 
     Args:
-        moments: which moments to keep, counted from the noise (0).
+        kept: which of the times to keep, by index; 0 is the noise.
     """
 
-    def __init__(self, moments: Collection[int]) -> None:
-        self._moments = set(moments)
+    def __init__(self, kept: Collection[int]) -> None:
+        self._indices = set(kept)
         self._seen: Counter[int] = Counter()
         self._kept: list[tuple[int, Float[Tensor, "batch channels h w"]]] = []
 
     def watch(self, start: int, output: SamplerOutput) -> None:
-        """Keep this moment of this batch, if it is to be shown."""
+        """Take the next output for the batch that begins with image ``start``."""
         index = self._seen[start]
         self._seen[start] += 1
-        if index in self._moments and start < MAX_IMAGES:
-            # On the CPU only when all is drawn: sampling would wait for each. A view would keep the whole batch.
+        if index in self._indices and start < MAX_IMAGES:
+            # Moved to the CPU at the end, since sampling would wait for each copy; a view would keep the batch.
             self._kept.append((index, output.x[: MAX_IMAGES - start].to(torch.float32, copy=True)))
 
     def frames(self) -> list[Float[Tensor, "batch channels h w"]]:
-        """Return the moments in order, each of the first images; every process must call this, each gets all."""
+        """Return the first images at the kept times, in order. Every process must call this, and gets them all."""
         parts: dict[int, list[Tensor]] = {}
         mine = [(index, images.cpu()) for index, images in self._kept]
         for index, images in (each for kept in gathered(mine) for each in kept):
@@ -53,19 +52,18 @@ class Film:
 
 
 def pick_frames(num_steps: int, num_frames: int = 60) -> list[int]:
-    """Choose which of a sampler's ``num_steps`` + 1 moments to show: evenly spaced, the first and the last too.
+    """Choose evenly among a sampler's ``num_steps`` + 1 times, with the first and the last.
 
     Returns:
-        Rising indices in 0..num_steps, ``num_frames`` of them or as many as there are.
+        Rising indices in 0..num_steps: ``num_frames``, or all where there are fewer.
 
     Raises:
-        ValueError: there are no steps, or fewer than two frames are asked for.
+        ValueError: ``num_steps`` is below 1, or ``num_frames`` below 2.
     """
     if num_steps < 1 or num_frames < 2:
         raise ValueError(f"cannot pick {num_frames} frames of {num_steps} steps: at least 2 frames, 1 step")
-    if num_steps < num_frames:
-        return list(range(num_steps + 1))
-    return [round(i * num_steps / (num_frames - 1)) for i in range(num_frames)]
+    last = min(num_frames - 1, num_steps)
+    return [round(i * num_steps / last) for i in range(last + 1)]
 
 
 def save_gif(
@@ -74,36 +72,30 @@ def save_gif(
     *,
     max_images: int = MAX_IMAGES,
     columns: int | None = None,
-    min_pixels: int = 56,
     max_bytes: int = 800_000,
-    milliseconds: int = 50,
-    hold_milliseconds: int = 1500,
 ) -> None:
-    """Write frames in [-1, 1] as a looping GIF of grids; the last frame stays for ``hold_milliseconds``.
+    """Write frames in [-1, 1] as a looping GIF of grids that pauses on its last frame.
 
-    Noise does not compress, and a GIF of it would take many megabytes. So ``max_bytes`` is shared among the
-    frames and each gets as many shades as fit its share: few while all is noise, where nobody can tell, and
-    more as the picture clears. The last frame has them all. No frame goes below 4 grays or 32 colours, so
-    large grids and colour may take more than ``max_bytes``.
+    Noise does not compress, and a GIF of it would take many megabytes. So the frames share ``max_bytes``, and each
+    has as many shades as fit its share: few while all is noise, where it does not show, more as the images emerge,
+    and all in the last frame. The file can be larger than ``max_bytes`` where the least shades (4 grays or 32
+    colours) take more than that, as with large grids.
 
     Args:
         frames: batches of one shape, the noisiest first.
         path: the file, written whole or not at all.
-        max_images: images of each batch that are shown.
+        max_images: how many images of each batch are shown.
         columns: as in ``grid``.
-        min_pixels: as in ``grid``.
-        max_bytes: the size of the file, within some tenths.
-        milliseconds: time for each frame but the last; GIF counts in hundredths of a second.
-        hold_milliseconds: time for the last frame.
+        max_bytes: the size of the file, roughly.
 
     Raises:
-        ValueError: there are no frames, their shapes differ, or one of them is refused by ``grid``.
+        ValueError: there are no frames, their shapes differ, or ``grid`` refuses one.
     """
     if not frames:
         raise ValueError("a GIF needs at least one frame")
     if len({frame.shape for frame in frames}) > 1:
         raise ValueError(f"the frames of a GIF differ in shape: {sorted({tuple(f.shape) for f in frames})}")
-    *moving, last = (grid(frame[:max_images], columns, min_pixels) for frame in frames)
+    *moving, last = (grid(frame[:max_images], columns) for frame in frames)
     end = _shaded(last, 256)
     share = (max_bytes - _size(end)) // max(1, len(moving))
     pictures = [*(_within(picture, share) for picture in moving), end]
@@ -113,14 +105,14 @@ def save_gif(
             format="GIF",
             save_all=True,
             append_images=pictures[1:],
-            duration=[milliseconds] * len(moving) + [hold_milliseconds],
+            duration=[FRAME_MILLISECONDS] * len(moving) + [LAST_MILLISECONDS],
             loop=0,
             disposal=1,
         )
 
 
 def _within(picture: Image.Image, share: int) -> Image.Image:
-    """The picture in as many shades as its share of bytes allows."""
+    """Return the picture in as many shades as fit ``share`` bytes."""
     for shades in COLOURS if picture.mode == "RGB" else GRAYS:
         candidate = _shaded(picture, shades)
         if _size(candidate) <= share:
@@ -135,17 +127,15 @@ def _size(picture: Image.Image) -> int:
 
 
 def _shaded(picture: Image.Image, shades: int) -> Image.Image:
-    """Grays are spaced evenly from black to white; colours are chosen to suit the picture."""
+    """Return the picture in evenly spaced grays, or in the colours that suit it best."""
     if picture.mode == "L":
         steps = shades - 1
-        shaded = picture.point(
-            [255 - round(round(value / 255 * steps) * 255 / steps) for value in range(256)]
-        )
-        # White first: Pillow reads a later frame whose palette runs from black to white with the first's palette.
+        shaded = picture.point([255 - round(round(gray / 255 * steps) * 255 / steps) for gray in range(256)])
+        # From white to black: Pillow reads a later frame of the opposite palette, its default, by the first's.
         shaded.putpalette([255 - index // 3 for index in range(768)])
         return shaded
     paletted = picture.quantize(shades, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    # The gutters' white shares its palette entry with the lightest pixels, and would change from frame to frame.
+    # The gutters share an entry with the lightest pixels: made white, it does not change from frame to frame.
     palette = paletted.getpalette() or []
     lightest = max(range(0, len(palette), 3), key=lambda entry: sum(palette[entry : entry + 3]))
     palette[lightest : lightest + 3] = [PAPER] * 3

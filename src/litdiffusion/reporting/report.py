@@ -1,98 +1,72 @@
-"""The end of a run in one paragraph: what was trained, how well, and where everything lies."""
+"""The paragraph that ends a run: what was trained, how well, and where its files are."""
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from litdiffusion.configuration.sweeps import quoted
+from litdiffusion.configuration.sweeps import typed
 
-PICTURES = {
-    "grid": "a grid of samples",
-    "gif": "the reverse process as a GIF",
-    "curves": "the curves",
-    "noised_strip": "the forward process as a strip",
-    "checkpoint": "the checkpoint",
+TRAINED = {
+    "parameters": "({:,} parameters)",
+    "steps": "for {:,} steps",
+    "images_seen": "({:,} images)",
+    "wall_seconds": "in {}",
+    "device": "on {}",
+    "precision": "at precision {}",
+    "images_per_second": "({:,.0f} images/s)",
 }
+LOSSES = {"train_loss": "{:.4g} in training", "val_loss": "{:.4g} on held-out images"}
+FILES = {
+    "grid": "a grid of samples ({})",
+    "gif": "the reverse process as a GIF ({})",
+    "curves": "the curves ({})",
+    "noised_strip": "the forward process as a strip ({})",
+    "checkpoint": "the checkpoint ({})",
+}
+TEXTS = {"experiment", "device", "precision", *FILES}
 
 
 def paragraph(summary: Mapping[str, object], run_dir: Path) -> str:
-    """Tell a run in plain words, on one line, the command that samples from it last.
+    """Describe a run on one line that ends with the command to sample from it.
 
     Args:
-        summary: any of ``experiment``, ``steps``, ``images_seen``, ``wall_seconds``, ``images_per_second``,
-            ``train_loss``, ``val_loss``, ``parameters``, ``device``, ``precision``, ``trust`` and the paths
-            ``checkpoint``, ``grid``, ``gif``, ``curves``, ``noised_strip``; what is missing goes unsaid.
-        run_dir: the run folder; paths within it are given relative to it.
+        summary: what ``summary.json`` holds. What is missing, or of another type, is left out.
+        run_dir: the run folder, to which the paths are relative.
     """
-    sentences = [_trained(summary), _losses(summary), _places(summary, run_dir)]
-    checkpoint = summary.get("checkpoint")
-    if checkpoint is not None:
-        options = {"ckpt": str(checkpoint), "num_images": "64", "out": str(run_dir / "sampled")}
-        command = "python -m litdiffusion.sample"
-        command += "".join(f" {shlex.quote(f'{key}={quoted(value)}')}" for key, value in options.items())
-        trust = summary.get("trust")
-        if isinstance(trust, list) and trust:
-            command += f" trust=[{','.join(trust)}]"
-        sentences.append(f"Sample from it with: {command}")
-    return " ".join(sentence for sentence in sentences if sentence)
+    known: dict[str, Any] = {
+        key: value
+        for key, value in summary.items()
+        if isinstance(value, str if key in TEXTS else int | float)
+    }
+    if "wall_seconds" in known:
+        known["wall_seconds"] = duration(known["wall_seconds"])
+    trained, losses, files = (
+        [words.format(known[key]) for key, words in phrases.items() if key in known]
+        for phrases in (TRAINED, LOSSES, FILES)
+    )
+    model = f"experiment {known['experiment']}" if "experiment" in known else "a model"
+    sentences = [f"{' '.join(['Trained', model, *trained])}."]
+    if losses:
+        sentences.append(f"The loss ended at {' and '.join(losses)}.")
+    if len(files) > 1:
+        files = [", ".join(files[:-1]), files[-1]]
+    sentences.append(f"Run folder: {run_dir}{', with ' * bool(files)}{' and '.join(files)}.")
+    if "checkpoint" in known:
+        command = [
+            "python -m litdiffusion.sample",
+            typed("ckpt", run_dir / known["checkpoint"]),
+            "num_images=64",
+        ]
+        if isinstance(trust := summary.get("trust"), list):
+            command.append(f"'trust=[{','.join(trust)}]'")  # zsh would look for a file
+        sentences.append(f"Sample from it with: {' '.join(command)}")
+    return " ".join(sentences)
 
 
 def duration(seconds: float) -> str:
-    """Say a time span in its two largest units: ``9 min 12 s``."""
+    """Return a time span in its two largest units: ``9 min 12 s``."""
     whole = round(seconds)
     for large, small, size, unit in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
         if whole >= size:
             return f"{whole // size} {large} {whole % size // unit} {small}"
     return f"{whole} s"
-
-
-def _trained(summary: Mapping[str, object]) -> str:
-    name, parameters = summary.get("experiment"), _number(summary, "parameters")
-    what = "a model" if name is None else f"experiment {name}"
-    if parameters is not None:
-        what += f" ({parameters:,.0f} parameters)"
-    spans = []
-    if (steps := _number(summary, "steps")) is not None:
-        spans.append(f"for {steps:,.0f} steps")
-    if (images := _number(summary, "images_seen")) is not None:
-        spans.append(f"on {images:,.0f} images" if not spans else f"({images:,.0f} images)")
-    if (seconds := _number(summary, "wall_seconds")) is not None:
-        spans.append(f"in {duration(seconds)}")
-    if (device := summary.get("device")) is not None:
-        spans.append(f"on {device}")
-    if (precision := summary.get("precision")) is not None:
-        spans.append(f"at precision {precision}")
-    if (speed := _number(summary, "images_per_second")) is not None:
-        spans.append(f"({speed:,.0f} images/s)")
-    return " ".join(["Trained", what, *spans]) + "."
-
-
-def _losses(summary: Mapping[str, object]) -> str:
-    train, held_out = _number(summary, "train_loss"), _number(summary, "val_loss")
-    said = []
-    if train is not None:
-        said.append(f"{train:.4g} in training")
-    if held_out is not None:
-        said.append(f"{held_out:.4g} on held-out images")
-    return f"The loss ended at {' and '.join(said)}." if said else ""
-
-
-def _places(summary: Mapping[str, object], run_dir: Path) -> str:
-    places = [
-        f"{name} ({_within(Path(str(summary[key])), run_dir)})"
-        for key, name in PICTURES.items()
-        if summary.get(key) is not None
-    ]
-    if not places:
-        return f"Everything lies in {run_dir}."
-    listed = places[0] if len(places) == 1 else f"{', '.join(places[:-1])} and {places[-1]}"
-    return f"It left in {run_dir}: {listed}."
-
-
-def _within(path: Path, run_dir: Path) -> Path:
-    return path.relative_to(run_dir) if path.is_relative_to(run_dir) else path
-
-
-def _number(summary: Mapping[str, object], key: str) -> float | None:
-    value = summary.get(key)
-    return float(value) if isinstance(value, int | float) else None

@@ -5,11 +5,13 @@ overrides.txt     what was typed                      metrics.csv     numbers ov
 provenance.json   code, versions, hardware, seed      samples/        grids, noised strip, denoising GIF
 data.json         fingerprint, names of classes       curves.png, wandb/, tensorboard/
 summary.json      how it ended                        .lock           which job is at work here
+sampled/, evaluated/    what these commands make of its checkpoints
 
 None of these files holds a secret from the configuration, the command or the code.
 """
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +22,8 @@ from omegaconf import OmegaConf
 from litdiffusion.errors import UserError
 from litdiffusion.system.files import UNFINISHED, write_text
 from litdiffusion.system.redaction import redacted_override, without_secrets
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -93,10 +97,6 @@ class RunFolder:
         """Write the fingerprint of the training images, with the names of their classes."""
         write_text(self.data, json.dumps(fingerprint, indent=2) + "\n")
 
-    def forget_summary(self) -> None:
-        """Remove the summary of an earlier end of the run, before its pictures are overwritten."""
-        self.summary.unlink(missing_ok=True)
-
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write how the run ended."""
         write_text(self.summary, json.dumps(summary, indent=2) + "\n")
@@ -110,7 +110,8 @@ class RunFolder:
         if not self.summary.exists():
             return {}
         summary: dict[str, Any] = read_json(self.summary, dict)
-        if type(summary.get("steps")) is not int or type(summary.get("images_seen", 0)) is not int:
+        counts = {"steps": None, "images_seen": 0, "max_steps": 0}
+        if any(type(summary.get(name, default)) is not int for name, default in counts.items()):
             raise UserError(f"{self.summary} is not what a run writes there: move it away")
         return summary
 
@@ -139,14 +140,15 @@ class RunFolder:
         return {**drawn, "noised_strip": self.samples / "noised_strip.png", "curves": self.curves}
 
     def has_ended_at(self, step: int) -> bool:
-        """Whether the run has ended, at this step or a later one.
+        """Whether the run has ended, at this step or a later one, or before it, since a callback stopped it.
 
         A run that is continued beyond its end keeps the summary of it until the next end.
 
         Raises:
             UserError: the summary is damaged.
         """
-        return int(self.read_summary().get("steps", -1)) >= step
+        summary = self.read_summary()
+        return max(summary.get("steps", -1), summary.get("max_steps", -1)) >= step
 
 
 def shown_as(picture: Path) -> str:
@@ -181,6 +183,26 @@ def writable_folder(key: str, path: str) -> Path:
     except OSError as error:
         raise _unwritable(key, folder, error) from error
     _require_writable(key, folder, folder)
+    return folder
+
+
+def results_folder(out: object, files: Iterable[str], report: str) -> Path:
+    """Make the folder ``out`` for the files of a command, or say that those of an earlier one are replaced.
+
+    Args:
+        out: as it was given.
+        files: what the command writes.
+        report: the one of them by which its folders are known.
+
+    Raises:
+        UserError: it cannot be written, or holds such files of something else.
+    """
+    folder = writable_folder("out", absolute(out, "out"))
+    found = [name for name in files if (folder / name).exists()]
+    if found and report not in found:
+        raise UserError(f"out={folder} holds a {found[0]} that is not of this command: choose another folder")
+    if found:
+        log.info("%s holds results already: they are replaced", folder)
     return folder
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from litdiffusion.data.fingerprint import Fingerprint, changes
@@ -44,6 +45,8 @@ FREE_TO_CHANGE = (
     "trainer.precision",
     "trainer.deterministic",
     "trainer.default_root_dir",
+    "trainer.log_every_n_steps",
+    "trainer.profiler",
     "lr_scheduler.total_steps",
 )
 """Keys (with all below them) that a continued run may change: they do not decide what is being trained."""
@@ -57,7 +60,8 @@ class Resumption:
     step: int
     model_config: dict[str, Any]
     weights: dict[str, tuple[int, ...]]  # the shape of each, the averaged ones included
-    settings: tuple[frozenset[str], ...]  # the names that each group of parameters has in its optimizer
+    optimizer: str | None  # the name of its class, where the checkpoint says it
+    nonfinite: frozenset[str]  # the weights that are not finite
     damaged: Path | None = None
 
     def require_same_model(self, config: dict[str, Any]) -> None:
@@ -73,15 +77,15 @@ class Resumption:
                 " choices, or start in a new run_dir"
             )
 
-    def require_fitting(self, state_dict: Mapping[str, Tensor], optimizer: Optimizer) -> None:
-        """Require weights of the checkpoint's names and shapes, and an optimizer of its kind.
+    def require_fitting(self, module: nn.Module, optimizer: Optimizer) -> None:
+        """Require weights of the checkpoint's names and shapes, all of them finite, and an optimizer of its class.
 
-        The optimizer's settings may be others.
+        The optimizer's settings may be others; those of another release of torch are.
 
         Raises:
             UserError: what was built from this configuration does not fit the checkpoint.
         """
-        present = _shapes(state_dict)
+        present = _shapes(module.state_dict())
         for name in {**present, **self.weights}:
             before, now = self.weights.get(name), present.get(name)
             if before != now:
@@ -90,9 +94,13 @@ class Resumption:
                     f" is {_spelled(now)}; repeat the checkpoint's choices (net, ema, noise_levels), or start in a"
                     " new run_dir"
                 )
-        if tuple(frozenset(group) for group in optimizer.param_groups) != self.settings:
+        if self.nonfinite & dict(module.named_parameters()).keys():
             raise UserError(
-                f"checkpoint {self.checkpoint} holds the state of another kind of optimizer than optimizer._target_:"
+                f"checkpoint {self.checkpoint} holds a weight that is infinite or NaN: use an earlier one"
+            )
+        if self.optimizer not in (None, kind := type(optimizer).__name__):
+            raise UserError(
+                f"checkpoint {self.checkpoint} holds the state of {self.optimizer}, and optimizer._target_ is {kind}:"
                 " repeat the checkpoint's own"
             )
 
@@ -115,19 +123,19 @@ def find_resumption(run: RunFolder, config: dict[str, Any], resume: str) -> Resu
         if started:
             raise UserError(f"run_dir {run.path} already holds a run: with resume=never choose a new run_dir")
         return None
-    newest = _newest(run) if saved else None
     if run.config.exists():
         _require_same_run(run, config, started)
     if resume not in ("auto", "must"):
         path = Path(resume).expanduser().absolute()
-        # A run that has begun from another one's checkpoint goes on from its own.
         if not path.exists():
             raise UserError(
                 f"resume={resume}: there is no checkpoint at {path}; or choose auto, must or never"
             )
-        return newest if newest and path.parent != run.checkpoints else _from(path)
-    if newest:
-        return newest
+        # A run that has begun from another one's checkpoint goes on from its own.
+        if path.parent == run.checkpoints or not saved:
+            return _from(path)
+    if saved:
+        return _newest(run)
     if resume == "must":
         raise UserError(
             f"resume=must, but there is no checkpoint in {run.checkpoints}: check run_dir, or use resume=auto"
@@ -207,11 +215,15 @@ def _newest(run: RunFolder) -> Resumption:
 
 def _from(path: Path, damaged: Path | None = None) -> Resumption:
     checkpoint = read_checkpoint(path)
-    weights = _shapes(checkpoint["state_dict"])
-    optimizers = checkpoint.get("optimizer_states", ())
-    settings = tuple(frozenset(group) for state in optimizers for group in state["param_groups"])
+    weights = checkpoint["state_dict"]
     return Resumption(
-        path, int(checkpoint["global_step"]), checkpoint["model_config"], weights, settings, damaged
+        path,
+        int(checkpoint["global_step"]),
+        checkpoint["model_config"],
+        _shapes(weights),
+        checkpoint.get("optimizer"),
+        frozenset(name for name, value in weights.items() if not torch.isfinite(value).all()),
+        damaged,
     )
 
 
@@ -229,9 +241,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 
 def _require_same_run(run: RunFolder, config: dict[str, Any], started: bool) -> None:
     before = read_config(run.config)
-    if not {"run_dir", "module", "datamodule"} <= before.keys():
+    if (
+        not {"run_dir", "module", "datamodule", "paths"} <= before.keys()
+    ):  # a run's begins and ends with these
         raise UserError(
-            f"run_dir {run.path} is no run's folder: its config.yaml is of something else; choose another"
+            f"run_dir {run.path}: its config.yaml is cut short, or not of a run: put back a copy, or choose another"
+            f" run_dir (with resume={run.last_checkpoint} it continues from there)"
         )
     changed = differences(before, without_secrets(config))
     if changed and started:
@@ -255,7 +270,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ValueError("no mapping")
     except Exception as error:  # YAML and OmegaConf raise many things
-        raise UserError(f"{path} cannot be read: choose another run_dir, or remove the folder") from error
+        raise UserError(f"{path} cannot be read: put back a copy, or choose another run_dir") from error
     return {str(key): value for key, value in config.items()}
 
 

@@ -67,9 +67,11 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether ``trainer.max_steps`` are trained, and the run's end is written down."""
+        """Whether ``trainer.max_steps`` are trained or a callback stopped the run, and its end is written down."""
         max_steps = self.cfg.trainer.max_steps
-        return self.resumption is not None and self.step >= max_steps and self.folder.has_ended_at(max_steps)
+        if self.resumption is None or not self.folder.has_ended_at(max_steps):
+            return False
+        return self.step >= min(max_steps, self.folder.read_summary()["steps"])
 
     def require_steps_left(self) -> None:
         """Refuse a checkpoint that is past ``trainer.max_steps``.

@@ -19,10 +19,11 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 
 from litdiffusion.configuration.messages import one_line
+from litdiffusion.configuration.sweeps import quoted
 from litdiffusion.errors import UserError, short_text
 from litdiffusion.slurm.cluster import SLURM_SECONDS
 from litdiffusion.sweeps.jobs import Job
-from litdiffusion.sweeps.machine import SWEEP
+from litdiffusion.sweeps.machine import JOB, SWEEP
 from litdiffusion.sweeps.process import FAILED, FINISHED, Outcome, reason
 from litdiffusion.system.files import write_text
 from litdiffusion.system.launch import environment_variable
@@ -54,7 +55,7 @@ def run_array(
         parameters: of ``hydra.launcher``.
         folder: of the sweep; its name is the sweep's.
         jobs: what to run.
-        begun: called when a job is submitted.
+        begun: called when a job is submitted, or found in the queue.
         ended: called when a job has ended.
     """
     waiting, others = _submitted_before(folder, parameters, jobs)
@@ -66,7 +67,7 @@ def run_array(
         handles = _submit(_executor(cluster, parameters), task, folder.name, missing)
         waiting |= dict(zip(missing, handles, strict=True))
         _write_numbers(folder, waiting, others)
-    for job in missing:
+    for job in waiting:
         begun(job)
     queue = _Queue()
     while waiting:
@@ -211,7 +212,8 @@ def _executor(cluster: str, parameters: Mapping[str, Any]) -> Any:
 def _arguments(job: Job) -> tuple[Any, ...]:
     """Return what submitit's launcher is called with on the node."""
     name = f"job_id_for_{job.number}"
-    return list(job.overrides), "hydra.sweep.dir", job.number, name, Singleton.get_state()
+    overrides = [*job.overrides, f"+hydra.job.env_set.{JOB}={quoted(job.title)}"]
+    return overrides, "hydra.sweep.dir", job.number, name, Singleton.get_state()
 
 
 def _outcome(handle: Any) -> Outcome:

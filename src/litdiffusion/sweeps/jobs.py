@@ -2,13 +2,14 @@
 
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -37,7 +38,7 @@ class Job:
         folder: where the job writes.
         result: the file in it that holds the job's results.
         command: the whole command line.
-        wanted: names of the numbers in ``result`` that a sweeper asks for.
+        varied: the keys that the sweep varies, each with the job's value.
         num_processes: how many the job starts on this machine.
         on_gpu: whether it computes on GPUs.
         config: of a training run, its whole configuration; None for other commands, or where it cannot be resolved.
@@ -48,10 +49,15 @@ class Job:
     folder: Path
     result: Path
     command: tuple[str, ...]
-    wanted: tuple[str, ...] = ()
+    varied: dict[str, str] = field(default_factory=dict)
     num_processes: int = 1
     on_gpu: bool = False
     config: dict[str, Any] | None = None
+
+    @property
+    def title(self) -> str:
+        """What is special about the job, as it would be typed."""
+        return " ".join(f"{key}={value}" for key, value in self.varied.items())
 
     def results(self) -> dict[str, Any]:
         """Return the job's results; {} where there are none, or the file is damaged."""
@@ -70,20 +76,20 @@ class Job:
         if self.config is None:
             write_text(self._note, self._text)
 
-    def value(self) -> float | list[float]:
-        """Return the numbers that a sweeper asked for; a list, if it asked for several.
+    def value(self, names: Sequence[str]) -> float | list[float]:
+        """Return the numbers that a sweeper asks for; a list, if it asks for several.
 
         Raises:
             UserError: the results hold no such number.
         """
         results = self.results()
-        for name in self.wanted:
+        for name in names:
             if not _is_number(results.get(name)):
                 numbers = ", ".join(key for key, value in results.items() if _is_number(value))
                 raise UserError(
                     f"optimized_metric={name}: {self.result} has no such number; it has: {numbers}"
                 )
-        values = [float(results[name]) for name in self.wanted]
+        values = [float(results[name]) for name in names]
         return values[0] if len(values) == 1 else values
 
     def _is_trained(self) -> bool:
@@ -97,9 +103,7 @@ class Job:
 
     def _is_written(self) -> bool:
         """A result counts that is younger than the job's start and the checkpoint it was made from."""
-        checkpoint = next((text for text in self.overrides if text.startswith("ckpt=")), "").removeprefix(
-            "ckpt="
-        )
+        checkpoint = choices(self.overrides).get("ckpt", "")
         try:
             sources = [self._note, *([Path(absolute(checkpoint.strip("'\""), "ckpt"))] if checkpoint else [])]
             newest = max(source.stat().st_mtime_ns for source in sources)
@@ -149,7 +153,9 @@ def make_job(
     # A preset of the group "sweep" may set anything, hydra.mode as well: our own values come last.
     task = [text for text in overrides if text.partition("=")[0].lstrip("+") != key]
     ours = [f"{key}={quoted(str(folder))}", f"hydra.job.num={number}", "hydra.mode=RUN"]
-    wanted = cfg.get("optimized_metric") or ()
+    typed: Any = OmegaConf.to_container(master.hydra.overrides.task)
+    parsed = OverridesParser.create().parse_overrides(typed)
+    fixed = {override.key_or_group for override in parsed if not override.is_sweep_override()}
     name = "summary.json" if key == "run_dir" else RESULTS.get(cfg.hydra.job.config_name, "result.json")
     num_processes, on_gpu = _devices(cfg)
     return Job(
@@ -158,11 +164,17 @@ def make_job(
         folder=folder,
         result=folder / name,
         command=(*program, *kept, *task, *ours),
-        wanted=(wanted,) if isinstance(wanted, str) else tuple(wanted),
+        varied={name: value for name, value in choices(overrides).items() if name not in {key, *fixed}},
         num_processes=num_processes,
         on_gpu=on_gpu,
         config=config,
     )
+
+
+def choices(overrides: Iterable[str]) -> dict[str, str]:
+    """Return what overrides say, by key, without secrets."""
+    parts = [redacted_override(text).partition("=") for text in overrides]
+    return {key.lstrip("+"): value for key, _, value in parts}
 
 
 def program_of(module: str) -> list[str]:

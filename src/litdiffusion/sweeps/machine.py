@@ -16,6 +16,9 @@ T = TypeVar("T")
 SWEEP = "LITDIFFUSION_SWEEP"
 """The variable that holds the name of a job's sweep: the group of its run on a dashboard."""
 
+JOB = "LITDIFFUSION_JOB"
+"""The variable that says what is special about a job: the name of its run on a dashboard."""
+
 OF_ANOTHER_GROUP = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "ROLE_RANK", "ROLE_NAME"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),

@@ -9,8 +9,9 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from io import TextIOBase
 from threading import Thread
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, TextIO
 
 from litdiffusion.configuration.messages import PROCESS_LOST
 from litdiffusion.sweeps.jobs import Job
@@ -24,23 +25,11 @@ GRACE_SECONDS = 5.0
 _ERROR = re.compile(r"error(?: \(process \d+\))?: ")
 
 FINISHED, SKIPPED, FAILED, STOPPED, WAITING = "finished", "skipped-finished", "failed", "stopped", "waiting"
+RUNNING, SUBMITTED = "running", "submitted"
 
 
-@runtime_checkable
-class Stream(Protocol):
-    """Where a job's output is passed on to: ``sys.stdout``, or its replacement."""
-
-    def write(self, text: str, /) -> int:
-        """Write text."""
-
-    def flush(self) -> None:
-        """Flush it."""
-
-    def isatty(self) -> bool:
-        """Whether it is a terminal."""
-
-    def fileno(self) -> int:
-        """Return the file descriptor."""
+Stream = TextIO | TextIOBase
+"""Where a job's output is passed on to: ``sys.stdout``, or its replacement."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +59,7 @@ class RunningJob:
         self, job: Job, variables: Mapping[str, str], share: Share, terminal: tuple[Stream, Stream] | None
     ) -> None:
         self.job = job
-        self.asked_to_stop: int | None = None
+        self.signals: set[int] = set()
         self._echoes = [_Echo(stream) for stream in terminal] if terminal else []
         self._log = None if terminal else job.folder / "output.log"
         self._log_start = self._log.stat().st_size if self._log and self._log.exists() else 0
@@ -96,11 +85,12 @@ class RunningJob:
 
     def ask_to_stop(self, signum: int) -> None:
         """Send a signal to the job's first process: it saves and stops, and the others with it."""
-        self.asked_to_stop = signum
+        self.signals.add(signum)
         self._process.send_signal(signum)
 
     def kill(self) -> None:
         """End the job and all that it has started."""
+        self.signals.add(signal.SIGKILL)
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
@@ -112,10 +102,10 @@ class RunningJob:
         self._end_group()
         for echo in self._echoes:
             echo.finish()
-        if code == 0 or (self.asked_to_stop and self.job.is_finished()):  # it had ended when the signal came
+        if code == 0 or (self.signals and self.job.is_finished()):  # it had ended when the signal came
             return Outcome(FINISHED)
         signum = -code if code < 0 else code - 128
-        if self.asked_to_stop and signum == self.asked_to_stop:
+        if signum in self.signals:
             return Outcome(STOPPED, f"by {signal.Signals(signum).name}; the same command continues it")
         return Outcome(FAILED, redacted(reason(code, self._tail())))
 

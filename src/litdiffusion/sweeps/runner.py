@@ -1,24 +1,19 @@
 """Jobs one after the other, or several at once; signals to the sweep are passed on to them."""
 
-import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any
 
 from litdiffusion.sweeps.jobs import Job
-from litdiffusion.sweeps.machine import Share, environment
+from litdiffusion.sweeps.machine import JOB, Share, environment
 from litdiffusion.sweeps.process import FAILED, Outcome, RunningJob
-from litdiffusion.system.processes import STOP_SIGNALS
-
-log = logging.getLogger(__name__)
+from litdiffusion.system.processes import handling, stop_signals
 
 LOOK_SECONDS = 0.1
 PATIENCE = 3
-"""After this many signals the jobs are killed."""
+"""At the third Ctrl-C the jobs are killed. Other signals do not count: Slurm and a closing terminal repeat theirs."""
 
 
 class Runner:
@@ -46,7 +41,7 @@ class Runner:
             ended: called when a job has ended.
         """
         waiting = list(jobs)
-        with self._forwarding():
+        with handling(stop_signals(), self._forward):
             while self._running or (waiting and not self._signals):
                 for place in self._places:
                     if waiting and not self._signals and place not in self._running:
@@ -57,7 +52,9 @@ class Runner:
         return self._signals[0] if self._signals else None
 
     def _start(self, job: Job, place: Share, ended: Callable[[Job, Outcome], None]) -> None:
-        variables = environment(place, job.num_processes, self._sweep, self._wants_traceback)
+        variables = environment(place, job.num_processes, self._sweep, self._wants_traceback) | {
+            JOB: job.title
+        }
         terminal = (sys.stdout, sys.stderr) if len(self._places) == 1 else None
         try:
             job.note_start()
@@ -65,7 +62,7 @@ class Runner:
         except OSError as error:
             ended(job, Outcome(FAILED, f"{job.folder} cannot be written ({error.strerror})"))
             return
-        if self._signals and started.asked_to_stop is None:  # it came while the job was being started
+        if self._signals and not started.signals:  # it came while the job was being started
             started.ask_to_stop(self._signals[-1])
 
     def _look(self, ended: Callable[[Job, Outcome], None]) -> None:
@@ -78,22 +75,10 @@ class Runner:
                 return
         time.sleep(LOOK_SECONDS)
 
-    @contextmanager
-    def _forwarding(self) -> Iterator[None]:
-        before: dict[signal.Signals, Any] = {}
-        with suppress(ValueError):  # only the main thread receives signals
-            for signum in STOP_SIGNALS:
-                before[signum] = signal.signal(signum, self._forward)
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-
     def _forward(self, signum: int, frame: FrameType | None) -> None:
         self._signals.append(signum)
         for job in list(self._running.values()):
-            if len(self._signals) < PATIENCE:
+            if self._signals.count(signal.SIGINT) < PATIENCE:
                 job.ask_to_stop(signum)
             else:
                 job.kill()

@@ -1,6 +1,5 @@
 """A sweep: its jobs, which of them are unfinished, and what the sweeper gets to know of each."""
 
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,20 +17,20 @@ from litdiffusion.reporting.report import duration
 from litdiffusion.runs.folder import absolute, writable_folder
 from litdiffusion.runs.lock import RunLock, is_locked
 from litdiffusion.sweeps.jobs import Job, make_job, program_of
-from litdiffusion.sweeps.process import FAILED, FINISHED, SKIPPED, WAITING, Outcome
+from litdiffusion.sweeps.process import FAILED, FINISHED, RUNNING, SKIPPED, SUBMITTED, WAITING, Outcome
+from litdiffusion.sweeps.ranking import goals, ranking, require_comparable
 from litdiffusion.sweeps.table import Results
 from litdiffusion.system.files import write_text
 from litdiffusion.system.launch import num_started, num_tasks
+from litdiffusion.system.processes import interruptible
 from litdiffusion.system.redaction import redacted_override, without_secrets
-
-log = logging.getLogger(__name__)
 
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 
 Perform = Callable[[Sequence[Job], Callable[[Job], None], Callable[[Job, Outcome], None]], int | None]
-"""Runs jobs. It calls the first function when a job begins and the second when it has ended, and returns the signal
-that has stopped it, if one has."""
+"""Runs jobs. It calls the first function when a job begins, or is found at work already, and the second when it has
+ended; it returns the signal that has stopped it, if one has."""
 
 
 KILLED_SWEEP_SECONDS = 60.0
@@ -55,13 +54,13 @@ class Sweep:
         self.wants_traceback = self._command.wants_traceback
         self.results = Results(self.folder / "sweep.csv")
         self._lock = RunLock(self.folder, key="hydra.sweep.dir")
-        self._outcomes: dict[int, Outcome] = {}
+        self._searching = config.hydra.sweeper._target_ != BASIC_SWEEPER
 
     def jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
         """Return the jobs that the sweeper asks for, numbered from ``first``.
 
         Raises:
-            UserError: this is one of several processes.
+            UserError: this is one of several processes, or what is optimized does not compare the jobs.
         """
         self._hide_secrets()
         setup_globals()
@@ -71,10 +70,13 @@ class Sweep:
                 "a sweep is started once, without torchrun or srun: its jobs start their own processes, as many as"
                 " trainer.devices says"
             )
-        return [
+        self._goals = goals(self._config)
+        jobs = [
             make_job(first + index, overrides, self._config, self._loader, self._program)
             for index, overrides in enumerate(job_overrides)
         ]
+        require_comparable(self._config, [*self.results.outcomes, *jobs], self._searching)
+        return jobs
 
     def run(self, jobs: Sequence[Job], perform: Perform, on_this_machine: bool = True) -> list[JobReturn]:
         """Run those of the jobs that are not finished.
@@ -82,24 +84,24 @@ class Sweep:
         Args:
             jobs: of the sweep.
             perform: runs them.
-            on_this_machine: whether only a job of a killed sweep can be at work in a job's folder.
+            on_this_machine: whether jobs that begin run at once, and only one of a killed sweep can be at work in a
+                job's folder.
 
         Raises:
             SystemExit: a signal has stopped the sweep; the code is 128 + the signal.
             UserError: the folder cannot be written, or another sweep is at work there.
         """
-        self._begin()
-        if on_this_machine:
-            self._await_jobs_of_killed_sweep(job for job in jobs if not job.is_finished())
-        signum = perform(self._left_of(jobs), self._say_begun, self._note_end)
-        if signum:
-            sys.exit(128 + signum)
-        return [self._returned(job) for job in jobs]
-
-    def _begin(self) -> None:
         writable_folder("hydra.sweep.dir", str(self.folder))
         self._lock.take()
         self._command.report = self._report
+        if on_this_machine:
+            self._await_jobs_of_killed_sweep(job for job in jobs if not job.is_finished())
+        self._begun = RUNNING if on_this_machine else SUBMITTED
+        with interruptible():
+            signum = perform(self._left_of(jobs), self._note_begun, self._note_end)
+        if signum:
+            sys.exit(128 + signum)
+        return [self._returned(job) for job in jobs]
 
     def _hide_secrets(self) -> None:
         """Mask secrets in the command, which Hydra's sweeper has written by now, before anything is refused."""
@@ -115,12 +117,10 @@ class Sweep:
         """Return the jobs that are not finished, and say how many are."""
         left = [job for job in jobs if not job.is_finished()]
         finished = [job for job in jobs if job not in left]
-        for job in jobs:
-            self._note(job, Outcome(WAITING if job in left else SKIPPED))
+        self.results.note({job: Outcome(WAITING if job in left else SKIPPED) for job in jobs})
         if finished:
             numbers = ", ".join(str(job.number) for job in finished)
             print(f"{len(finished)} of {len(jobs)} jobs are finished already: {numbers}", flush=True)
-        self.results.write()
         return left
 
     def _await_jobs_of_killed_sweep(self, jobs: Iterable[Job]) -> None:
@@ -132,39 +132,32 @@ class Sweep:
             while is_locked(job.folder) and time.monotonic() < deadline:
                 time.sleep(0.2)
 
-    def _note(self, job: Job, outcome: Outcome) -> None:
-        self._outcomes[job.number] = outcome
-        self.results.plan(job, outcome)
-
-    def _say_begun(self, job: Job) -> None:
-        print(f"{self._title(job)} starts in {job.folder}", flush=True)
+    def _note_begun(self, job: Job) -> None:
+        self.results.note({job: Outcome(self._begun)})
+        print(f"{self._title(job)} {self._begun}: {job.folder}", flush=True)
 
     def _note_end(self, job: Job, outcome: Outcome) -> None:
-        self._note(job, outcome)
-        self.results.write()
+        self.results.note({job: outcome})
         seconds = job.results().get("wall_seconds") if outcome.status == FINISHED else None
         spent = f" in {duration(seconds)}" if isinstance(seconds, int | float) else ""
         why = f": {outcome.reason}" if outcome.reason else ""
         print(f"{self._title(job)} {outcome.status}{spent}{why}", flush=True)
 
     def _title(self, job: Job) -> str:
-        special = self.results.title(job)
-        return f"Job {job.number} ({special})" if special else f"Job {job.number}"
+        return f"Job {job.number} ({job.title})" if job.title else f"Job {job.number}"
 
     def _returned(self, job: Job) -> JobReturn:
         """Return a job's result to the sweeper. Hydra's own gets no failure, at which it would end the sweep."""
         returned = JobReturn(
             overrides=list(job.overrides), working_dir=str(Path.cwd()), status=JobStatus.COMPLETED
         )
-        outcome = self._outcomes[job.number]
-        searching = self._config.hydra.sweeper._target_ != BASIC_SWEEPER
-        try:
-            if outcome.status == FAILED:
-                raise UserError(f"job {job.number}: {outcome.reason}")
-            if job.wanted and (searching or job.results()):
-                returned.return_value = job.value()
-        except UserError as error:
-            if searching:
+        outcome = self.results.outcomes[job]
+        if self._searching:
+            try:
+                if outcome.status == FAILED:
+                    raise UserError(f"job {job.number}: {outcome.reason}")
+                returned.return_value = job.value(self._goals)
+            except UserError as error:
                 returned.status, returned.return_value = JobStatus.FAILED, error
         return returned
 
@@ -172,7 +165,13 @@ class Sweep:
         """Release the folder, and print the table."""
         self._lock.release()
         self._command.failed |= self.results.failed()
-        metric = self._config.get("optimized_metric")
-        metric = metric if isinstance(metric, str) else "val_loss"
+        available = {name for row in self.results.rows() for name in row}
+        metric, line = ranking(self._config, list(self.results.outcomes), available)
         table = self.results.table(metric, direction(metric, _root_=self._config) == "maximize")
-        print(f"\n{table}\n{self.results.path} holds this table.", flush=True)
+        print(
+            f"\n{table}",
+            *filter(None, [line]),
+            f"{self.results.path} holds this table.",
+            sep="\n",
+            flush=True,
+        )

@@ -3,14 +3,13 @@
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from litdiffusion.sweeps.jobs import Job
 from litdiffusion.sweeps.process import FAILED, Outcome
 from litdiffusion.system.files import write_text
-from litdiffusion.system.redaction import redacted_override
 
 NUMBERS = ("train_loss", "images_per_second", "wall_seconds")
 """What of a training run is shown beside its metrics; of other commands, all that their results hold is."""
@@ -19,63 +18,41 @@ Row = dict[str, Any]
 
 
 class Results:
-    """The jobs of a sweep, by number, and how each of them stands.
+    """The jobs of a sweep, and how each of them stands.
 
     Args:
-        path: of the csv file, which holds all rows from one call of ``note`` to the next.
+        path: of the csv file. Folders of jobs are relative to its own, so that they may be moved together.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._jobs: dict[int, tuple[Job, Outcome]] = {}
+        self.outcomes: dict[Job, Outcome] = {}
 
-    def note(self, job: Job, outcome: Outcome) -> None:
-        """Say how a job stands, and write the file anew."""
-        self.plan(job, outcome)
-        self.write()
-
-    def plan(self, job: Job, outcome: Outcome) -> None:
-        """Say how a job stands."""
-        self._jobs[job.number] = (job, outcome)
-
-    def write(self) -> None:
-        """Write the file, whole."""
+    def note(self, outcomes: Mapping[Job, Outcome]) -> None:
+        """Say how jobs stand, and write the file anew."""
+        self.outcomes |= outcomes
         rows = self.rows()
         text = io.StringIO()
         writer = csv.DictWriter(text, _columns(rows), restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({**row, "run_dir": _from(self.path.parent, row["run_dir"])} for row in rows)
         write_text(self.path, text.getvalue())
 
     def rows(self) -> list[Row]:
-        """Return one row for each job, in order of their numbers; a job that has not ended has no numbers."""
-        varied = self.varied()
-        rows = []
-        for number in sorted(self._jobs):
-            job, outcome = self._jobs[number]
-            choices = _choices(job.overrides)
-            row = {"job": number, "status": outcome.status, **{key: choices.get(key, "") for key in varied}}
-            if outcome.status.endswith("finished"):
-                row |= _numbers(job)
-            rows.append({**row, "run_dir": str(job.folder), "reason": outcome.reason})
-        return rows
+        """Return one row for each job; one that has not ended has no numbers."""
+        varied = dict.fromkeys((key for job in self.outcomes for key in job.varied), "")
+        return [
+            {"job": job.number, "status": outcome.status, **varied, **job.varied}
+            | (_numbers(job) if outcome.status.endswith("finished") else {})
+            | {"run_dir": str(job.folder), "reason": outcome.reason}
+            for job, outcome in self.outcomes.items()
+        ]
 
-    def varied(self) -> list[str]:
-        """Return the keys in whose values the jobs differ."""
-        chosen = [_choices(job.overrides) for job, _ in self._jobs.values()]
-        keys = dict.fromkeys(key for choices in chosen for key in choices)
-        return [key for key in keys if len({choices.get(key) for choices in chosen}) > 1]
-
-    def title(self, job: Job) -> str:
-        """Return what is special about a job, as it would be typed."""
-        choices = _choices(job.overrides)
-        return " ".join(f"{key}={choices[key]}" for key in self.varied() if key in choices)
-
-    def table(self, metric: str = "val_loss", higher_is_better: bool = False) -> str:
+    def table(self, metric: str | None, higher_is_better: bool = False) -> str:
         """Return a table for the terminal, the best by ``metric`` first, and the rest in order."""
 
         def place(row: Row) -> tuple[float, int]:
-            value = row.get(metric)
+            value = row.get(metric or "")
             if not (isinstance(value, int | float) and math.isfinite(value)):
                 return math.inf, row["job"]
             return -value if higher_is_better else value, row["job"]
@@ -91,7 +68,7 @@ class Results:
 
     def failed(self) -> bool:
         """Whether a job has failed."""
-        return any(outcome.status == FAILED for _, outcome in self._jobs.values())
+        return any(outcome.status == FAILED for outcome in self.outcomes.values())
 
 
 def _numbers(job: Job) -> Row:
@@ -106,11 +83,6 @@ def _numbers(job: Job) -> Row:
     return {key: found[key] for key in shown if key in found}
 
 
-def _choices(overrides: Iterable[str]) -> dict[str, str]:
-    parts = [redacted_override(text).partition("=") for text in overrides]
-    return {key.lstrip("+"): value for key, _, value in parts}
-
-
 def _columns(rows: Sequence[Row]) -> list[str]:
     """Return the names of all columns, the folder and the reason last."""
     names = dict.fromkeys(name for row in rows for name in row)
@@ -121,5 +93,8 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = str(value)
-    return str(Path(text).relative_to(Path.cwd())) if text and Path(text).is_relative_to(Path.cwd()) else text
+    return _from(Path.cwd(), str(value))
+
+
+def _from(folder: Path, text: str) -> str:
+    return str(Path(text).relative_to(folder)) if text and Path(text).is_relative_to(folder) else text

@@ -100,6 +100,7 @@ def append_text(path: Path, text: str) -> None:
                 rest = memoryview(text.encode())
                 while rest:
                     rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
             except OSError:
                 file.truncate(before)
                 raise

@@ -1,6 +1,7 @@
-"""Releases of other packages that must not be used, or cannot: looked up by name, before any is imported."""
+"""Releases of other packages, and systems, that will not do: looked up by name, before any is imported."""
 
 import re
+import signal
 from importlib.metadata import PackageNotFoundError, version
 
 from litdiffusion.errors import UserError
@@ -30,6 +31,24 @@ def require_sound_versions() -> None:
     if hydra and omegaconf and _numbers(hydra) < (1, 4) and _numbers(omegaconf) >= (2, 4):
         raise UserError(
             f"hydra-core {hydra} does not work with omegaconf {omegaconf}: `pip install 'omegaconf>=2.3,<2.4'`"
+        )
+
+
+def require_unix() -> None:
+    """Refuse to train on a system without the file locks and signals that a run relies on.
+
+    Raises:
+        UserError: such as Windows.
+    """
+    try:
+        import fcntl  # noqa: F401
+
+        found = hasattr(signal, "SIGUSR1")
+    except ImportError:
+        found = False
+    if not found:
+        raise UserError(
+            "training runs on Linux and macOS (on Windows, in WSL); load_model, sample and evaluate run anywhere"
         )
 
 

@@ -3,6 +3,8 @@
 The mathematics is in ``diffusion``; what is logged, saved and shown is in ``callbacks``.
 """
 
+import inspect
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
@@ -12,13 +14,15 @@ from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from litdiffusion.data.datamodule import Batch
 from litdiffusion.diffusion import Denoiser, Draws, Objective, ObjectiveOutput
 from litdiffusion.errors import UserError
 from litdiffusion.evaluation import Metric, Model, listed, numbers
 from litdiffusion.training.ema import EMA
+
+log = logging.getLogger(__name__)
 
 
 class StepOutput(TypedDict):
@@ -125,21 +129,25 @@ class LitDiffusion(LightningModule):
         value: Any,
         prog_bar: bool = False,
         logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> None:
         """Log a number as Lightning does; the monitor adds it to its next row, of training or of validation.
 
-        Lightning itself would hand it to the loggers in a row of its own, without ``images_seen``. The stream of
-        training images has no end, so what is logged by epoch (``on_epoch=True`` alone) never arrives.
+        Lightning itself would log it in a row of its own. The stream of training images has no end, so what is to be
+        logged by epoch is logged by step; and a validation is one row, not one of each batch.
         """
-        super().log(name, value, prog_bar, False, *args, **kwargs)
+        if (on_step or on_epoch) and "epoch" not in str(self._current_fx_name):
+            on_step, on_epoch = self.training, not self.training
+        super().log(name, value, prog_bar, False, on_step, on_epoch, *args, **kwargs)
         if logger is not False:
             self.to_log[self.training].add(name)
 
-    def take_logged(self) -> dict[str, Tensor]:
+    def take_logged(self, training: bool) -> dict[str, Tensor]:
         """Return the latest values of what was logged since the last call, in training or in validation."""
-        if not (names := self.to_log[self.training]):
+        if not (names := self.to_log[training]):
             return {}
         found = {name: value for name, value in self.trainer.callback_metrics.items() if name in names}
         names.difference_update(found)
@@ -155,19 +163,18 @@ class LitDiffusion(LightningModule):
         Raises:
             UserError: one of them refuses its arguments.
         """
+        node = "optimizer"
         try:
             learned = (*self.denoiser.core.net.parameters(), *self.objective.parameters())
             optimizer = self.optimizer_factory(
                 [parameter for parameter in learned if parameter.requires_grad]
             )
-        except ValueError as error:
-            raise UserError(f"optimizer: {error}") from error
-        if not math.isfinite(lr := optimizer.defaults.get("lr", 0)):
-            raise UserError(f"optimizer.lr={lr}: must be a finite number")
-        try:
+            if not math.isfinite(lr := optimizer.defaults.get("lr", 0)):
+                raise UserError(f"optimizer.lr={lr}: must be a finite number")
+            node = "lr_scheduler"
             scheduler = self.lr_scheduler_factory(optimizer)
-        except ValueError as error:
-            raise UserError(f"lr_scheduler: {error}") from error
+        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:  # torch's raise them all
+            raise UserError(f"{node}: {error}") from error
         # Lightning takes every fused optimizer for one that unscales float16 gradients itself, and refuses to clip
         # for it, under bfloat16 as well, where nothing is scaled.
         if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -175,18 +182,33 @@ class LitDiffusion(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the settings of this configuration's optimizer, where another run's checkpoint has others.
+        """Go on with the settings of this configuration, where the checkpoint's are of others or of another torch.
 
         The moments stay, and the learning rate keeps its place on its schedule. Without a change nothing differs by a
-        bit.
+        bit; where the schedule has changed at this step, a warning says so.
         """
         [saved], [schedule] = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
-        fresh = self.configure_optimizers()["optimizer"].param_groups
-        for group, wanted in zip(saved["param_groups"], fresh, strict=True):
-            factor = group["lr"] / group["initial_lr"] if group["initial_lr"] else 1.0
-            lr = wanted["initial_lr"] * factor
-            group.update({**wanted, "lr": lr, "params": group["params"]})
-        schedule["base_lrs"] = [group["initial_lr"] for group in fresh]
+        configured = self.configure_optimizers()
+        scheduler: LRScheduler = configured["lr_scheduler"]["scheduler"]
+        step = schedule["last_epoch"]
+        for index, wanted in enumerate(configured["optimizer"].param_groups):
+            group = saved["param_groups"][index]
+            before, base = group["initial_lr"], wanted["initial_lr"]
+            lr = group["lr"] * (base / before) if before else base
+            if isinstance(scheduler, LambdaLR):  # a function of the step
+                now = base * scheduler.lr_lambdas[index](step)
+                if before and self.global_rank == 0 and not math.isclose(lr, now):
+                    log.warning(
+                        "lr_scheduler has changed: the learning rate goes from %.3g to %.3g at step %d"
+                        " (lr_scheduler.total_steps follows trainer.max_steps)",
+                        *(lr, now, step),
+                    )
+                lr = now
+            saved["param_groups"][index] = {**wanted, "lr": lr, "params": group["params"]}
+        state = scheduler.state_dict()
+        settings = inspect.signature(type(scheduler)).parameters.keys() - {"last_epoch"} | {"base_lrs"}
+        kept = {name: value for name, value in schedule.items() if name in state.keys() - settings}
+        checkpoint["lr_schedulers"] = [state | kept]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then average: before any callback of this step, so that a checkpoint holds both."""

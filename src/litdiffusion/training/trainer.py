@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 from lightning import Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from omegaconf import DictConfig
 
 from litdiffusion.configuration.nodes import build
@@ -35,19 +36,35 @@ def build_loggers(cfg: DictConfig) -> list[RunLogger]:
 
 def build_trainer(cfg: DictConfig, loggers: list[RunLogger]) -> Trainer:
     """Build the callbacks and the trainer that runs them."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("pytorch", "fabric"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
+    for name in ("profilers", "callbacks"):  # what they say has been asked for
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
     for message in IGNORED:
         warnings.filterwarnings("ignore", message=message)
+    callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
     supplied: dict[str, Any] = {
         "logger": loggers,
-        "callbacks": [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node],
+        "callbacks": callbacks,
+        # Or Lightning would add its own.
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
         "plugins": [plugin for plugin in (WholeCheckpointIO(), cluster_environment()) if plugin],
     }
     if not cfg.datamodule.num_val:
         supplied["limit_val_batches"] = 0  # or Lightning warns that there is nothing to validate on
     trainer: Trainer = build(cfg.trainer, "trainer", **supplied)
     return trainer
+
+
+def reason_to_stop(trainer: Trainer) -> str | None:
+    """Return why a callback, such as Lightning's ``EarlyStopping``, ended the training early; None where none did."""
+    if trainer.global_step >= trainer.max_steps:
+        return None
+    attached: Any = trainer
+    said = (getattr(callback, "stopping_reason_message", None) for callback in attached.callbacks)
+    reason = next(filter(None, said), "a callback ended the training")
+    return reason.removesuffix(" Signaling Trainer to stop.")
 
 
 def validate_and_sample(trainer: Trainer, module: LitDiffusion, run: Run) -> None:
@@ -58,6 +75,6 @@ def validate_and_sample(trainer: Trainer, module: LitDiffusion, run: Run) -> Non
         if saving := get_callback(trainer, SaveCheckpoints):
             saving.save(trainer, again=True)  # a run that is stopped from here on has validated its end
     if trainer.is_global_zero:
-        run.folder.forget_summary()
+        run.folder.summary.unlink(missing_ok=True)  # of an earlier end, whose pictures are overwritten now
     if sampling := get_callback(trainer, SampleImages):
         sampling.finish(trainer, module)

@@ -12,7 +12,6 @@ from litdiffusion.errors import UserError
 from litdiffusion.system.files import hardlink
 from litdiffusion.training.callbacks.attached import get_callback
 from litdiffusion.training.callbacks.monitor import Monitor, check_finite, clock_stopped
-from litdiffusion.training.checkpoint_io import WholeCheckpointIO
 from litdiffusion.training.module import LitDiffusion
 
 
@@ -86,8 +85,10 @@ class SaveCheckpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note the step that was read: it need not be saved again."""
+        """Note the step that was read, which need not be saved again; stop where a callback had stopped the run."""
         self.saved_step = checkpoint["global_step"]
+        is_own = Path(str(trainer.ckpt_path)).parent == self.folder
+        trainer.should_stop = is_own and checkpoint.get("stopped_before", -1) >= trainer.max_steps
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -105,13 +106,21 @@ class SaveCheckpoints(Checkpoint):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Make the checkpoint self-contained, and its counters those of a finished step."""
-        checkpoint.update(self.embedded)
-        # Lightning has counted the batch that is about to start. Resumed from that count, the run would count it
-        # twice, and validate one step early from then on.
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        """Make the checkpoint self-contained, and its counters those of the end of a step.
+
+        From there Lightning resumes with the next one, whichever hook has saved. From a count that includes the batch
+        that is about to start, it would validate one step early from then on; from one of a finished step, it would
+        count a step with a validation twice in what it logs.
+        """
+        checkpoint.update(self.embedded, optimizer=type(trainer.optimizers[0]).__name__)
+        if trainer.should_stop:
+            checkpoint["stopped_before"] = trainer.max_steps
+        loop = checkpoint["loops"]["fit_loop"]
+        progress = loop["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
-            counts["ready"] = counts["completed"]
+            done = counts["processed"]
+            counts.update(ready=done, started=done, completed=done - 1)
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step - 1
 
     def save(self, trainer: Trainer, again: bool = False) -> None:
         """Save the current step; one that is saved already only where ``again`` is set.
@@ -126,15 +135,15 @@ class SaveCheckpoints(Checkpoint):
         check_finite(trainer)
         if self._is_best(trainer):
             self.best_value, self.best_step = self._validated(trainer), trainer.global_step
+        writer: Any = trainer.strategy.checkpoint_io
         self.is_saving = True
         try:
             with clock_stopped(trainer):
-                writer = trainer.strategy.checkpoint_io
-                if isinstance(writer, WholeCheckpointIO):
-                    writer.previous = None if known else self.folder / "previous.ckpt"
+                writer.previous = None if known else self.folder / "previous.ckpt"
                 trainer.save_checkpoint(self.last)
         finally:
             self.is_saving = False
+            writer.previous = None  # a ModelCheckpoint beside this one keeps no previous file
         self.saved_step = trainer.global_step
         self._keep(trainer)
 

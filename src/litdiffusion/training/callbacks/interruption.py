@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, and the signals by which Slurm announces the time limit: finish the step, save it, stop.
+"""Ctrl-C, SIGTERM, SIGHUP, and the signals by which Slurm announces the time limit: finish the step, save it, stop.
 
 A validation or sampling between two steps may take longer than the time that Slurm leaves. Then the run stops in the
 middle of it, and continues from its last checkpoint: a job that Slurm kills is not requeued.
@@ -8,8 +8,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, Never
 
@@ -17,7 +16,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from litdiffusion.system.processes import STOP_SIGNALS
+from litdiffusion.system.processes import handling, stop_signals
 from litdiffusion.training.callbacks.attached import get_callback
 from litdiffusion.training.callbacks.checkpoints import SaveCheckpoints
 
@@ -70,7 +69,7 @@ class StopCleanly(Callback):
         def install() -> None:
             connector._original_handlers = connector._get_current_signal_handlers()
             if trainer.training or trainer.sanity_checking:  # a validation by itself has handlers of its own
-                for signum in STOP_SIGNALS:
+                for signum in stop_signals():
                     signal.signal(signum, self._note)
                 signal.signal(signal.SIGALRM, lambda signum, frame: self._out_of_time(trainer))
 
@@ -171,29 +170,10 @@ def stop_child_observer() -> None:
             thread._child_processes = []  # type: ignore[attr-defined]
 
 
-@contextmanager
-def ending_at_once() -> Iterator[None]:
-    """Let a Ctrl-C end the process at once, as other signals do until ``StopCleanly`` handles them.
-
-    Processes wait for each other in C++, where Python's own handler would not run.
-    """
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def stopping_at_once(trainer: Trainer) -> Iterator[None]:
+def stopping_at_once(trainer: Trainer) -> AbstractContextManager[None]:
     """Raise ``Interrupted`` at once: after the training there is no step to finish, and everything is saved."""
 
     def stop(signum: int, frame: FrameType | None) -> Never:
         raise Interrupted(signum, trainer.global_step)
 
-    previous = {signum: signal.signal(signum, stop) for signum in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+    return handling(stop_signals(), stop)

@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
-from litdiffusion.diffusion.devices import to_device
+from litdiffusion.diffusion.devices import precise_dtype, to_device
 from litdiffusion.evaluation.metric import BINS, TENTHS, tenth_of
 from litdiffusion.system.processes import gathered, rank_and_number
-from litdiffusion.training.callbacks.attached import get_callback, images_seen
+from litdiffusion.training.callbacks.attached import get_callback
 from litdiffusion.training.callbacks.nan_guard import check_weights, diverged
 from litdiffusion.training.module import LitDiffusion, StepOutput
 
@@ -25,11 +25,11 @@ STATE = ("loss", "validated", "validated_step", "images_per_second")
 class Monitor(Callback):
     """Log loss (by noise level, too), gradient norm, learning rate and throughput; stop at the first NaN.
 
-    Every value is logged at an optimizer step, with ``images_seen`` beside it as the axis to compare runs on. What
-    the module logs by ``self.log`` joins the row: the latest value since the last one. The losses are means over all
-    images since the last line, weighted where some times are drawn more often than others. All of these travel in
-    checkpoints, so a resumed run logs what an uninterrupted one would, and sums up what one resumed at its end has
-    left. The losses are summed on the device: on a GPU, only the steps that log a line wait for it.
+    What is logged by ``self.log``, in the module or in a callback, joins the row: the latest value since the last
+    one. The losses are means over all images since the last line, weighted where some times are drawn more often than
+    others. All of these travel in checkpoints, so a resumed run logs what an uninterrupted one would, and sums up
+    what one resumed at its end has left. The losses are summed on the device: on a GPU, only the steps that log a
+    line wait for it.
 
     Args:
         every_n_steps: optimizer steps between lines.
@@ -44,6 +44,7 @@ class Monitor(Callback):
         self.images_per_second = 0.0
         self.loss: float | None = None
         self.validated: dict[str, float] = {}
+        self.row: dict[str, float] | None = None  # complete but for what the hooks after this one log
         self.logged: dict[str, Tensor | float] = {}
         self.validated_step = -1
         self.clock = Clock()
@@ -70,6 +71,7 @@ class Monitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start the clock with the first step; from then on the wait for data counts as well."""
+        self._log_row(trainer, pl_module)
         self.clock.start(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -83,20 +85,24 @@ class Monitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add a step to the line, and log the line where it is full."""
-        assert isinstance(pl_module, LitDiffusion)
+        """Add a step to the line, and sum the line up where it is full."""
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         step = trainer.global_step + (not stepped)
         self._add(outputs, trainer.world_size, step)
-        self.logged |= pl_module.take_logged()
         due = step % self.every_n_steps == 0
         if due or pl_module.device.type == "cpu":  # on a GPU, looking at the loss waits for it
             self.check_loss(trainer)
         if stepped and due:
-            self._log(trainer, pl_module)
+            self.row = self._sum_up(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have callbacks find the loss of the last line, as they would have without an interruption."""
+        if self.loss is not None:
+            trainer.callback_metrics["train/loss"] = torch.tensor(self.loss)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run shorter than a line has a loss and a speed too."""
+        self._log_row(trainer, pl_module)
         self.clock.stop(trainer)
         self.check_loss(trainer)
         sums, weights = self._line_of_all(trainer)
@@ -107,13 +113,14 @@ class Monitor(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exclude validation from the throughput."""
+        self._log_row(trainer, pl_module)
         self.clock.stop(trainer)
         check_finite(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand what validation has measured to the loggers."""
         assert isinstance(pl_module, LitDiffusion)
-        measured = floats(pl_module.take_logged())
+        measured = floats(pl_module.take_logged(training=False))
         if not trainer.sanity_checking:
             self.validated, self.validated_step = measured, trainer.global_step
             log_metrics(trainer, measured)
@@ -133,19 +140,27 @@ class Monitor(Callback):
 
     def _add(self, outputs: StepOutput, world_size: int, step: int) -> None:
         output = outputs["output"]
-        losses = output.losses.detach().double()
-        weights = torch.ones_like(losses) if output.weights is None else output.weights.double()
+        losses = output.losses.detach().to(precise_dtype(output.losses.device))
+        weights = torch.ones_like(losses) if output.weights is None else output.weights.to(losses)
         t = torch.ones_like(losses) if output.t is None else output.t
         added = torch.stack((weights * losses, weights))
         bins = tenth_of(t)
-        self.line = to_device(self.line, losses.device).index_add(1, bins, added)
+        self.line = to_device(self.line.to(losses.dtype), losses.device).index_add(1, bins, added)
         self._images += len(losses) * world_size
         # Which step was the first is kept on the device: reading it is what waits.
         since = torch.zeros_like(bins[0]) if self._nonfinite_since is None else self._nonfinite_since
         sound = torch.isfinite(outputs["loss"].detach()) | (since > 0)
         self._nonfinite_since = torch.where(sound, since, step)
 
-    def _log(self, trainer: Trainer, module: LitDiffusion) -> None:
+    def _log_row(self, trainer: Trainer, module: LightningModule) -> None:
+        """Add what has been logged meanwhile, before anything is saved, and log the row if there is one."""
+        assert isinstance(module, LitDiffusion)
+        self.logged |= module.take_logged(training=True)
+        if self.row is not None:
+            log_metrics(trainer, self.row | floats(self.logged))
+            self.row, self.logged = None, {}
+
+    def _sum_up(self, trainer: Trainer) -> dict[str, float]:
         sums, weights = self._line_of_all(trainer)
         self.loss = float(sums.sum() / weights.sum())
         self.clock.stop(trainer)
@@ -160,12 +175,11 @@ class Monitor(Callback):
         for tenth, total, weight in zip(TENTHS, sums.tolist(), weights.tolist(), strict=True):
             if weight:
                 metrics[f"train/loss{tenth}"] = total / weight
-        module.log("train/loss", self.loss, logger=False, rank_zero_only=True)
-        log_metrics(trainer, metrics | floats(self.logged))
-        self.logged = {}
+        trainer.callback_metrics["train/loss"] = torch.tensor(self.loss)
         self.line = torch.zeros_like(self.line)
         self._images = 0
         self.clock.restart(trainer)
+        return metrics
 
     def _line_of_all(self, trainer: Trainer) -> Tensor:
         return trainer.strategy.reduce(
@@ -226,7 +240,7 @@ def check_finite(trainer: Trainer) -> None:
 def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
     """Send metrics to every logger at the current optimizer step, past the reach of ``kill -9``."""
     for logger in trainer.loggers:
-        logger.log_metrics({"images_seen": images_seen(trainer), **metrics}, step=trainer.global_step)
+        logger.log_metrics(metrics, step=trainer.global_step)
 
 
 def floats(values: Mapping[str, Tensor | float]) -> dict[str, float]:

@@ -6,16 +6,19 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from PIL.Image import Image
 
-from litdiffusion.diffusion import Sampler
+from litdiffusion.diffusion import Sampler, SamplerOutput
 from litdiffusion.reporting import images as pictures
 from litdiffusion.reporting.gif import Film, pick_frames, save_gif
 from litdiffusion.sampling import sample_images
+from litdiffusion.system.processes import share_of
 from litdiffusion.training.callbacks.attached import datamodule_of, images_seen
 from litdiffusion.training.callbacks.monitor import check_finite, clock_stopped
+from litdiffusion.training.callbacks.progress import showing
 from litdiffusion.training.loggers import RunLogger
 from litdiffusion.training.module import LitDiffusion
 
 STRIP_IMAGES = 4
+BATCH_SIZE = 64
 
 
 class SampleImages(Callback):
@@ -68,11 +71,18 @@ class SampleImages(Callback):
         assert isinstance(module, LitDiffusion)
         check_finite(trainer)
         module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when the training is over
-        num_steps = len(self.sampler.times(module.denoiser.schedule)) - 1
-        film = Film(pick_frames(num_steps) if record else ())
-        with trainer.precision_plugin.forward_context():  # the autocast of training
+        num_times = len(self.sampler.times(module.denoiser.schedule))
+        film = Film(pick_frames(num_times - 1) if record else ())
+        total = num_times * -(-len(share_of(self.num_images)) // BATCH_SIZE)
+        # under the autocast of training
+        with trainer.precision_plugin.forward_context(), showing(trainer, "sampling", total) as advance:
+
+            def watch(start: int, output: SamplerOutput) -> None:
+                film.watch(start, output)
+                advance()
+
             samples = sample_images(
-                module.ema_denoiser, self.sampler, self.num_images, self.seed, watch=film.watch
+                module.ema_denoiser, self.sampler, self.num_images, self.seed, BATCH_SIZE, watch
             )
         frames = film.frames()
         if not trainer.is_global_zero:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from litdiffusion.errors import UserError
 from litdiffusion.runs.run import Run
 from litdiffusion.system.redaction import redacted_override, without_secrets
 
@@ -18,11 +19,16 @@ class RunLogger(Logger):
     ``metrics.csv`` in the run folder holds every row; a dashboard shows them. All methods but one may do nothing.
     """
 
+    images_per_step = 0
+    exit_code = 0
+    """Of this command, when the logger is closed: not 0 where the run was stopped, or has failed."""
+
     def resume_at(self, step: int, images_per_step: int) -> None:
         """Set the optimizer step at which the training begins, 0 or where it is resumed, before anything is logged.
 
         Rows and pictures of later steps will be logged again.
         """
+        self.images_per_step = images_per_step
 
     def describe(self, config: dict[str, Any]) -> None:
         """Open the run, and show its configuration.
@@ -33,7 +39,11 @@ class RunLogger(Logger):
 
     @abstractmethod
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add a row of numbers, ``images_seen`` among them; a row that was added survives ``kill -9``."""
+        """Add a row of numbers, as ``row`` completes it; a row that was added survives ``kill -9``."""
+
+    def row(self, metrics: Mapping[str, float], step: int | None) -> dict[str, float]:
+        """Return numbers with ``images_seen`` beside them; Lightning's own callbacks log them without."""
+        return {"images_seen": (step or 0) * self.images_per_step, **metrics}
 
     def log_picture(self, path: Path, step: int, images_seen: int) -> None:
         """Show a picture or a GIF; the file is left in its place."""
@@ -74,16 +84,19 @@ class ForeignLogger(RunLogger):
 
     def describe(self, config: dict[str, Any]) -> None:
         """See ``RunLogger``."""
-        self._logger.log_hyperparams(config)
+        try:
+            self._logger.log_hyperparams(config)
+        except Exception as error:  # of any dashboard
+            raise UserError(f"logger: {type(self._logger).__name__}: {error}") from error
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """See ``RunLogger``."""
-        self._logger.log_metrics(dict(metrics), step)
+        self._logger.log_metrics(self.row(metrics, step), step)
         self._logger.save()
 
     def close(self) -> None:
         """See ``RunLogger``."""
-        self._logger.finalize("success")
+        self._logger.finalize("failed" if self.exit_code else "success")
 
 
 def open_loggers(loggers: Sequence[RunLogger], run: Run, step: int, images_per_step: int) -> None:
@@ -116,7 +129,8 @@ def complete_loggers(loggers: Sequence[RunLogger], run: Run) -> None:
             logger.close()
 
 
-def close_loggers(loggers: Sequence[RunLogger]) -> None:
+def close_loggers(loggers: Sequence[RunLogger], exit_code: int = 0) -> None:
     """Close loggers; those that are closed already do nothing."""
     for logger in loggers:
+        logger.exit_code = exit_code
         logger.close()

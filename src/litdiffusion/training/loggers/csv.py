@@ -21,9 +21,15 @@ class CSVLogger(RunLogger):
         self._path = Path(path)
         self._table: MetricsTable | None = None
 
+    @property
+    def save_dir(self) -> str:
+        """Where Lightning's own callbacks and profilers write: the run folder."""
+        return str(self._path.parent)
+
     @rank_zero_only
     def resume_at(self, step: int, images_per_step: int) -> None:
         """Drop the rows of later steps."""
+        super().resume_at(step, images_per_step)
         self._table = MetricsTable(self._path, up_to_step=step)
 
     @rank_zero_only
@@ -31,4 +37,4 @@ class CSVLogger(RunLogger):
         """Append a row."""
         if self._table is None:
             self._table = MetricsTable(self._path)
-        self._table.append({"step": step or 0, **metrics})
+        self._table.append({"step": step or 0, **self.row(metrics, step)})

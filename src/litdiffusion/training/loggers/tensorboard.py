@@ -43,6 +43,7 @@ class TensorBoard(RunLogger):
         Raises:
             UserError: another file lies where TensorBoard's folder would.
         """
+        super().resume_at(step, images_per_step)
         if (self._folder.exists() or self._folder.is_symlink()) and not self._folder.is_dir():
             raise UserError(f"{self._folder} is no folder: move it away, or use another logger")
         self._resumed_at, self._known = step, _written(self._folder, step) if step else set()
@@ -65,7 +66,7 @@ class TensorBoard(RunLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add a row of numbers."""
         writer = self._open()
-        for key, value in metrics.items():
+        for key, value in self.row(metrics, step).items():
             if self._is_new(key, step):
                 writer.add_scalar(key, value, step)
         writer.flush()

@@ -27,6 +27,9 @@ STEP = "trainer/global_step"
 WATERMARK = "logged_until"
 """The file beside W&B's own that holds the last place up to which W&B has everything: written on closing."""
 
+NAME_CHARACTERS = 128
+"""The longest name that W&B takes."""
+
 Place = tuple[int, int]
 """A step, and which of that step's rows; 0 for a picture, which comes before them."""
 
@@ -48,13 +51,16 @@ class WandB(RunLogger):
     Args:
         run_dir: the run folder.
         project: W&B's.
-        name: of the run; None for the folder's name.
+        name: of the run; None for what is special about it in its sweep, or else the folder's name.
         group: None for the sweep that this is a job of, if it is one.
-        tags: of the run.
+        tags: of the run; those of the environment's ``WANDB_TAGS`` join them.
+        entity, job_type, notes: W&B's; None for the environment's ``WANDB_ENTITY``, ``WANDB_JOB_TYPE`` and
+            ``WANDB_NOTES``.
         mode: ``auto`` is the environment's ``WANDB_MODE``, or else online where this machine has a W&B account, and
             offline otherwise, with a notice; the user is never prompted.
 
     Raises:
+        ValueError: W&B does not take one of these, or a variable of the environment.
         UserError: online is asked for, and there is no account.
     """
 
@@ -66,20 +72,27 @@ class WandB(RunLogger):
         group: str | None = None,
         tags: list[str] | None = None,
         mode: Literal["auto", "online", "offline", "disabled"] = "auto",
+        entity: str | None = None,
+        job_type: str | None = None,
+        notes: str | None = None,
     ) -> None:
         super().__init__()
         self._run = RunFolder(Path(run_dir))
         self._folder = self._run.path / "wandb"
-        self._mode, self._notice = client.settled_mode(mode, self._folder)
         self._settings = {
             "project": project,
-            "name": name or self._run.path.name,
+            "name": (name or os.environ.get("LITDIFFUSION_JOB") or self._run.path.name)[:NAME_CHARACTERS],
             "group": group or os.environ.get("LITDIFFUSION_SWEEP"),
-            "tags": tags,
+            "tags": [*(tags or ()), *filter(None, os.environ.get("WANDB_TAGS", "").split(","))] or None,
+            "entity": entity,
+            "job_type": job_type,
+            "notes": notes,
         }
+        client.require_sound(self._settings)
+        self._mode, self._notice = client.settled_mode(mode, self._folder)
         self._experiment: Any = None
         self._config: dict[str, Any] = {}
-        self._step = self._images_per_step = 0
+        self._step = 0
         self._shown: dict[Path, tuple[int, int]] = {}
         self._described = self._given_up = False
 
@@ -91,7 +104,8 @@ class WandB(RunLogger):
     @rank_zero_only
     def resume_at(self, step: int, images_per_step: int) -> None:
         """See ``RunLogger``."""
-        self._step, self._images_per_step = step, images_per_step
+        super().resume_at(step, images_per_step)
+        self._step = step
 
     @rank_zero_only
     def describe(self, config: dict[str, Any]) -> None:
@@ -122,7 +136,7 @@ class WandB(RunLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add a row of numbers."""
-        self._log(step or 0, partial(dict, metrics))
+        self._log(step or 0, partial(dict, self.row(metrics, step)))
 
     @rank_zero_only
     def log_picture(self, path: Path, step: int, images_seen: int) -> None:
@@ -182,7 +196,7 @@ class WandB(RunLogger):
             return
         self._open()
         rows = sum(place[0] == self._step and place[1] > 0 for place, _ in self._entries())
-        self._experiment.finish()
+        self._experiment.finish(self.exit_code)
         write_text(self._folder / WATERMARK, f"{self._step} {rows}\n")
         self._experiment = None
         client.leave()
@@ -204,7 +218,7 @@ class WandB(RunLogger):
             step = int(values.pop("step"))
             seen[step] += 1
             yield (step, seen[step]), partial(dict, values)
-        drawn = {path: (step, step * self._images_per_step) for step, path in self._run.pictures()}
+        drawn = {path: (step, step * self.images_per_step) for step, path in self._run.pictures()}
         for path, (step, images_seen) in (drawn | self._shown).items():
             yield (step, 0), partial(_picture, path, images_seen)
 

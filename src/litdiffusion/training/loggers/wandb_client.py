@@ -4,7 +4,7 @@ import os
 import re
 import secrets
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,27 @@ FLUSH_EVERY = 0.01
 """Seconds after which W&B's own process writes what was logged; what is not written is lost when it is killed."""
 
 
+def require_sound(settings: Mapping[str, Any]) -> None:
+    """Require that W&B takes these arguments of ``wandb.init``, and what the environment says.
+
+    Raises:
+        ValueError: naming the one that it does not take.
+    """
+    import wandb
+
+    checked = wandb.Settings()
+    for name, value in settings.items():
+        try:
+            setattr(checked, name if name in ("project", "entity") else f"run_{name}", value)
+        except (ValueError, wandb.Error) as error:  # of pydantic
+            raise ValueError(f"{name}={value}: {reason(error)}") from error
+    for name in os.environ.keys() - {"WANDB_MODE"}:
+        try:
+            checked.update_from_env_vars({name: os.environ[name]})
+        except (ValueError, wandb.Error) as error:
+            raise UserError(f"{name}: {reason(error)}") from error  # without the value, which may be a secret
+
+
 def settled_mode(mode: str, folder: Path) -> tuple[Literal["online", "offline", "disabled"], str | None]:
     """Return the mode that ``logger.wandb.mode`` means on this machine, and a notice for the user.
 
@@ -30,7 +51,7 @@ def settled_mode(mode: str, folder: Path) -> tuple[Literal["online", "offline", 
 
     source, asked = "logger.wandb.mode", mode
     if mode == "auto" and os.environ.get("WANDB_MODE"):
-        source, asked = "WANDB_MODE", os.environ["WANDB_MODE"].lower()
+        source, asked = "WANDB_MODE", os.environ["WANDB_MODE"]
     asked = {"dryrun": "offline", "run": "online"}.get(asked, asked)  # W&B's old names
     if asked == "disabled":
         return "disabled", None
@@ -118,7 +139,9 @@ def files_in_order() -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """Return what is wrong, and with which file."""
+    """Return what is wrong, and with which file; of pydantic's several lines, the one that says it."""
+    if hasattr(error, "errors"):
+        return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename} ({error.strerror})"
     return str(getattr(error, "strerror", None) or error)
@@ -146,7 +169,7 @@ def losses() -> Iterator[None]:
 
 
 def _start_out_of_reach() -> None:
-    """Start W&B's own process with SIGUSR1 and SIGUSR2 blocked, which would end it.
+    """Start W&B's own process with SIGHUP, SIGUSR1 and SIGUSR2 blocked, which would end it.
 
     SIGINT and SIGTERM end it all the same: it installs handlers of its own for them.
     """
