@@ -49,7 +49,7 @@ def real_features(data: ImageDataModule, split: Split, network: nn.Module, cache
 
 def _read(path: Path) -> FeatureSet | None:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             logits = torch.from_numpy(archive["logits"]) if "logits" in archive else None
             return FeatureSet(torch.from_numpy(archive["features"]), logits)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or not ours
