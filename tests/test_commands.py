@@ -121,20 +121,20 @@ def test_evaluate_agrees_with_training(trained: Path, tmp_path: Path) -> None:
         "evaluate",
         f"ckpt={ckpt}",
         f"out={tmp_path}",
-        "num_images=32",
+        "num_held_out=32",
         "batch_size=5",
         "bits_per_dim_images=0",
     )
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     summary = json.loads((trained / "summary.json").read_text())
     assert metrics["val/loss"] == pytest.approx(summary["val_loss"], rel=1e-4)
-    assert metrics["num_images"] == 32
+    assert metrics["num_held_out"] == 32
     tenths = [metrics[f"val/loss_t{i:02d}"] for i in range(10)]
     assert min(tenths) < metrics["val/loss"] < max(tenths)
 
 
 def test_last_printed_line_is_the_metrics(trained: Path, tmp_path: Path) -> None:
-    measured = ["num_images=8", "bits_per_dim_times=2"]
+    measured = ["num_held_out=8", "bits_per_dim_times=2"]
     typed = type_command("evaluate", f"ckpt={trained}/checkpoints/last.ckpt", f"out={tmp_path}", *measured)
     assert typed.code == 0
     assert json.loads(typed.out.splitlines()[-1]) == json.loads((tmp_path / "metrics.json").read_text())

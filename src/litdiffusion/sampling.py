@@ -30,6 +30,7 @@ def sample_images(
     watch: Watch | None = None,
     guidance: Guidance | None = None,
     edit: Edit | None = None,
+    first: int = 0,
 ) -> Float[Tensor, "num_images channels h w"]:
     """Draw ``num_images`` images in [-1, 1] (clamped), float32 on the CPU.
 
@@ -45,6 +46,7 @@ def sample_images(
         watch: called at every time of every batch.
         guidance: what to draw; by default every class in turn, as learned.
         edit: draw them from given images.
+        first: number of the first image; the noise and class of image i are the same in any call.
 
     Raises:
         ValueError: the sampler or the guidance asks for what the denoiser cannot do.
@@ -59,7 +61,7 @@ def sample_images(
     batches = [torch.empty((0, *denoiser.image_shape))]  # with more processes than images, some have none
     try:
         for start in range(mine.start, mine.stop, batch_size):
-            numbers = range(start, min(start + batch_size, mine.stop))
+            numbers = range(first + start, first + min(start + batch_size, mine.stop))
             draws = Draws.at(seed, "sample", start=numbers.start, stop=numbers.stop, device=device)
             if edit is not None and edit.same_noise:
                 draws = Draws(draws.place, torch.zeros_like(draws.positions))

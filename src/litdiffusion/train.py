@@ -152,7 +152,7 @@ def summarize(
         "wall_seconds": round(time.perf_counter() - started, 1),
         "images_per_second": round(monitor.images_per_second, 1) if monitor else None,
         "train_loss": monitor.loss if monitor else None,
-        **{f"val_{name}": validated.get(f"val/{name}") for name in module.metrics},
+        **{f"val_{name}": validated.get(f"val/{name}") for name in (*module.metrics, *module.sample_metrics)},
         "parameters": num_parameters(module),
         "device": str(trainer.strategy.root_device),
         "precision": trainer.precision,

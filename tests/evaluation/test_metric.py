@@ -47,7 +47,7 @@ def test_a_new_metric_is_one_class_and_one_line(tmp_path: Path) -> None:
         "val_bright",
     ]
     checkpoint = f"ckpt={run_dir / 'checkpoints' / 'last.ckpt'}"
-    run("evaluate", checkpoint, f"out={tmp_path}", "device=cpu", "num_images=32", FEW, *LISTED)
+    run("evaluate", checkpoint, f"out={tmp_path}", "device=cpu", "num_held_out=32", FEW, *LISTED)
     measured = json.loads((tmp_path / "metrics.json").read_text())
     for name in ("val/bright", "val/bright_top"):
         assert measured[name] == pytest.approx(row[name], rel=1e-6)

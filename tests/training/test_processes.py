@@ -168,3 +168,20 @@ def test_torchrun_trains_and_samples(alone: Path, tmp_path: Path) -> None:
     images = [np.load(tmp_path / name / "samples.npz")["images"].astype(int) for name in ("one", "two")]
     assert images[0].shape == images[1].shape
     assert abs(images[0] - images[1]).max() <= 1
+
+    measured = []
+    for command in (torchrun, [sys.executable, "-m"]):
+        out = tmp_path / f"measured by {len(command)}"
+        cache = tmp_path / f"cache of {len(command)}"
+        subprocess.run(
+            [
+                *(*command, "litdiffusion.evaluate", *arguments[:1], "num_images=31", *arguments[2:]),
+                *("features=pixels", f"'out={out}'", f"'cache={cache}'"),
+            ],
+            env=environment,
+            check=True,
+            capture_output=True,
+        )
+        measured.append(json.loads((out / "metrics.json").read_text()))
+    numbers = [{name: value for name, value in each.items() if name.startswith("val/")} for each in measured]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-3, abs=1e-3)

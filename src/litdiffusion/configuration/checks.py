@@ -28,7 +28,7 @@ FLOAT_BYTES = 4
 
 BOUNDS: dict[str, tuple[int, int | None]] = {
     "seed": (0, MAX_SEED),
-    "num_images": (1, None),
+    "num_images": (0, None),
     "batch_size": (1, None),
     "frames": (2, None),
     "trainer.num_nodes": (1, None),

@@ -57,9 +57,11 @@ def new_run_dir() -> str:
 
 
 def results_dir(ckpt: Any, name: str) -> str:
-    """Return ``name`` in the run folder of a checkpoint, or beside one without; in a sweep, the job's folder."""
+    """Return ``name`` in a checkpoint's run folder, beside it, or here; in a sweep, the job's folder."""
     if is_sweep():
         return _job_dir()
+    if ckpt is None:
+        return name
     folder = Path(str(ckpt)).expanduser().absolute().parent
     return str((folder.parent if folder.name == "checkpoints" else folder) / name)
 

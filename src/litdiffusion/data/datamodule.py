@@ -3,19 +3,22 @@
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import datasets
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from litdiffusion.data.data_order import DataOrder
 from litdiffusion.data.fingerprint import Fingerprint, fingerprint
 from litdiffusion.data.sources import Source
+from litdiffusion.data.sources.base import Split
 from litdiffusion.data.stores import ArrowStore, Batch, ImageStore, MemoryStore, Request, to_float
 from litdiffusion.diffusion.draws import Draws
 from litdiffusion.errors import UserError
+from litdiffusion.system.processes import rank_and_number
 
 __all__ = ["Batch", "ImageDataModule", "TrainLoader", "ValidationLoader", "to_float"]
 
@@ -169,6 +172,18 @@ class ImageDataModule(LightningDataModule):
             return []
         return ValidationLoader(self._store("validate"), self.batch_size, *self._shares())
 
+    def in_order(self, split: Split) -> ValidationLoader:
+        """Return every image of a split once, in order; each process gets a share of each batch."""
+        return ValidationLoader(self._whole(split)[0], self.batch_size, *self._shares())
+
+    def read(self, split: Split, indices: list[int]) -> UInt8[Tensor, "images channels h w"]:
+        """Return some images of a split."""
+        return self._whole(split)[0].read(indices).images
+
+    def split_fingerprint(self, split: Split) -> Fingerprint:
+        """Return the fingerprint of all images of a split."""
+        return fingerprint(*self._whole(split))
+
     def examples(self, count: int) -> Float[Tensor, "count channels h w"]:
         """Return the first training images in [-1, 1], unflipped, on the CPU, after ``setup``."""
         store = self._store("fit")
@@ -218,7 +233,7 @@ class ImageDataModule(LightningDataModule):
             UserError: the global batch cannot be shared evenly.
         """
         if self.trainer is None:
-            return 0, 1
+            return rank_and_number()
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         if self.batch_size % world_size:
             near = max(world_size, round(self.batch_size / world_size) * world_size)
@@ -227,6 +242,11 @@ class ImageDataModule(LightningDataModule):
                 f"among {world_size} processes; take {near}"
             )
         return rank, world_size
+
+    @cache  # noqa: B019  # as long-lived as the splits it holds
+    def _whole(self, split: Split) -> tuple[ImageStore, datasets.Dataset]:
+        dataset = self.source.load(split)
+        return self._open(dataset, split), dataset
 
     def _store(self, stage: str) -> ImageStore:
         store = self._train if stage == "fit" else self._val

@@ -14,6 +14,7 @@ from litdiffusion.data.stores import Batch
 from litdiffusion.diffusion import Denoiser, Objective
 from litdiffusion.diffusion.devices import precise_dtype
 from litdiffusion.errors import UserError
+from litdiffusion.evaluation.sample_metrics import SampleMetric
 
 BINS = 10
 TENTHS = tuple(f"_t{i:02d}" for i in range(BINS))
@@ -112,18 +113,21 @@ def tenth_of(t: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
     return (t * BINS - 1e-6).long().clamp(0, BINS - 1)
 
 
-def listed(metrics: Mapping[str, object] | None) -> dict[str, Metric]:
-    """Return the metrics of a configuration that have not been left out with null."""
-    found: dict[str, Metric] = {}
+def listed(metrics: Mapping[str, object] | None) -> tuple[dict[str, Metric], dict[str, SampleMetric]]:
+    """Return the metrics of a configuration that have not been left out with null: of held-out images, of samples."""
+    held_out: dict[str, Metric] = {}
+    of_samples: dict[str, SampleMetric] = {}
     for name, metric in (metrics or {}).items():
         if isinstance(metric, Metric):
-            found[name] = metric
+            held_out[name] = metric
+        elif isinstance(metric, SampleMetric):
+            of_samples[name] = metric
         elif metric is not None:
             kind = type(metric).__name__
             raise UserError(
-                f"metrics.{name}: {kind} is not a Metric; subclass litdiffusion.evaluation.Metric"
+                f"metrics.{name}: {kind} is no metric; subclass Metric or SampleMetric of litdiffusion.evaluation"
             )
-    return found
+    return held_out, of_samples
 
 
 def numbers(metrics: Mapping[str, Metric]) -> dict[str, float]:

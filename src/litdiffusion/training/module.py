@@ -64,7 +64,7 @@ class LitDiffusion(LightningModule):
         self.lr_scheduler_factory = lr_scheduler
         self.ema = ema
         # In a plain dictionary, since they are no part of the model, nor of its checkpoints.
-        self.metrics = listed(metrics)
+        self.metrics, self.sample_metrics = listed(metrics)
         for metric in self.metrics.values():
             metric.require_support(denoiser)
         self.seed = seed

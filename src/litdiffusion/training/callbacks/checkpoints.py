@@ -1,16 +1,22 @@
 """When a run is saved. How a checkpoint is written is in ``training/checkpoint_io.py``."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from litdiffusion.training.callbacks.monitor import check_finite, clock_stopped
+from litdiffusion.errors import UserError
+from litdiffusion.system.files import hardlink
+from litdiffusion.training.callbacks.attached import get_callback
+from litdiffusion.training.callbacks.monitor import Monitor, check_finite, clock_stopped
+from litdiffusion.training.module import LitDiffusion
 
 
 class SaveCheckpoints(Checkpoint):
-    """Keep ``last.ckpt`` and, as ``previous.ckpt``, the one before it.
+    """Keep ``last.ckpt`` and, as ``previous.ckpt``, the one before it; ``best.ckpt`` and milestones where asked for.
 
     A checkpoint is taken when the next step begins, that is after everything that belongs to the last one
     (its log line, validation, samples), so that a resumed run repeats nothing and omits nothing.
@@ -18,13 +24,25 @@ class SaveCheckpoints(Checkpoint):
     Args:
         folder: where checkpoints lie.
         every_n_steps: optimizer steps between checkpoints.
+        best: a number of the validation, such as ``val_loss`` or ``val_fid``; the checkpoint at which it was best is
+            kept as ``best.ckpt``. None for none.
+        milestones: steps whose checkpoints are kept for good, as ``step-0010000.ckpt``.
     """
 
-    def __init__(self, folder: str, every_n_steps: int) -> None:
+    def __init__(
+        self, folder: str, every_n_steps: int, best: str | None = None, milestones: Sequence[int] = ()
+    ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps}: must be at least 1")
+        if any(step < 1 for step in milestones):
+            raise ValueError(f"milestones={list(milestones)}: each must be at least 1")
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
+        self.best = best
+        self.milestones = frozenset(milestones)
+        self.best_value: float | None = None
+        self.best_step = -1
+        self.higher_is_better = False
         self.embedded: dict[str, Any] = {}
         self.saved_step = 0
         self.is_saving = False
@@ -38,6 +56,32 @@ class SaveCheckpoints(Checkpoint):
         """The newest checkpoint."""
         return self.folder / "last.ckpt"
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out whether the number that decides is better higher or lower.
+
+        Raises:
+            UserError: no metric of the run has this name.
+        """
+        if self.best is None:
+            return
+        assert isinstance(pl_module, LitDiffusion)
+        metrics = {
+            f"val_{name}": each for name, each in (pl_module.metrics | pl_module.sample_metrics).items()
+        }
+        if self.best not in metrics:
+            raise UserError(
+                f"callbacks.save_checkpoints.best={self.best}: no metric of this run; choose {', '.join(metrics)}"
+            )
+        self.higher_is_better = metrics[self.best].higher_is_better
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the best checkpoint was."""
+        return {"best_value": self.best_value, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what the best checkpoint was."""
+        self.best_value, self.best_step = state_dict["best_value"], state_dict["best_step"]
+
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -50,7 +94,9 @@ class SaveCheckpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Save where a checkpoint is due."""
-        if batch_idx % trainer.accumulate_grad_batches == 0 and trainer.global_step % self.every_n_steps == 0:
+        step = trainer.global_step
+        due = step % self.every_n_steps == 0 or step in self.milestones or self._is_best(trainer)
+        if batch_idx % trainer.accumulate_grad_batches == 0 and due:
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -84,8 +130,11 @@ class SaveCheckpoints(Checkpoint):
         """
         known = trainer.global_step == self.saved_step
         if known and not again:
+            self._keep(trainer)  # a kill may have come between the checkpoint and its further names
             return
         check_finite(trainer)
+        if self._is_best(trainer):
+            self.best_value, self.best_step = self._validated(trainer), trainer.global_step
         writer: Any = trainer.strategy.checkpoint_io
         self.is_saving = True
         try:
@@ -96,3 +145,27 @@ class SaveCheckpoints(Checkpoint):
             self.is_saving = False
             writer.previous = None  # a ModelCheckpoint beside this one keeps no previous file
         self.saved_step = trainer.global_step
+        self._keep(trainer)
+
+    def _keep(self, trainer: Trainer) -> None:
+        """Give the last checkpoint its further names."""
+        if not trainer.is_global_zero:
+            return
+        if self.best_step == self.saved_step:
+            hardlink(self.last, self.folder / "best.ckpt")
+        if self.saved_step in self.milestones:
+            hardlink(self.last, self.folder / f"step-{self.saved_step:07d}.ckpt")
+
+    def _is_best(self, trainer: Trainer) -> bool:
+        value = self._validated(trainer)
+        if value is None or not math.isfinite(value) or self.best_step == trainer.global_step:
+            return False
+        sign = -1 if self.higher_is_better else 1
+        return self.best_value is None or sign * value < sign * self.best_value
+
+    def _validated(self, trainer: Trainer) -> float | None:
+        """Return the number that decides which checkpoint is best, where this step was validated."""
+        monitor = get_callback(trainer, Monitor)
+        if self.best is None or monitor is None or monitor.validated_step != trainer.global_step:
+            return None
+        return monitor.validated.get(self.best.replace("val_", "val/", 1))
