@@ -244,6 +244,11 @@ EQUAL: list[dict[str, Any]] = [
         "guidance_scale": torch.tensor(2.5),
         "guidance_interval": torch.tensor([0.25, 1]),
     },
+    {
+        "labels": [torch.tensor(3), np.int64(1)],
+        "guidance_scale": 2.5,
+        "guidance_interval": (torch.tensor(0.25), np.float32(1)),
+    },
 ]
 IMAGE, MASK = images(2, size=8), torch.ones(8, 8)
 MISTYPED: dict[str, tuple[dict[str, Any], str]] = {
@@ -319,7 +324,7 @@ class TestTrainedModel:
 
     @pytest.mark.parametrize("asked", EQUAL)
     def test_equal_values_draw_equal_images_whatever_their_types(self, model, asked):
-        plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in asked.items()}
+        plain = {name: np.asarray(value).tolist() for name, value in asked.items()}
         few = {"num_images": 2, "sampler": "ddim", "num_steps": 3}
         assert torch.equal(model.sample(**few | asked), model.sample(**few | plain))
 

@@ -21,7 +21,7 @@ from litdiffusion.configuration.nodes import build, refused, require_arguments
 from litdiffusion.diffusion import Denoiser, Objective, Sampler
 from litdiffusion.diffusion.devices import torch_defaults
 from litdiffusion.diffusion.editing import Edit, Inpaint, Interpolate, Slerp, Variation
-from litdiffusion.diffusion.guidance import Classes, Guidance
+from litdiffusion.diffusion.guidance import Classes, Guidance, plain
 from litdiffusion.errors import UserError
 from litdiffusion.nn.blocks import fold_weight_standardization
 from litdiffusion.runs.checkpoint import read_checkpoint
@@ -156,9 +156,7 @@ class TrainedModel:
 
         As ``sample``, whose arguments ``how`` are; see ``Variation``. By default one for each of the images.
         """
-        return self.sample(
-            num_images, labels=labels, edit=Variation(_images(images), _plain(strength)), **how
-        )
+        return self.sample(num_images, labels=labels, edit=Variation(_images(images), plain(strength)), **how)
 
     @refused()
     def interpolate(
@@ -175,7 +173,7 @@ class TrainedModel:
         As ``sample``, whose arguments ``how`` are; see ``Interpolate``, or, for strength None, ``Slerp``.
         """
         ends, number = (_images(image), _images(image2)), whole_number("num_images", num_images, 2)
-        edit = Slerp(*ends, number) if strength is None else Interpolate(*ends, number, _plain(strength))
+        edit = Slerp(*ends, number) if strength is None else Interpolate(*ends, number, plain(strength))
         return self.sample(None, labels=labels, edit=edit, **how)
 
 
@@ -189,9 +187,9 @@ def named_sampler(name: str, **options: Any) -> Sampler:
     names = [path.stem for path in folder.glob("*.yaml")]
     if name not in names:
         raise UserError(f"there is no sampler {name!r}{suggestion(name, names)}")
-    plain = {key: _plain(value) for key, value in options.items()}
+    given = {key: plain(value) for key, value in options.items()}
     try:
-        cfg = OmegaConf.create({"sampler": OmegaConf.merge(OmegaConf.load(folder / f"{name}.yaml"), plain)})
+        cfg = OmegaConf.create({"sampler": OmegaConf.merge(OmegaConf.load(folder / f"{name}.yaml"), given)})
     except OmegaConfBaseException as error:
         raise UserError(f"sampler.{one_line(error)}") from error
     require_arguments(cfg)
@@ -224,11 +222,6 @@ def _tensor(name: str, given: Any) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         kind = type(given).__name__
         raise UserError(f"{name}: must be a tensor or an array of numbers, not a {kind}") from error
-
-
-def _plain(value: Any) -> Any:
-    """Return what an array or a tensor holds as Python's numbers; anything else as it is."""
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 @torch_defaults()

@@ -188,6 +188,21 @@ def test_parts_of_splits_are_chosen_as_the_library_writes_them(tmp_path: Path) -
     for wrong in ("train[a:]", "train[:101%]", "train+extra"):
         with pytest.raises(UserError, match=rf"no split '{re.escape(wrong)}'; it has train, test \("):
             sizes(wrong)
+    for empty in ("train[:0]", "train[6:3]", "train[9:12]", "train+test[:0]"):
+        with pytest.raises(UserError, match=rf"'{re.escape(empty)}' takes no images from 't"):
+            sizes(empty)
+    with pytest.raises(UserError, match=r"takes some images of .* twice"):
+        sizes("train[:4]+train[3:]")
+
+
+def test_held_out_images_that_are_trained_on_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    datasets.DatasetDict(train=table(8), test=table(4, seed=1)).save_to_disk(tmp_path)
+    Hub(str(tmp_path), train_split="train[:6]", test_split="train[6:]+test").load("test")
+    assert not caplog.records
+    Hub(str(tmp_path), train_split="train[:6]+test[:1]", test_split="train[4:]+test").load("test")
+    assert "3 held-out images are trained on, too" in caplog.text
 
 
 def test_an_empty_split_is_refused(tmp_path: Path) -> None:

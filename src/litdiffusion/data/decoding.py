@@ -18,8 +18,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from litdiffusion.errors import UserError, short_text
 
-# Pillow warns of large images as possible attacks, and refuses those of twice as many pixels.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns of large images as possible attacks, and refuses those of twice as many pixels; and it warns of garbage
+# for EXIF data, without the file's name.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 Pixels = UInt8[np.ndarray, "batch channels height width"]
 

@@ -106,16 +106,14 @@ class Guidance:
     guide: Denoiser | None = None
 
     def __post_init__(self) -> None:
-        for name in ("labels", "scale", "interval"):  # arrays and tensors stand for what they hold
-            if hasattr(value := getattr(self, name), "tolist"):
-                object.__setattr__(self, name, value.tolist())
+        for name in ("labels", "scale", "interval"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         if not is_number(self.scale):
             raise ValueError(f"guidance_scale={self.scale}: must be a finite number")
         ends: Any = self.interval
         is_pair = isinstance(ends, Sequence) and len(ends) == 2 and all(map(is_number, ends))
         if not is_pair or not 0 <= ends[0] <= ends[1] <= 1:
-            shown = list(ends) if isinstance(ends, tuple) else ends
-            raise ValueError(f"guidance_interval={shown}: must be [from, to], two times in [0, 1]")
+            raise ValueError(f"guidance_interval={ends}: must be [from, to], two times in [0, 1]")
         if self.guide is not None and self.scale == 1:
             raise ValueError("guidance_scale=1: a guide changes nothing then; give another, such as 2")
 
@@ -179,6 +177,13 @@ class Guidance:
             return Guided(labelled(core), weaker, self.scale, self.interval)
 
         return denoiser.with_core(guided)
+
+
+def plain(value: Any) -> Any:
+    """Return what arrays and tensors, also in a list, hold as Python's numbers; anything else as it is."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def is_number(value: object) -> bool:

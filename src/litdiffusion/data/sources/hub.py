@@ -101,7 +101,7 @@ class Hub(Source):
 
     def _choose(self, found: Splits) -> list[datasets.Dataset]:
         """Choose the training split, and the held-out one if there is one, in the form of ``Source.load``."""
-        train, used = select_split(found, self.train_split, self.name)
+        train, parts = select_split(found, self.train_split, self.name)
         for wanted in (self.image_column, self.label_column):
             if wanted not in ("auto", None, *train.features):
                 raise UserError(f"{self.name} has no column {wanted!r}; it has {', '.join(train.features)}")
@@ -114,10 +114,14 @@ class Hub(Source):
             )
         columns = {image: "image"} if label is None else {image: "image", label: "label"}
         if self.test_split != "auto":
-            tests = [select_split(found, self.test_split, self.name)[0]]
+            test, held_out = select_split(found, self.test_split, self.name)
+            if shared := _overlap(parts, held_out):
+                log.warning("%s: %s held-out images are trained on, too", self.name, f"{shared:,}")
+            tests = [test]
             if image not in tests[0].features:
                 raise UserError(f"split {self.test_split!r} of {self.name} has no column {image!r}")
         else:
+            used = {name for name, _ in parts}
             named = [found[name] for name in HELD_OUT if name in found and name not in used]
             tests = [split for split in named if image in split.features]
             # Competitions publish test images with the labels blanked out.
@@ -135,22 +139,39 @@ class Hub(Source):
         return chosen
 
 
-def select_split(found: Splits, spec: str, source: str) -> tuple[datasets.Dataset, set[str]]:
-    """Return a split, or parts of splits as ``datasets`` writes them, and the names of the splits in it.
+Parts = list[tuple[str, range]]
+"""Names of splits and the rows used of each."""
+
+
+def select_split(found: Splits, spec: str, source: str) -> tuple[datasets.Dataset, Parts]:
+    """Return a split, or parts of splits as ``datasets`` writes them, and which parts those are.
 
     Raises:
-        UserError: there is no such split, or no such part of it.
+        UserError: there is no such split, no row in a part of it, or the same row in two.
     """
+    lengths = {name: len(split) for name, split in found.items()}
     if spec in found:
-        return found[spec], {spec}
+        return found[spec], [(spec, range(lengths[spec]))]
     try:
-        lengths = {name: len(split) for name, split in found.items()}
-        parts = datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)
+        read = datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
         reason = short_text(error)
         raise UserError(f"{source} has no split {spec!r}; it has {', '.join(found)} ({reason})") from error
-    rows = [found[part.splitname].select(range(part.from_, part.to)) for part in parts]
-    return datasets.concatenate_datasets(rows), {part.splitname for part in parts}
+    parts = [(part.splitname, range(part.from_, min(part.to, lengths[part.splitname]))) for part in read]
+    for name, rows in parts:
+        if not rows:
+            raise UserError(
+                f"{spec!r} takes no images from {name!r} of {source}, which has {lengths[name]:,}"
+            )
+    if _overlap(parts, parts) > sum(len(rows) for _, rows in parts):
+        raise UserError(f"{spec!r} takes some images of {source} twice")
+    return datasets.concatenate_datasets([found[name].select(rows) for name, rows in parts]), parts
+
+
+def _overlap(these: Parts, those: Parts) -> int:
+    """Count the rows of one that are in the other."""
+    pairs = [(a, b) for name, a in these for other, b in those if name == other]
+    return sum(max(0, min(a.stop, b.stop) - max(a.start, b.start)) for a, b in pairs)
 
 
 def load_from_hub(name: str, config: str | None = None, revision: str | None = None) -> Splits:
