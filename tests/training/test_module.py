@@ -378,10 +378,14 @@ COSINE = partial(warmup_cosine, total_steps=100)
 
 @pytest.mark.parametrize(
     "schedule",
-    [COSINE, partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=100)],
-    ids=["ours", "torch"],
+    [
+        COSINE,
+        partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=100),
+        partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.01, total_steps=100),  # moves the momentum, too
+    ],
+    ids=["cosine", "torch's cosine", "one cycle"],
 )
-def test_without_a_change_a_resumed_rate_is_the_same_bit_for_bit(schedule, caplog):
+def test_without_a_change_a_resumed_optimizer_is_the_same_bit_for_bit(schedule, caplog):
     for step in range(1, 100, 7):
         before, checkpoint = saved(adam(0.003, schedule), step), saved(adam(0.003, schedule), step)
         adam(0.003, schedule).on_load_checkpoint(checkpoint)

@@ -191,6 +191,8 @@ class LitDiffusion(LightningModule):
         configured = self.configure_optimizers()
         scheduler: LRScheduler = configured["lr_scheduler"]["scheduler"]
         step = schedule["last_epoch"]
+        # OneCycleLR and CyclicLR move the momentum as well.
+        moved = ("betas", "momentum") if getattr(scheduler, "cycle_momentum", False) else ()
         for index, wanted in enumerate(configured["optimizer"].param_groups):
             group = saved["param_groups"][index]
             before, base = group["initial_lr"], wanted["initial_lr"]
@@ -204,11 +206,12 @@ class LitDiffusion(LightningModule):
                         *(lr, now, step),
                     )
                 lr = now
-            saved["param_groups"][index] = {**wanted, "lr": lr, "params": group["params"]}
+            kept = {name: group[name] for name in ("params", *moved) if name in group}
+            saved["param_groups"][index] = {**wanted, **kept, "lr": lr}
         state = scheduler.state_dict()
         settings = inspect.signature(type(scheduler)).parameters.keys() - {"last_epoch"} | {"base_lrs"}
-        kept = {name: value for name, value in schedule.items() if name in state.keys() - settings}
-        checkpoint["lr_schedulers"] = [state | kept]
+        place = {name: value for name, value in schedule.items() if name in state.keys() - settings}
+        checkpoint["lr_schedulers"] = [state | place]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then average: before any callback of this step, so that a checkpoint holds both."""
