@@ -153,6 +153,10 @@ def test_generated_images_are_drawn_once_and_measured(classy: Path, tmp_path: Pa
     assert without_time(evaluate(classy, out, *DRAW, cache)) == without_time(metrics)
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert evaluate(classy, out, *DRAW, cache, "seed=1")["val/fid"] != metrics["val/fid"]
+    recorded = json.loads((out / "samples.json").read_text())
+    (out / "samples.json").write_text(json.dumps(recorded | {"model_hash": "of another training"}))
+    assert without_time(evaluate(classy, out, *DRAW, cache)) == without_time(metrics)
+    assert (out / "samples.npz").stat().st_mtime_ns != stamps[out / "samples.npz"]  # drawn anew
     (out / "samples.json").unlink()
     with pytest.raises(UserError, match=r"holds a samples.npz that is not of this command"):
         evaluate(classy, out, *DRAW, cache)

@@ -166,6 +166,9 @@ def draw(
         times = sampler.times(model.denoiser.schedule)
     request = {
         **of_model(cfg, model),
+        "model_hash": feature_hash(
+            model.denoiser
+        ),  # a training repeated writes other weights at the same place
         "sampler": type(sampler).__name__,
         "num_steps": len(times) - 1,
         "network_evaluations": network_evaluations(model.denoiser, sampler),

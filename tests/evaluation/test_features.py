@@ -11,7 +11,7 @@ from litdiffusion.data.sources import Digits
 from litdiffusion.data.stores import to_float
 from litdiffusion.errors import UserError
 from litdiffusion.evaluation import reference
-from litdiffusion.evaluation.features import FeatureSet, extract, feature_hash
+from litdiffusion.evaluation.features import FeatureSet, extract, extract_shared, feature_hash
 from litdiffusion.evaluation.reference import real_features
 
 PIXELS = torch.randint(0, 256, (10, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -61,6 +61,18 @@ def test_infinite_features_are_refused() -> None:
         extract(Wrong(torch.full((10, 4), torch.nan)), [PIXELS])
 
 
+def test_features_are_of_full_precision_under_autocast() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = extract(net, [PIXELS])
+    assert torch.equal(found.features, extract(net, [PIXELS]).features)
+
+
+def test_images_that_are_all_the_same_are_refused() -> None:
+    with pytest.raises(UserError, match="all 5 images are the same"):
+        extract_shared(nn.Flatten(), torch.full((5, 1, 8, 8), 200, dtype=torch.uint8), 2)
+
+
 def test_some_of_a_set_are_evenly_spread() -> None:
     whole = FeatureSet(torch.arange(10.0)[:, None])
     assert whole.some(4).features.flatten().tolist() == [0, 2, 5, 7]
@@ -74,6 +86,7 @@ def test_the_hash_is_of_class_and_weights() -> None:
     assert len(names) == 4
     other.load_state_dict(one.state_dict())
     assert feature_hash(other) == feature_hash(one)
+    assert feature_hash(nn.AvgPool2d(2)) != feature_hash(nn.AvgPool2d(4))  # settings count too
 
 
 def test_real_features_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

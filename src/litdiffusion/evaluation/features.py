@@ -93,6 +93,7 @@ class TorchFidelityFeatures(nn.Module):
         except ImportError as error:
             raise ValueError('it needs torch-fidelity: pip install "litdiffusion[features]"') from error
         wanted = [features] if logits is None else [features, logits]
+        self.outputs = tuple(wanted)
         try:
             self.network: Any = create_feature_extractor(
                 name, wanted, feature_extractor_weights_path=weights, cuda=False, verbose=False
@@ -113,6 +114,9 @@ class TorchFidelityFeatures(nn.Module):
 def extract(network: nn.Module, batches: Iterable[UInt8[Tensor, "_ channels h w"]]) -> FeatureSet:
     """Return what a network finds in batches of pixels, in float64 on the CPU.
 
+    It computes in float32, also where autocast is on: numbers that are compared and kept must not depend on whether
+    a machine has bfloat16.
+
     Raises:
         UserError: the network does not return features [N, D], finite, with or without logits [N, K].
     """
@@ -120,7 +124,8 @@ def extract(network: nn.Module, batches: Iterable[UInt8[Tensor, "_ channels h w"
     device = torch.device("cpu") if parameter is None else parameter.device
     found: list[tuple[Tensor, ...]] = []
     for pixels in batches:
-        result = network.eval()(to_float(pixels.to(device)))
+        with torch.autocast(device.type, enabled=False):
+            result = network.eval()(to_float(pixels.to(device)))
         parts = result if isinstance(result, tuple) else (result,)
         rows = [list(each.shape[:-1]) if isinstance(each, Tensor) else None for each in parts]
         if len(parts) > 2 or any(each != [len(pixels)] for each in rows):
@@ -136,7 +141,13 @@ def extract(network: nn.Module, batches: Iterable[UInt8[Tensor, "_ channels h w"
 def extract_shared(
     network: nn.Module, images: UInt8[Tensor, "_ channels h w"], batch_size: int
 ) -> FeatureSet:
-    """Return what a network finds in images that every process holds; each looks at a part, and gets all."""
+    """Return what a network finds in images that every process holds; each looks at a part, and gets all.
+
+    Raises:
+        UserError: all images are the same; their features may differ by rounding.
+    """
+    if len(images) > 1 and bool((images == images[0]).all()):
+        raise UserError(f"all {len(images)} images are the same: there is nothing to compare")
     mine = share_of(len(images))
     batches = torch.split(images[mine.start : mine.stop], batch_size)
     rank, _ = rank_and_number()
@@ -151,8 +162,15 @@ def joined(parts: Sequence[FeatureSet]) -> FeatureSet:
 
 
 def feature_hash(network: nn.Module) -> str:
-    """Return what tells one feature network from another: its class and its weights, as 12 hexadecimal digits."""
+    """Return what tells one network from another: classes, settings and weights, as 12 hexadecimal digits."""
     digest = hashlib.sha256(f"{type(network).__module__}.{type(network).__qualname__}".encode())
+    for name, module in network.named_modules():
+        settings = sorted(
+            (key, value)
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str | tuple) and key[0] != "_" and key != "training"
+        )
+        digest.update(f"{name} {type(module).__qualname__} {settings}".encode())
     for name, value in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

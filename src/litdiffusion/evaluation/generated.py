@@ -52,15 +52,15 @@ def drawn(
     """
     rank, _ = rank_and_number()
     samples, note, parts = folder / "samples.npz", folder / "samples.json", folder / "parts"
-    if samples.exists() and not note.exists():
+    if gathered(samples.exists() and not note.exists())[0]:
         raise UserError(
             f"out={folder} holds a samples.npz that is not of this command: choose another folder"
         )
-    if rank == 0 and note.exists() and _noted(note) != request:
+    if rank == 0 and note.exists() and _noted(note) != json.loads(json.dumps(request)):
         log.info("%s holds images of another request: they are replaced", folder)
-        for path in (samples, note):
-            path.unlink(missing_ok=True)
+        samples.unlink(missing_ok=True)
         shutil.rmtree(parts, ignore_errors=True)
+        note.unlink()  # last, or a kill would leave parts of which nothing tells what they are
     is_done, count = gathered((samples.exists(), len(list(parts.glob("*.npy")))))[0]
     if is_done:
         return read_images(samples)
