@@ -172,7 +172,9 @@ def draw(
         "sampler": type(sampler).__name__,
         "num_steps": len(times) - 1,
         "network_evaluations": network_evaluations(model.denoiser, sampler),
-        "sampler_settings": {key: value for key, value in vars(sampler).items() if not key.startswith("_")},
+        "sampler_settings": {
+            key: str(value) for key, value in vars(sampler).items() if not key.startswith("_")
+        },
         "num_images": cfg.num_images,
         "seed": cfg.seed,
     }

@@ -23,7 +23,7 @@ from litdiffusion.system.processes import gathered, rank_and_number, share_of
 
 log = logging.getLogger(__name__)
 
-PART = 512
+PART = 256
 """Images between two saves."""
 
 
