@@ -411,7 +411,7 @@ assert "litdiffusion.configuration.entry" not in sys.modules
 print(tuple(load_model(sys.argv[1], device="cpu").sample(2, sampler="ddim", num_steps=2).shape))
 for command, *overrides in (
     ("sample", f"ckpt={sys.argv[1]}", f"out={sys.argv[2]}", "num_images=1", "sampler.num_steps=2", "sampler=ddim"),
-    ("evaluate", f"ckpt={sys.argv[1]}", f"out={sys.argv[2]}", "num_images=2", "bits_per_dim_images=0"),
+    ("evaluate", f"ckpt={sys.argv[1]}", f"out={sys.argv[2]}", "num_held_out=2", "bits_per_dim_images=0"),
     ("train", "debug=tiny"),
 ):
     sys.modules.pop("litdiffusion.system.startup", None)  # it looks at the command that is typed
@@ -426,7 +426,7 @@ def test_models_sample_where_unix_is_not_and_training_says_what_it_needs(ckpt, t
     run = subprocess.run(typed, capture_output=True, text=True, timeout=120)
     assert run.returncode == 2, run.stderr
     assert run.stdout.startswith("(2, 1, 8, 8)\nDrew 1 images")
-    assert json.loads(run.stdout.splitlines()[-1])["num_images"] == 2
+    assert json.loads(run.stdout.splitlines()[-1])["num_held_out"] == 2
     assert run.stderr.splitlines()[-1] == (
         "error: training runs on Linux and macOS (on Windows, in WSL); load_model, sample and evaluate run anywhere"
     )

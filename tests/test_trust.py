@@ -113,7 +113,7 @@ def test_load_model_opens_it_where_the_package_is_trusted(ckpt: Path) -> None:
 def test_commands_open_it_where_the_package_is_trusted(ckpt: Path, tmp_path: Path) -> None:
     commands = {
         "sample": ["num_images=2", "sampler=ddim", "sampler.num_steps=2"],
-        "evaluate": ["num_images=4", "bits_per_dim_images=0"],
+        "evaluate": ["num_held_out=4", "bits_per_dim_images=0"],
     }
     for command, options in commands.items():
         options = [f"ckpt={ckpt}", f"out={tmp_path}", *options]
