@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import Any
 
 from litdiffusion.errors import UserError
@@ -39,6 +40,9 @@ def outlive_the_terminal() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         before = getattr(sys, name)  # None where it was closed
         encoding, errors = (before.encoding, before.errors) if before else (None, None)
+        if before:
+            with suppress(OSError):
+                before.flush()
         buffer = io.BufferedWriter(Output(number, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(buffer, encoding, errors, line_buffering=True))
 
