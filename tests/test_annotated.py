@@ -7,7 +7,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from blog_weights import carry_over
 from commands import run
 from litdiffusion.configuration import config_folder
 from litdiffusion.configuration.checks import validate
@@ -18,6 +17,7 @@ from litdiffusion.data.sources.fashion_mnist import FashionMNIST, find_folder
 from litdiffusion.runs.metrics import read_rows
 from litdiffusion.training.module import LitDiffusion
 from peers import blog
+from peers.blog_weights import carry_over
 
 FASHION_MNIST = Path(__file__).parents[1] / default_folder()
 

@@ -3,9 +3,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from blog_weights import carry_over
 from litdiffusion.nn.attention import Attention, LinearAttention, softmax_attention
 from peers import blog_unet
+from peers.blog_weights import carry_over
 from small_worlds import normal, randomized
 
 pytestmark = pytest.mark.usefixtures("one_thread")

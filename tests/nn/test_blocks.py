@@ -3,7 +3,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from blog_weights import carry_over
 from litdiffusion.nn import UNet
 from litdiffusion.nn.blocks import (
     Block,
@@ -15,6 +14,7 @@ from litdiffusion.nn.blocks import (
     fold_weight_standardization,
 )
 from peers import blog_unet
+from peers.blog_weights import carry_over
 from small_worlds import normal, randomized
 
 pytestmark = pytest.mark.usefixtures("one_thread")

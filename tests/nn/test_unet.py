@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blog_weights import carry_over, in_our_names
 from litdiffusion.nn import UNet
 from peers import blog
+from peers.blog_weights import carry_over, in_our_names
 from small_worlds import normal, randomized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -138,13 +138,6 @@ def test_dropout_is_in_the_second_block_of_every_residual_block():
 def test_groups_that_do_not_divide_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         small(**arguments)
-
-
-@pytest.mark.parametrize("size", [(28, 28), (16, 20), (20, 16)])
-def test_an_image_that_cannot_be_halved_is_named(size):
-    net = small(dim_mults=(1, 1, 1, 1))
-    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels cannot be halved 3 times"):
-        net(normal(1, 1, *size), torch.tensor([0]))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from litdiffusion.nn import UNet
@@ -235,9 +236,31 @@ def test_height_and_width_are_not_mixed_up():
 
 
 @pytest.mark.parametrize("size", [(30, 28), (28, 30), (7, 7)])
-def test_a_size_that_cannot_be_halved_is_named(size):
-    with pytest.raises(ValueError, match=f"an image of {size[0]}x{size[1]} pixels cannot be halved 2 times"):
-        small(dim_mults=(1, 1, 1))(normal(1, 1, *size), torch.tensor([0]))
+@pytest.mark.parametrize("options", [{"dim_mults": (1, 1, 1)}, {"dim_mults": (1, 1), "patch_size": 2}])
+def test_a_size_that_cannot_be_halved_is_named(size, options):
+    with pytest.raises(ValueError, match=f"an image of {size[0]}x{size[1]} pixels: .* multiples of 4"):
+        small(**options)(normal(1, 1, *size), torch.tensor([0]))
+
+
+# --------------------------------------------------------------------------------------------- patches
+
+
+def test_patches_are_channels_of_a_smaller_image():
+    options = {"self_condition": True, "learned_variance": True}
+    net = small(channels=2, patch_size=2, **options)
+    of_channels = small(channels=8, **options)
+    # The noisy image's channels come after those of the estimate in both, and the variance after the target.
+    of_channels.load_state_dict(net.state_dict())
+    x, estimate = normal(2, 2, 8, 12), normal(2, 2, 8, 12, seed=1)
+
+    def patches(images):
+        return rearrange(images, "b c (h p) (w q) -> b (c p q) h w", p=2, q=2)
+
+    output = net(x, T, estimate)
+    assert output.shape == (2, 4, 8, 12)
+    expected = of_channels(patches(x), T, patches(estimate))
+    torch.testing.assert_close(patches(output), expected, rtol=1e-5, atol=1e-5)
+    assert net.size_multiple == 2 * of_channels.size_multiple
 
 
 # --------------------------------------------------------------------------------------------- what is refused

@@ -1,8 +1,8 @@
 """The U-Net of The Annotated Diffusion Model.
 
-At ``dim=28, dim_mults=(1, 2, 4), channels=1`` it has the blog's 2,020,257 parameters. Class labels, learned variance,
-dropout, other kinds of attention and gradient checkpointing are additions, off by default. Its layers are in
-``blocks.py`` and ``attention.py``.
+At ``dim=28, dim_mults=(1, 2, 4), channels=1`` it has the blog's 2,020,257 parameters. Patches, class labels, learned
+variance, dropout, other kinds of attention and gradient checkpointing are additions, off by default. Its layers are
+in ``blocks.py`` and ``attention.py``.
 """
 
 import math
@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
@@ -86,6 +87,7 @@ class UNet(nn.Module):
         channels: image channels.
         dim_mults: channels of each resolution, in multiples of ``dim``; each but the last halves the image.
         init_dim: channels of the first convolution; ``dim`` when None.
+        patch_size: pixels on a side of the square that becomes one position of the first resolution.
         out_channels: output channels; ``channels`` when None.
         self_condition: take an earlier estimate of x0 as further input channels (2208.04202).
         groups: groups of every group norm; must divide every width.
@@ -107,6 +109,7 @@ class UNet(nn.Module):
         channels: int,
         dim_mults: Sequence[int] = (1, 2, 4),
         init_dim: int | None = None,
+        patch_size: int = 1,
         out_channels: int | None = None,
         self_condition: bool = False,
         groups: int = 4,
@@ -129,7 +132,7 @@ class UNet(nn.Module):
         require_positive(
             dim=dim, channels=channels, init_dim=init_dim, out_channels=out_channels, groups=groups
         )
-        require_positive(heads=heads, head_dim=head_dim, num_classes=num_classes)
+        require_positive(heads=heads, head_dim=head_dim, num_classes=num_classes, patch_size=patch_size)
         if not dim_mults or min(dim_mults) < 1:
             raise ValueError(f"dim_mults={list(dim_mults)}: give at least one, each at least 1")
         if not 0 <= dropout < 1:
@@ -147,7 +150,8 @@ class UNet(nn.Module):
         self.self_condition = self_condition
         self.num_classes = num_classes
         self.learned_variance = learned_variance
-        self.size_multiple = 2 ** (len(dim_mults) - 1)
+        self.patch_size = patch_size
+        self.size_multiple = patch_size * 2 ** (len(dim_mults) - 1)
         time_dim = dim * 4
 
         def block(dim_in: int, dim_out: int) -> ResnetBlock:
@@ -160,7 +164,7 @@ class UNet(nn.Module):
         def same_size(dim_in: int, dim_out: int) -> nn.Conv2d:
             return nn.Conv2d(dim_in, dim_out, 3, padding=1)
 
-        self.init_conv = nn.Conv2d(channels * (2 if self_condition else 1), init_dim, 1)
+        self.init_conv = nn.Conv2d(channels * (2 if self_condition else 1) * patch_size**2, init_dim, 1)
         self.time_embedding = TimeEmbedding(dim, time_dim)
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + 1, time_dim)
@@ -190,7 +194,7 @@ class UNet(nn.Module):
             for level, (narrow, wide) in reversed(list(enumerate(pairs)))
         )
         self.final_block = block(init_dim * 2, dim)
-        self.final_conv = nn.Conv2d(dim, out_channels * (2 if learned_variance else 1), 1)
+        self.final_conv = nn.Conv2d(dim, out_channels * (2 if learned_variance else 1) * patch_size**2, 1)
 
     def forward(
         self,
@@ -202,17 +206,20 @@ class UNet(nn.Module):
         """Predict from images ``x`` at times ``t`` (counted from 0), and optionally an estimate of x0 and labels.
 
         Raises:
-            ValueError: height or width cannot be halved ``len(dim_mults) - 1`` times.
+            ValueError: height or width is no multiple of ``size_multiple``.
         """
         height, width = x.shape[-2:]
         if height % self.size_multiple or width % self.size_multiple:
-            halvings = len(self.downs) - 1
-            raise ValueError(f"an image of {height}x{width} pixels cannot be halved {halvings} times")
+            raise ValueError(
+                f"an image of {height}x{width} pixels: this network takes multiples of {self.size_multiple}"
+            )
         if self.self_condition:
             x = torch.cat((torch.zeros_like(x) if self_cond is None else self_cond, x), dim=1)
 
         # A one-channel image is in both memory formats; from the first feature map on, all is channels-last.
-        x = self.init_conv(x).contiguous(memory_format=torch.channels_last)
+        x = self.init_conv(F.pixel_unshuffle(x, self.patch_size)).contiguous(
+            memory_format=torch.channels_last
+        )
         first = x
         time = self.time_embedding(t)
         if self.num_classes is not None:
@@ -229,4 +236,5 @@ class UNet(nn.Module):
         for stage in self.ups:
             x = stage(x, time, skips.pop())
 
-        return self.final_conv(self.final_block(torch.cat((x, first), dim=1), time))
+        x = self.final_conv(self.final_block(torch.cat((x, first), dim=1), time))
+        return F.pixel_shuffle(x, self.patch_size)
