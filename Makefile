@@ -12,7 +12,7 @@ OTHER_DATA := $(filter-out data=fashion_mnist,$(filter data=% data.path=% debug=
 DATA := $(if $(OTHER_DATA),,data)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-slurm lint format types data bench gpu gpu-wheels faults notebook sweep clean
+.PHONY: help train test test-slow test-slurm lint format types data bench record gpu gpu-wheels faults notebook sweep clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,6 +46,10 @@ data: $(INSTALLED)  ## Fetch Fashion-MNIST, without root, into LITDIFFUSION_DATA
 
 bench: $(INSTALLED)  ## Measure the training step beside the blog's code and others
 	$(PY) benchmarks/train_step.py --markdown docs/benchmarks.md $(ARGS)
+
+record: $(INSTALLED) data  ## FID over seconds of training, beside the blog's code and another library: hours; goes on where it was
+	$(PY) benchmarks/record.py --markdown docs/benchmarks.md $(ARGS)
+	$(PY) benchmarks/samplers.py --markdown docs/benchmarks.md logs/record/{annotated,quickstart,fashion_mnist}/run
 
 gpu: $(INSTALLED)  ## Run all that needs a GPU, in eight minutes: docs/gpu.md; ARGS=--dry-run tries it on the CPU
 	$(PY) benchmarks/gpu.py $(ARGS)

@@ -89,7 +89,7 @@ def the_blog_with_our_allocator(plan: Plan) -> Seconds:
 
 
 def ours(precision: str, preset: str = "cpu") -> Callable[[Plan], Seconds]:
-    """The step of ``experiment=fashion_mnist``, through the same configuration, modules and trainer as ``train``.
+    """The blog's network and the step of ``experiment=fashion_mnist``, by the modules and the trainer of ``train``.
 
     Where ``trainer=preset`` has several processes, Lightning starts this program once more for each of the
     others. All train, and sample, on their share of the batch; a step is over when it is over in each of them.
@@ -118,7 +118,8 @@ def ours(precision: str, preset: str = "cpu") -> Callable[[Plan], Seconds]:
         keep_freed_memory()
         with tempfile.TemporaryDirectory() as folder:
             overrides = [
-                *("experiment=fashion_mnist", "data=digits", f"data.image_size={SIZE}", "data.flip=true"),
+                *("experiment=fashion_mnist", "net=unet", "optimizer=adamw", "data=digits"),
+                *(f"data.image_size={SIZE}", "data.flip=true"),
                 *(f"datamodule.batch_size={plan.batch_size}", f"run_dir={folder}"),
                 *(f"trainer={preset}", f"trainer.precision={precision}", f"trainer.max_steps={plan.total}"),
                 "lr_scheduler.warmup_steps=1",

@@ -329,7 +329,7 @@ def run_quality(kit: Kit, seconds: float, part: dict[str, Any]) -> tuple[bool, s
     The number of steps has to be known before, since the learning rate falls over it: a short run tells the speed.
     """
     deadline = time.monotonic() + seconds - 5.0
-    common = ["experiment=fashion_mnist", "logger=csv"]
+    common = ["experiment=fashion_mnist", "datamodule.batch_size=64", "logger=csv"]
     if kit.dry_run:
         common += ["debug=tiny", "data=fashion_mnist", "trainer=cpu"]
 

@@ -50,8 +50,13 @@ class Case(NamedTuple):
     num_steps: int | None
 
     @property
-    def name(self) -> str:
-        return f"{self.sampler}-{self.num_steps or 'T'}"
+    def experiment(self) -> str:
+        summary = json.loads((self.run / "summary.json").read_text(encoding="utf-8"))
+        return str(summary["experiment"])
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.experiment) / f"{self.sampler}-{self.num_steps or 'T'}"
 
     def overrides(self) -> list[str]:
         steps = [] if self.num_steps is None else [f"sampler.num_steps={self.num_steps}"]
@@ -72,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders; a folder's name is the row's")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--folder", type=Path, default=Path("logs/samplers"))
     parser.add_argument("--num-images", type=int, default=5000)
     parser.add_argument(
@@ -94,17 +99,17 @@ def main() -> None:
     write_text(arguments.folder / "samplers.json", json.dumps(report, indent=2) + "\n")
     print(markdown(report))
     if arguments.markdown:
-        publish(report, arguments.markdown, arguments.folder)
+        publish(report, arguments.markdown)
 
 
 def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     """Draw and measure the images of a row, unless that has been done."""
-    out = arguments.folder.absolute() / case.run.name / case.name
+    out = arguments.folder.absolute() / case.folder
     checkpoint = case.run.absolute() / "checkpoints" / "last.ckpt"
     spacing = [f"sampler.spacing={arguments.spacing}"] if arguments.spacing and case.num_steps else []
     command = [f"ckpt={checkpoint}", f"num_images={arguments.num_images}", *case.overrides(), *spacing]
     numbers = evaluate([*command, "num_held_out=0", f"out={out}"])
-    row = {"run": case.run.name, "sampler": case.sampler, **numbers, "command": shlex.join(command)}
+    row = {**numbers, "run": case.experiment, "sampler": case.sampler, "samples": str(out / "samples.npz")}
     if arguments.inception:
         images = [
             f"images={out / 'samples.npz'}",
@@ -170,15 +175,14 @@ def markdown(report: dict[str, Any]) -> str:
     )
 
 
-def publish(report: dict[str, Any], page: Path, folder: Path) -> None:
+def publish(report: dict[str, Any], page: Path) -> None:
     """Replace the table in a page, and the pictures that it shows."""
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     write_text(page, f"{before}{BEGIN}\n{markdown(report)}\n{END}{rest.split(END)[1]}")
     images = page.parent / "images"
     plot(report["rows"], images / "samplers.png")
     for name, row in zip(("best", "worst"), extremes(report["rows"]), strict=True):
-        case = Case(Path(row["run"]), row["sampler"], None if row["sampler"] == "ddpm" else row["num_steps"])
-        drawn = read_images(folder.absolute() / row["run"] / case.name / "samples.npz")
+        drawn = read_images(Path(row["samples"]))
         save(grid(to_float(drawn[:SHOWN]), columns=20), images / f"samplers_{name}.png")
 
 

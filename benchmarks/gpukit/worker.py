@@ -82,7 +82,10 @@ def main() -> None:
 
 
 def ours(setting: Setting, answers: TextIO) -> None:
-    """The step of ``experiment=fashion_mnist`` by the trainer of ``train``; sampling as ``load_model`` does it."""
+    """The step of ``experiment=fashion_mnist net=unet optimizer=adamw`` by the trainer of ``train``.
+
+    It samples as ``load_model`` does.
+    """
     from hydra import compose, initialize_config_dir
     from lightning import Callback
 
@@ -95,7 +98,7 @@ def ours(setting: Setting, answers: TextIO) -> None:
     size, on_gpu = setting.size, setting.device == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         overrides = [
-            *("experiment=fashion_mnist", f"run_dir={folder}", *size.ours),
+            *("experiment=fashion_mnist", "net=unet", "optimizer=adamw", f"run_dir={folder}", *size.ours),
             *(f"data.image_size={size.image_size}", f"data.channels={size.channels}"),
             *(f"trainer={'gpu' if on_gpu else 'cpu'}", "trainer.precision=bf16-mixed"),
         ]

@@ -15,7 +15,7 @@ class Size:
 
     Attributes:
         image_size, channels: of the images.
-        ours: overrides of ``experiment=fashion_mnist`` that give our network this size.
+        ours: overrides of ``experiment=fashion_mnist net=unet`` that give our network this size.
         ddpm_pytorch, diffusers: arguments of the other libraries' networks.
     """
 
