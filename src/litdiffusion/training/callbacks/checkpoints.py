@@ -65,9 +65,7 @@ class SaveCheckpoints(Checkpoint):
         if self.best is None:
             return
         assert isinstance(pl_module, LitDiffusion)
-        metrics = {
-            f"val_{name}": each for name, each in (pl_module.metrics | pl_module.sample_metrics).items()
-        }
+        metrics = {f"val_{name}": metric for name, metric in pl_module.all_metrics.items()}
         if self.best not in metrics:
             raise UserError(
                 f"callbacks.save_checkpoints.best={self.best}: no metric of this run; choose {', '.join(metrics)}"
