@@ -53,7 +53,7 @@ def main(cfg: DictConfig) -> None:
     model = load_model(absolute(cfg.ckpt, "ckpt"), cfg.weights, device, cfg.trust) if cfg.ckpt else None
     source = chosen_source(cfg.get("data"), model, Path(absolute(cfg.paths.data, "paths.data")), cfg.trust)
     shape = (source.channels, *source.image_size)
-    images = read_images(Path(absolute(cfg.images, "images")), shape) if cfg.images else None
+    images = read_images(Path(absolute(cfg.images, "images")), shape) if cfg.images is not None else None
     sampler = chosen_sampler(cfg, model) if model is not None and cfg.num_images else None
     if model is not None:
         for metric in metrics.values():
@@ -130,7 +130,8 @@ def measure_held_out(
             metric.update(Model(model.denoiser, model.objective), batch)
     report: dict[str, Any] = numbers(metrics)
     for metric in metrics.values():
-        report |= metric.extent()
+        with metric.sync_context():  # of all processes
+            report |= metric.extent()
     return report | {"num_held_out": data.num_held_out, "held_out_split": "test"}
 
 

@@ -84,6 +84,16 @@ def test_features_are_of_full_precision_under_autocast() -> None:
     assert torch.equal(found.features, extract(net, [PIXELS]).features)
 
 
+def test_features_are_of_full_precision_where_convolutions_may_use_tf32() -> None:
+    class Flag(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.full((len(x), 1), float(torch.backends.cudnn.allow_tf32))
+
+    before = torch.backends.cudnn.allow_tf32
+    assert extract(Flag(), [PIXELS]).features.max() == 0
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def test_some_of_a_set_are_evenly_spread() -> None:
     whole = FeatureSet(torch.arange(10.0)[:, None])
     assert whole.some(4).features.flatten().tolist() == [0, 2, 5, 7]

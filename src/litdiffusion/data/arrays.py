@@ -39,8 +39,8 @@ def read_images(
             values = f" from {pixels.min():g} to {pixels.max():g}"
             values = values if np.isfinite(pixels).all() else " with NaN or infinity"
         raise UserError(
-            f"images={path}: {pixels.dtype}{values}; they must be uint8 from 0 to 255, such as"
-            " ((x + 1) * 127.5).round() of images in [-1, 1]"
+            f"images={path}: {pixels.dtype}{values}; they must be uint8 from 0 to 255:"
+            " (x * 255).round() of images in [0, 1], ((x + 1) * 127.5).round() of images in [-1, 1]"
         )
     if pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
         raise UserError(
@@ -48,7 +48,7 @@ def read_images(
         )
     if len(pixels) < 2:
         raise UserError(f"images={path}: {len(pixels)} image(s); two are the least that can be measured")
-    if pixels.max() == 1:
+    if pixels.max(initial=0) == 1:
         raise UserError(f"images={path}: no value is above 1; they must run from 0 to 255: multiply by 255")
     images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
     if shape is not None and images.shape[1:] != shape:
