@@ -66,9 +66,13 @@ def test_images_that_say_nothing_do_not_stop_a_run(
     [
         (
             ("callbacks.save_checkpoints.best=val_fuid",),
-            "best=val_fuid: no metric of this run; choose val_loss",
+            "best=val_fuid: not measured in this run; choose val_loss",
         ),
-        (("callbacks.save_checkpoints.best=val_fid",), "best=val_fid: no metric of this run"),
+        (("callbacks.save_checkpoints.best=val_fid",), "best=val_fid: not measured in this run"),
+        (
+            ("callbacks.save_checkpoints.best=val_fid", "metrics=samples"),
+            "best=val_fid: not measured in this run",
+        ),
         (("callbacks.save_checkpoints.milestones=[0]",), r"milestones=\[0\]: each must be at least 1"),
         ((*QUALITY, "callbacks.measure_samples.num_images=1"), "num_images=1: must be at least 2"),
         (

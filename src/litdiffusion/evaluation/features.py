@@ -5,6 +5,7 @@ and class logits [N, K]. ``configs/features`` names those that come along; ``fea
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -105,7 +106,7 @@ class TorchFidelityFeatures(nn.Module):
                 state = torch.load(weights, map_location="cpu", weights_only=True)  # runs no code of the file
                 if name.startswith(
                     "dinov2"
-                ):  # of which torch-fidelity takes no file, only what torch.hub returns
+                ):  # of which torch-fidelity takes what torch.hub makes, and no file
                     path, load = None, lambda *_: vision_transformer(state)
             with patch.object(torch.hub, "load", load):
                 self.network: Any = create_feature_extractor(
@@ -131,8 +132,9 @@ def require_features(network: nn.Module, image_shape: tuple[int, int, int]) -> N
     Raises:
         UserError: it does not, or returns no features.
     """
+    pixels = torch.arange(math.prod(image_shape)).remainder(256).to(torch.uint8)
     try:
-        extract(network, [torch.zeros((1, *image_shape), dtype=torch.uint8)])
+        extract(network, [pixels.reshape(1, *image_shape)])
     except RuntimeError as error:  # torch's, of shapes that do not fit
         raise UserError(
             f"features: {type(network).__name__} cannot take images of {list(image_shape)}: {short_text(error)}"

@@ -87,7 +87,7 @@ def curves(
     """
     logged = Curves(read_rows(metrics_csv))
     further = {f"val/{name}": f"{name}, held out" for name in metrics if name != "loss"}
-    further |= {f"val/{name}": f"{name} of samples" for name in sample_metrics}
+    further |= {f"val/{name}": f"{name}, samples" for name in sample_metrics}
     further |= {name: name for name in logged if not name.startswith(OWN)}
     further = {name: title for name, title in further.items() if name in logged}
     rows = 2 + -(-len(further) // 2)
