@@ -401,6 +401,7 @@ def test_the_sweep_over_schedules_and_losses_takes_all_there_are() -> None:
         ("weights=EMA", "weights=EMA"),
         ("frames=1", "frames=1"),
         ("num_images=null", "num_images"),
+        ("num_images=0", "num_images=0: must be a whole number, at least 1"),
         ("device=tpu9", "device"),
         ("labels=3", "labels=3: this network was trained without classes"),
         ("guidance_scale=2", "guidance_scale=2: this network was trained without classes"),

@@ -194,6 +194,16 @@ def test_what_is_drawn_survives_an_interruption(
     assert not (tmp_path / "out" / "parts").exists()
 
 
+def test_black_images_are_refused_as_soon_as_they_are_drawn(
+    classy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generated, "sample_images", lambda *args, **kwargs: -torch.ones(40, 1, 8, 8))
+    for _ in range(2):  # drawn, and read again
+        with pytest.raises(UserError, match=r"^all 40 images are the same: there is nothing to compare"):
+            evaluate(classy, tmp_path / "out", *DRAW)
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
 def test_images_from_anywhere(tmp_path: Path) -> None:
     """The test split, as another tool writes it: its distance from the training images is the floor."""
     pixels = torch.cat([batch.images for batch in whole("test")]).permute(0, 2, 3, 1).numpy()

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from litdiffusion.configuration.checks import validate
+from litdiffusion.configuration.checks import validate, whole_number
 from litdiffusion.configuration.entry import entry_point
 from litdiffusion.configuration.hardware import native_autocast, torch_device
 from litdiffusion.configuration.messages import needs_value
@@ -47,6 +47,7 @@ EDIT_KEYS = (*PICTURES, "strength", "repeats")
 def main(cfg: DictConfig) -> None:
     """Draw images from a checkpoint into ``out``."""
     validate(cfg, {"edit": PICTURES})
+    whole_number("num_images", cfg.num_images, 1)
     require_edit(cfg)
     device = torch_device(cfg.device)
     keep_freed_memory()

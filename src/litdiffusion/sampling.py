@@ -14,7 +14,7 @@ from litdiffusion.diffusion import Denoiser, Draws, Sampler, SamplerOutput
 from litdiffusion.diffusion.devices import torch_defaults
 from litdiffusion.diffusion.editing import Edit
 from litdiffusion.diffusion.guidance import Guidance
-from litdiffusion.system.processes import gathered, share_of
+from litdiffusion.system.processes import gathered, rank_and_number, share_of
 
 Watch = Callable[[int, SamplerOutput], None]
 """Called with the first image's number and each time of each batch: for previews, GIFs, progress bars."""
@@ -78,3 +78,19 @@ def sample_images(
     finally:
         denoiser.train(was_training)
     return torch.cat(gathered(torch.cat(batches)))
+
+
+def network_evaluations(denoiser: Denoiser, sampler: Sampler) -> int:
+    """Return how often a sampler asks the network for one image, counted on one."""
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    hook = denoiser.core.net.register_forward_hook(count)
+    try:
+        sample_images(denoiser, sampler, num_images=rank_and_number()[1], seed=0)
+    finally:
+        hook.remove()
+    return calls

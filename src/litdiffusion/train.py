@@ -138,7 +138,7 @@ def summarize(
     reason = reason_to_stop(trainer)
     monitor, saving = get_callback(trainer, Monitor), get_callback(trainer, SaveCheckpoints)
     if run.folder.metrics.exists():
-        curves(run.folder.metrics, run.folder.curves, module.metrics)
+        curves(run.folder.metrics, run.folder.curves, module.metrics, module.sample_metrics)
     files = run.folder.pictures_of_end(sampled=get_callback(trainer, SampleImages) is not None)
     if saving:
         files = {"checkpoint": saving.last, **files}
@@ -152,7 +152,7 @@ def summarize(
         "wall_seconds": round(time.perf_counter() - started, 1),
         "images_per_second": round(monitor.images_per_second, 1) if monitor else None,
         "train_loss": monitor.loss if monitor else None,
-        **{f"val_{name}": validated.get(f"val/{name}") for name in (*module.metrics, *module.sample_metrics)},
+        **{f"val_{name}": validated.get(f"val/{name}") for name in module.all_metrics},
         "parameters": num_parameters(module),
         "device": str(trainer.strategy.root_device),
         "precision": trainer.precision,

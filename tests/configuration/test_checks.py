@@ -200,7 +200,6 @@ def test_torchruns_processes_are_those_of_the_run(
         ({"seed": None}, ["seed=null"]),
         ({"seed": 2**63}, [f"seed={2**63}", f"from 0 to {2**63 - 1}"]),
         ({"seed": -(10**20)}, [f"seed=-{10**20}"]),
-        ({"num_images": 0}, ["num_images=0"]),
         ({"data__path": "???"}, ["data.path: needs a value", "data.path=VALUE"]),
         ({"extra": [{"deep": "???"}]}, ["extra.0.deep: needs a value"]),
         ({"a": "${data.image_siz}"}, ["a:", "data.image_siz", "nearest: data.image_size"]),

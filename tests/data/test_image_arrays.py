@@ -44,14 +44,14 @@ def test_a_folder_of_pngs_in_the_order_of_names(channels: int, tmp_path: Path) -
     ("array", "reason"),
     [
         (PIXELS / 255.0, r"float64 from 0 to 1; they must be uint8 from 0 to 255"),
-        (PIXELS.astype(np.float32) * np.nan, "float32 from nan to nan; they must be uint8"),
+        (PIXELS.astype(np.float32) * np.nan, "float32 with NaN or infinity; they must be uint8"),
         (PIXELS.astype(np.int64), "int64 from 0 to 255; they must be uint8"),
         (PIXELS[:1], r"1 image\(s\); two are the least"),
         (PIXELS[:0], r"0 image\(s\); two are the least"),
         (PIXELS // 255, "no value is above 1; they must run from 0 to 255"),
         (PIXELS.transpose(0, 3, 1, 2), r"an array of shape \[5, 3, 6, 4\]; it must be \[N, H, W, C\]"),
         (PIXELS[0, 0], r"an array of shape \[4, 3\]; it must be"),
-        (np.array(["a"]), "<U1 ; they must be uint8"),
+        (np.array(["a"]), "<U1; they must be uint8"),
     ],
 )
 def test_what_is_no_set_of_images(array: np.ndarray, reason: str, tmp_path: Path) -> None:
@@ -73,6 +73,28 @@ def test_files_that_hold_none(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", PIXELS)
     with pytest.raises(UserError, match=r"a single array; save it by np.savez"):
         read_images(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize(
+    ("picture", "what"),
+    [
+        (Image.new("RGBA", (4, 6)), "an alpha channel"),
+        (Image.new("LA", (4, 6)), "an alpha channel"),
+        (Image.fromarray(np.zeros((6, 4), np.uint16)), "16 bits for each channel"),
+    ],
+    ids=lambda each: getattr(each, "mode", None),
+)
+def test_pictures_whose_pixels_would_be_changed(picture: Image.Image, what: str, tmp_path: Path) -> None:
+    picture.save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=f"a.png has {what}; save it as gray or RGB, with 8 bits"):
+        read_images(tmp_path)
+
+
+def test_images_of_another_shape_than_the_data(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"they are \[3, 6, 4\] .*, and those of the data \[1, 28, 28\]: give"
+    ):
+        read_images(saved(tmp_path, images=PIXELS), (1, 28, 28))
 
 
 def test_folders_that_hold_none(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from litdiffusion.data.sources import Digits
 from litdiffusion.data.stores import to_float
 from litdiffusion.errors import UserError
 from litdiffusion.evaluation import reference
-from litdiffusion.evaluation.features import FeatureSet, extract, extract_shared, feature_hash
+from litdiffusion.evaluation.features import FeatureSet, extract, module_hash, require_features
 from litdiffusion.evaluation.reference import real_features
 
 PIXELS = torch.randint(0, 256, (10, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -61,6 +61,22 @@ def test_infinite_features_are_refused() -> None:
         extract(Wrong(torch.full((10, 4), torch.nan)), [PIXELS])
 
 
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(10, 2)),
+            r"Sequential cannot take images of \[1, 8, 8\]: mat1",
+        ),
+        (nn.Conv2d(1, 1, 3), r"Conv2d must return features \[N, D\]"),
+    ],
+)
+def test_a_network_that_does_not_take_the_images(network: nn.Module, reason: str) -> None:
+    require_features(nn.Flatten(), (1, 8, 8))
+    with pytest.raises(UserError, match=reason):
+        require_features(network, (1, 8, 8))
+
+
 def test_features_are_of_full_precision_under_autocast() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8))
     with torch.autocast("cpu", torch.bfloat16):
@@ -68,9 +84,14 @@ def test_features_are_of_full_precision_under_autocast() -> None:
     assert torch.equal(found.features, extract(net, [PIXELS]).features)
 
 
-def test_images_that_are_all_the_same_are_refused() -> None:
-    with pytest.raises(UserError, match="all 5 images are the same"):
-        extract_shared(nn.Flatten(), torch.full((5, 1, 8, 8), 200, dtype=torch.uint8), 2)
+def test_features_are_of_full_precision_where_convolutions_may_use_tf32() -> None:
+    class Flag(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.full((len(x), 1), float(torch.backends.cudnn.allow_tf32))
+
+    before = torch.backends.cudnn.allow_tf32
+    assert extract(Flag(), [PIXELS]).features.max() == 0
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def test_some_of_a_set_are_evenly_spread() -> None:
@@ -82,26 +103,28 @@ def test_some_of_a_set_are_evenly_spread() -> None:
 def test_the_hash_is_of_class_and_weights() -> None:
     one, other = nn.BatchNorm1d(3), nn.BatchNorm1d(3)  # with a weight that is a single number
     nn.init.zeros_(one.weight)
-    names = {feature_hash(net) for net in (one, other, nn.Flatten(), WithClasses())}
+    names = {module_hash(net) for net in (one, other, nn.Flatten(), WithClasses())}
     assert len(names) == 4
     other.load_state_dict(one.state_dict())
-    assert feature_hash(other) == feature_hash(one)
-    assert feature_hash(nn.AvgPool2d(2)) != feature_hash(nn.AvgPool2d(4))  # settings count too
+    assert module_hash(other) == module_hash(one)
+    assert module_hash(nn.AvgPool2d(2)) != module_hash(nn.AvgPool2d(4))  # settings count too
 
 
 def test_real_features_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = ImageDataModule(Digits(), 100, seed=0)
     pixels = torch.cat([batch.images for batch in data.in_order("test")])
-    found = real_features(data, "test", WithClasses(), tmp_path / "cache")
+    found = real_features(data, "test", WithClasses(), tmp_path / "cache", "hash")
     assert torch.equal(found.features, to_float(pixels).flatten(1).double())
     monkeypatch.setattr(reference, "extract", None)
-    again = real_features(ImageDataModule(Digits(), 64, seed=3), "test", WithClasses(), tmp_path / "cache")
+    again = real_features(
+        ImageDataModule(Digits(), 64, seed=3), "test", WithClasses(), tmp_path / "cache", "hash"
+    )
     assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
     monkeypatch.undo()
     [kept] = (tmp_path / "cache").iterdir()
     kept.write_bytes(kept.read_bytes()[:100])
     assert torch.equal(
-        real_features(data, "test", WithClasses(), tmp_path / "cache").features, found.features
+        real_features(data, "test", WithClasses(), tmp_path / "cache", "hash").features, found.features
     )
 
 
@@ -109,5 +132,5 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    real_features(ImageDataModule(Digits(), 100, seed=0), "test", nn.Flatten(), tmp_path / "file")
+    real_features(ImageDataModule(Digits(), 100, seed=0), "test", nn.Flatten(), tmp_path / "file", "hash")
     assert "the next evaluation computes these features again" in caplog.text

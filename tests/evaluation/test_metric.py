@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from commands import run, train_tiny
+from litdiffusion.data.stores import to_float
 from litdiffusion.evaluation import Mean, Model
 from litdiffusion.evaluation.metric import tenth_of
 from litdiffusion.runs.metrics import read_rows
@@ -54,6 +56,36 @@ def test_a_new_metric_is_one_class_and_one_line(tmp_path: Path) -> None:
     # And what is measured may change where a run is continued.
     run("train", "debug=tiny", "trainer.max_steps=5", f"run_dir={run_dir}", "callbacks.sample_images=null")
     assert "val/x0_mae" in read_rows(run_dir / "metrics.csv")[-1]
+
+
+PACKAGE = """
+from litdiffusion.evaluation import SampleMetric
+
+class Spread(SampleMetric):
+    def measure(self, samples, reference):
+        return samples.features.std()
+
+class Both(SampleMetric):
+    def measure(self, samples, reference):
+        return {"": samples.features.mean(), "_real": reference.train.features.mean()}
+"""
+
+
+def test_a_new_metric_of_generated_images_is_one_class_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mypackage.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    pixels = torch.randint(0, 256, (20, 8, 8, 1), dtype=torch.uint8).numpy()
+    np.savez(tmp_path / "x.npz", images=pixels)
+    mine = [f"+metrics.{name.lower()}._target_=mypackage.{name}" for name in ("Spread", "Both")]
+    given = (f"images={tmp_path / 'x.npz'}", "data=digits", "features=pixels", f"cache={tmp_path}")
+    run("evaluate", *given, *mine, f"out={tmp_path / 'out'}")
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    features = to_float(torch.from_numpy(pixels)).double()
+    assert found["val/spread"] == pytest.approx(float(features.std()), rel=1e-6)
+    assert found["val/both"] == pytest.approx(float(features.mean()), rel=1e-6)
+    assert found["val/both_real"] < found["val/both"]
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from litdiffusion.data.arrays import read_images
 from litdiffusion.diffusion import schedules
-from litdiffusion.reporting.images import GUTTER, PAPER, grid, noised_strip, save, strip, to_uint8
+from litdiffusion.reporting.images import GUTTER, PAPER, grid, noised_strip, save, save_each, strip, to_uint8
 
 
 def ramp(count: int, channels: int, height: int, width: int) -> torch.Tensor:
@@ -135,3 +136,10 @@ def test_save_writes_a_png_that_reads_back(tmp_path: Path):
         assert read.format == "PNG"
         assert read.tobytes() == picture.tobytes()
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_each_image_becomes_a_file_of_its_own(channels, tmp_path):
+    pixels = torch.randint(0, 256, (3, channels, 4, 5), dtype=torch.uint8)
+    save_each(pixels, tmp_path / "pngs")
+    assert torch.equal(read_images(tmp_path / "pngs"), pixels)

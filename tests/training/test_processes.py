@@ -185,3 +185,4 @@ def test_torchrun_trains_and_samples(alone: Path, tmp_path: Path) -> None:
         measured.append(json.loads((out / "metrics.json").read_text()))
     numbers = [{name: value for name, value in each.items() if name.startswith("val/")} for each in measured]
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-3, abs=1e-3)
+    assert measured[0]["bits_per_dim_images"] == measured[1]["bits_per_dim_images"]

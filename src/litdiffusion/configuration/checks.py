@@ -28,7 +28,6 @@ FLOAT_BYTES = 4
 
 BOUNDS: dict[str, tuple[int, int | None]] = {
     "seed": (0, MAX_SEED),
-    "num_images": (1, None),
     "batch_size": (1, None),
     "frames": (2, None),
     "trainer.num_nodes": (1, None),
@@ -92,8 +91,6 @@ def _require_numbers(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value is None and key not in cfg:  # a dotted key never is: the trainer has defaults for null
             continue
-        if key == "num_images" and "num_held_out" in cfg:  # evaluate may draw none
-            least = 0
         whole_number(key, value, least, most)
 
 

@@ -15,12 +15,15 @@ KEYS = ("images", "arr_0")
 """Where an .npz file has its images: under our key, or the one of OpenAI's tools."""
 
 
-def read_images(path: Path) -> UInt8[Tensor, "images channels h w"]:
+def read_images(
+    path: Path, shape: tuple[int, int, int] | None = None
+) -> UInt8[Tensor, "images channels h w"]:
     """Return the images of a file or folder.
 
     Args:
         path: an .npz file with uint8 images [N, H, W, C] or [N, H, W] under ``images`` or ``arr_0``, or a folder of
             PNG files of one size, read in the order of their names.
+        shape: channels, height and width that they must have.
 
     Raises:
         UserError: there are none, or they are not such images.
@@ -30,24 +33,30 @@ def read_images(path: Path) -> UInt8[Tensor, "images channels h w"]:
     pixels = _folder(path) if path.is_dir() else _npz(path)
     if pixels.ndim == 3:
         pixels = pixels[..., None]
-    shape = list(pixels.shape)
     if pixels.dtype != np.uint8:
-        values = (
-            f"from {pixels.min():g} to {pixels.max():g}" if pixels.size and pixels.dtype.kind in "fiu" else ""
-        )
+        values = ""
+        if pixels.size and pixels.dtype.kind in "fiu":
+            values = f" from {pixels.min():g} to {pixels.max():g}"
+            values = values if np.isfinite(pixels).all() else " with NaN or infinity"
         raise UserError(
-            f"images={path}: {pixels.dtype} {values}; they must be uint8 from 0 to 255, such as"
-            " ((x + 1) * 127.5).round() of images in [-1, 1]"
+            f"images={path}: {pixels.dtype}{values}; they must be uint8 from 0 to 255:"
+            " (x * 255).round() of images in [0, 1], ((x + 1) * 127.5).round() of images in [-1, 1]"
         )
-    if pixels.ndim != 4 or shape[3] not in (1, 3):
+    if pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
         raise UserError(
-            f"images={path}: an array of shape {shape}; it must be [N, H, W, C] with 1 or 3 channels"
+            f"images={path}: an array of shape {list(pixels.shape)}; it must be [N, H, W, C] with 1 or 3 channels"
         )
     if len(pixels) < 2:
         raise UserError(f"images={path}: {len(pixels)} image(s); two are the least that can be measured")
-    if pixels.max() <= 1:
+    if pixels.max(initial=0) == 1:
         raise UserError(f"images={path}: no value is above 1; they must run from 0 to 255: multiply by 255")
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    if shape is not None and images.shape[1:] != shape:
+        raise UserError(
+            f"images={path}: they are {list(images.shape[1:])} (channels, height, width), and those of the data"
+            f" {list(shape)}: give data=... of that size"
+        )
+    return images
 
 
 def _npz(path: Path) -> np.ndarray:
@@ -74,6 +83,12 @@ def _folder(path: Path) -> np.ndarray:
     for file in files:
         try:
             with Image.open(file) as picture:
+                alpha, deep = picture.has_transparency_data, ";16" in str(picture.tile)
+                if alpha or deep:
+                    what = "an alpha channel" if alpha else "16 bits for each channel"
+                    raise UserError(
+                        f"images={path}: {file.name} has {what}; save it as gray or RGB, with 8 bits"
+                    )
                 gray = picture.mode in ("1", "L")
                 pictures.append(np.asarray(picture.convert("L" if gray else "RGB")))
         except (OSError, ValueError, SyntaxError) as error:

@@ -5,18 +5,24 @@ and class logits [N, K]. ``configs/features`` names those that come along; ``fea
 """
 
 import hashlib
+import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.backends import cudnn
 from tqdm import tqdm
 
 from litdiffusion.data.stores import to_float
-from litdiffusion.errors import UserError
+from litdiffusion.errors import UserError, short_text
+from litdiffusion.evaluation.dinov2 import vision_transformer
 from litdiffusion.nn.classifier import Classifier
+from litdiffusion.reporting.images import to_uint8
 from litdiffusion.system.processes import gathered, rank_and_number, share_of
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -93,29 +99,54 @@ class TorchFidelityFeatures(nn.Module):
         except ImportError as error:
             raise ValueError('it needs torch-fidelity: pip install "litdiffusion[features]"') from error
         wanted = [features] if logits is None else [features, logits]
-        self.outputs = tuple(wanted)
+        self.name, self.outputs = name, tuple(wanted)
+        path, load = weights, torch.hub.load
         try:
-            self.network: Any = create_feature_extractor(
-                name, wanted, feature_extractor_weights_path=weights, cuda=False, verbose=False
-            )
+            if weights is not None:
+                state = torch.load(weights, map_location="cpu", weights_only=True)  # runs no code of the file
+                if name.startswith(
+                    "dinov2"
+                ):  # of which torch-fidelity takes what torch.hub makes, and no file
+                    path, load = None, lambda *_: vision_transformer(state)
+            with patch.object(torch.hub, "load", load):
+                self.network: Any = create_feature_extractor(
+                    name, wanted, feature_extractor_weights_path=path, cuda=False, verbose=False
+                )
         except Exception as error:  # a download, a file or a name: it raises whatever came up
+            reason = re.split(r"\. |\n", str(error))[0]
             raise ValueError(
-                f"torch-fidelity cannot make {name}: {error}; weights=FILE names a local file"
+                f"weights={weights}: they make no {name} ({reason})"
+                if weights
+                else f"torch-fidelity cannot make {name}: {reason}; weights=FILE names a local file"
             ) from error
 
     def forward(self, x: Float[Tensor, "batch channels h w"]) -> Tensor | tuple[Tensor, ...]:
         """Return features, and logits where there are any."""
-        pixels = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        found: tuple[Tensor, ...] = self.network(pixels.expand(-1, 3, -1, -1))
+        found: tuple[Tensor, ...] = self.network(to_uint8(x).expand(-1, 3, -1, -1))
         return found[0] if len(found) == 1 else found
+
+
+def require_features(network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Make sure, before anything is drawn or trained, that a network takes images of this shape.
+
+    Raises:
+        UserError: it does not, or returns no features.
+    """
+    pixels = torch.arange(math.prod(image_shape)).remainder(256).to(torch.uint8)
+    try:
+        extract(network, [pixels.reshape(1, *image_shape)])
+    except RuntimeError as error:  # torch's, of shapes that do not fit
+        raise UserError(
+            f"features: {type(network).__name__} cannot take images of {list(image_shape)}: {short_text(error)}"
+        ) from error
 
 
 @torch.no_grad()
 def extract(network: nn.Module, batches: Iterable[UInt8[Tensor, "_ channels h w"]]) -> FeatureSet:
     """Return what a network finds in batches of pixels, in float64 on the CPU.
 
-    It computes in float32, also where autocast is on: numbers that are compared and kept must not depend on whether
-    a machine has bfloat16.
+    It computes in float32, also where autocast or TF32 is on: numbers that are compared and kept must not depend on
+    what a machine has.
 
     Raises:
         UserError: the network does not return features [N, D], finite, with or without logits [N, K].
@@ -124,7 +155,7 @@ def extract(network: nn.Module, batches: Iterable[UInt8[Tensor, "_ channels h w"
     device = torch.device("cpu") if parameter is None else parameter.device
     found: list[tuple[Tensor, ...]] = []
     for pixels in batches:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), cudnn.flags(enabled=True, allow_tf32=False):
             result = network.eval()(to_float(pixels.to(device)))
         parts = result if isinstance(result, tuple) else (result,)
         rows = [list(each.shape[:-1]) if isinstance(each, Tensor) else None for each in parts]
@@ -141,13 +172,7 @@ def extract(network: nn.Module, batches: Iterable[UInt8[Tensor, "_ channels h w"
 def extract_shared(
     network: nn.Module, images: UInt8[Tensor, "_ channels h w"], batch_size: int
 ) -> FeatureSet:
-    """Return what a network finds in images that every process holds; each looks at a part, and gets all.
-
-    Raises:
-        UserError: all images are the same; their features may differ by rounding.
-    """
-    if len(images) > 1 and bool((images == images[0]).all()):
-        raise UserError(f"all {len(images)} images are the same: there is nothing to compare")
+    """Return what a network finds in images that every process holds; each looks at a part, and gets all."""
     mine = share_of(len(images))
     batches = torch.split(images[mine.start : mine.stop], batch_size)
     rank, _ = rank_and_number()
@@ -161,17 +186,17 @@ def joined(parts: Sequence[FeatureSet]) -> FeatureSet:
     return FeatureSet(torch.cat(features), None if logits[0] is None else torch.cat(logits))
 
 
-def feature_hash(network: nn.Module) -> str:
-    """Return what tells one network from another: classes, settings and weights, as 12 hexadecimal digits."""
-    digest = hashlib.sha256(f"{type(network).__module__}.{type(network).__qualname__}".encode())
-    for name, module in network.named_modules():
+def module_hash(module: nn.Module) -> str:
+    """Return what tells one module from another: classes, settings and weights, as 12 hexadecimal digits."""
+    digest = hashlib.sha256(f"{type(module).__module__}.{type(module).__qualname__}".encode())
+    for name, part in module.named_modules():
         settings = sorted(
             (key, value)
-            for key, value in vars(module).items()
+            for key, value in vars(part).items()
             if isinstance(value, bool | int | float | str | tuple) and key[0] != "_" and key != "training"
         )
-        digest.update(f"{name} {type(module).__qualname__} {settings}".encode())
-    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {type(part).__qualname__} {settings}".encode())
+    for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import UInt8
 from torch import Tensor
 from tqdm import tqdm
@@ -16,8 +15,9 @@ from tqdm import tqdm
 from litdiffusion.data.arrays import read_images
 from litdiffusion.diffusion import Denoiser, Sampler, SamplerOutput
 from litdiffusion.errors import UserError
-from litdiffusion.reporting.images import to_uint8
-from litdiffusion.sampling import sample_images
+from litdiffusion.evaluation.comparison import to_pixels
+from litdiffusion.evaluation.features import module_hash
+from litdiffusion.sampling import network_evaluations, sample_images
 from litdiffusion.system.files import whole_file, write_text
 from litdiffusion.system.processes import gathered, rank_and_number, share_of
 
@@ -34,8 +34,8 @@ def drawn(
     seed: int,
     batch_size: int,
     folder: Path,
-    request: Mapping[str, Any],
-) -> UInt8[Tensor, "num_images channels h w"]:
+    origin: Mapping[str, Any],
+) -> tuple[UInt8[Tensor, "num_images channels h w"], dict[str, Any]]:
     """Draw images into ``folder/samples.npz``, or return those that are there; every process must call this.
 
     Args:
@@ -45,12 +45,28 @@ def drawn(
         seed: of the noise.
         batch_size: images at a time.
         folder: holds ``samples.npz`` and ``samples.json``, and meanwhile ``parts/``.
-        request: what the images depend on, as ``samples.json`` records it.
+        origin: what the denoiser is known by.
+
+    Returns:
+        The images, and what they depend on, as ``samples.json`` records it.
 
     Raises:
-        UserError: the folder holds images that are not of this command, or those drawn are not finite.
+        UserError: the folder holds images that are not of this command; or those drawn are not finite.
     """
     rank, _ = rank_and_number()
+    num_steps = len(sampler.times(denoiser.schedule)) - 1
+    request = {
+        **origin,
+        "model_hash": module_hash(denoiser),  # a training repeated writes other weights at the same place
+        "sampler": type(sampler).__name__,
+        "num_steps": num_steps,
+        "network_evaluations": network_evaluations(denoiser, sampler),
+        "sampler_settings": {
+            key: str(value) for key, value in vars(sampler).items() if not key.startswith("_")
+        },
+        "num_images": num_images,
+        "seed": seed,
+    }
     samples, note, parts = folder / "samples.npz", folder / "samples.json", folder / "parts"
     if gathered(samples.exists() and not note.exists())[0]:
         raise UserError(
@@ -61,42 +77,31 @@ def drawn(
         samples.unlink(missing_ok=True)
         shutil.rmtree(parts, ignore_errors=True)
         note.unlink()  # last, or a kill would leave parts of which nothing tells what they are
-    is_done, count = gathered((samples.exists(), len(list(parts.glob("*.npy")))))[0]
+    is_done, count = gathered((samples.exists(), len(list(parts.glob("[0-9]*.npy")))))[0]
     if is_done:
-        return read_images(samples)
+        return read_images(samples), request
     if rank == 0:
         parts.mkdir(exist_ok=True)
         write_text(note, json.dumps(request, indent=2) + "\n")
-    starts = range(0, num_images, PART)
-    steps = len(sampler.times(denoiser.schedule)) - 1
-    images = [np.load(parts / f"{start:07d}.npy") for start in starts[:count]] if rank == 0 else []
-    total = (
-        sum(-(-len(share_of(min(PART, num_images - start))) // batch_size) for start in starts[count:])
-        * steps
-    )
+    sizes = {start: min(PART, num_images - start) for start in range(0, num_images, PART)[count:]}
+    total = num_steps * sum(-(-len(share_of(size)) // batch_size) for size in sizes.values())
     with tqdm(total=total, unit="step", desc="sampling", disable=rank > 0) as bar:
 
         def watch(start: int, output: SamplerOutput) -> None:
             bar.update(output.t < 1)
 
-        for start in starts[count:]:
-            size = min(PART, num_images - start)
-            part = sample_images(denoiser, sampler, size, seed, batch_size, watch, first=start)
-            if not part.isfinite().all():
-                raise UserError(
-                    "the images came out infinite or NaN: use an earlier checkpoint, or weights=raw"
-                )
+        for start, size in sizes.items():
+            part = to_pixels(sample_images(denoiser, sampler, size, seed, batch_size, watch, first=start))
             if rank == 0:
-                images.append(to_uint8(part).permute(0, 2, 3, 1).numpy())
                 with whole_file(parts / f"{start:07d}.npy") as temporary:
-                    np.save(temporary, images[-1])
+                    np.save(temporary, part.permute(0, 2, 3, 1).numpy())
     if rank == 0:
+        images = np.concatenate([np.load(parts / f"{start:07d}.npy") for start in range(0, num_images, PART)])
         with whole_file(samples) as temporary:
-            np.savez_compressed(temporary, images=np.concatenate(images))
+            np.savez_compressed(temporary, images=images)
         shutil.rmtree(parts)
-    found = gathered(np.concatenate(images) if rank == 0 else None)[0]
-    assert found is not None
-    return torch.from_numpy(found).permute(0, 3, 1, 2).contiguous()
+    gathered(rank)  # the others wait for the file
+    return read_images(samples), request
 
 
 def _noted(note: Path) -> Any:

@@ -14,7 +14,7 @@ from litdiffusion.data.stores import Batch
 from litdiffusion.diffusion import Denoiser, Objective
 from litdiffusion.diffusion.devices import precise_dtype
 from litdiffusion.errors import UserError
-from litdiffusion.evaluation.sample_metrics import SampleMetric
+from litdiffusion.evaluation.sample_metrics import Found, SampleMetric, named
 
 BINS = 10
 TENTHS = tuple(f"_t{i:02d}" for i in range(BINS))
@@ -62,8 +62,8 @@ class Metric(torchmetrics.Metric):
         """Take in a batch of held-out images, finished and on the model's device, of this process alone."""
 
     @abstractmethod
-    def compute(self) -> dict[str, float]:
-        """Return the numbers by suffix, "" for the metric's main one; none where nothing was measured."""
+    def compute(self) -> Found:
+        """Return a number, or several by suffix, "" for the main one; none where nothing was measured."""
 
     def extent(self) -> dict[str, int]:
         """Return over how many images and times the numbers are averages, for ``evaluate``, by full names."""
@@ -133,7 +133,8 @@ def listed(metrics: Mapping[str, object] | None) -> tuple[dict[str, Metric], dic
 def numbers(metrics: Mapping[str, Metric]) -> dict[str, float]:
     """Return all numbers of the metrics under their full names, over all processes; every process must call this."""
     return {
-        f"val/{name}{suffix}": value
+        full_name: value
         for name, metric in metrics.items()
-        for suffix, value in metric.compute().items()
+        for full_name, value in named(name, metric.compute()).items()
+        if value is not None
     }

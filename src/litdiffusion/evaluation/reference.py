@@ -14,14 +14,16 @@ from tqdm import tqdm
 
 from litdiffusion.data.datamodule import ImageDataModule
 from litdiffusion.data.sources.base import Split
-from litdiffusion.evaluation.features import FeatureSet, extract, feature_hash, joined
+from litdiffusion.evaluation.features import FeatureSet, extract, joined
 from litdiffusion.system.files import whole_file
 from litdiffusion.system.processes import gathered, rank_and_number
 
 log = logging.getLogger(__name__)
 
 
-def real_features(data: ImageDataModule, split: Split, network: nn.Module, cache: Path) -> FeatureSet:
+def real_features(
+    data: ImageDataModule, split: Split, network: nn.Module, cache: Path, feature_hash: str
+) -> FeatureSet:
     """Return the features of all images of a split, in order; every process must call this.
 
     They are kept under ``cache``, by the fingerprint of the images and the hash of the network, where that folder can
@@ -29,7 +31,7 @@ def real_features(data: ImageDataModule, split: Split, network: nn.Module, cache
     """
     images = json.dumps(data.split_fingerprint(split), sort_keys=True)
     name = hashlib.sha256(images.encode()).hexdigest()[:12]
-    path = cache / f"{name}-{feature_hash(network)}.npz"
+    path = cache / f"{name}-{feature_hash}.npz"
     found = gathered(_read(path))[0]  # the first process's word: files may come and go
     if found is not None:
         return found

@@ -1,9 +1,11 @@
 """Metrics of generated images, from the features that a network finds in them and in real ones."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from litdiffusion.errors import UserError
 from litdiffusion.evaluation import distances
@@ -15,6 +17,24 @@ class Reference(NamedTuple):
 
     train: FeatureSet
     test: FeatureSet | None = None
+
+    def floor(self, count: int, measure: Callable[[FeatureSet], float]) -> float | None:
+        """Return what ``measure`` says of ``count`` test images: what perfect samples would get; None of fewer."""
+        if self.test is None or len(self.test.features) < count:
+            return None
+        return measure(self.test.some(count))
+
+
+Found = float | Tensor | Mapping[str, float | Tensor | None]
+"""What a metric has measured: a number, or several by the suffixes of their names."""
+
+
+def named(name: str, found: Found) -> dict[str, float | None]:
+    """Return what metric ``name`` has measured under full names."""
+    several = found if isinstance(found, Mapping) else {"": found}
+    return {
+        f"val/{name}{suffix}": None if value is None else float(value) for suffix, value in several.items()
+    }
 
 
 class SampleMetric(ABC):
@@ -28,25 +48,21 @@ class SampleMetric(ABC):
     """As for ``Metric``."""
 
     @abstractmethod
-    def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
-        """Return the numbers by suffix, "" for the main one."""
+    def measure(self, samples: FeatureSet, reference: Reference) -> Found:
+        """Return a number, or several by suffix, "" for the main one; None for what so many images do not tell."""
 
 
 class FID(SampleMetric):
     """The Fréchet distance to the training images; ``_floor``: that of as many test images."""
 
-    def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
+    def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float | None]:
         """See ``SampleMetric``."""
         train = distances.Gaussian.of(reference.train.features)
 
         def to_train(images: FeatureSet) -> float:
             return distances.frechet_distance(distances.Gaussian.of(images.features), train)
 
-        found = {"": to_train(samples)}
-        count = len(samples.features)
-        if reference.test is not None and len(reference.test.features) >= count:
-            found["_floor"] = to_train(reference.test.some(count))
-        return found
+        return {"": to_train(samples), "_floor": reference.floor(len(samples.features), to_train)}
 
 
 class KID(SampleMetric):
@@ -85,10 +101,10 @@ class _Neighbours(SampleMetric):
             raise ValueError(f"neighbours={neighbours}: must be at least 1")
         self.neighbours = neighbours
 
-    def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
+    def measure(self, samples: FeatureSet, reference: Reference) -> float:
         """See ``SampleMetric``."""
         generated = samples.features
-        return {"": self.of(generated, reference.train.some(len(generated)).features)}
+        return self.of(generated, reference.train.some(len(generated)).features)
 
     @abstractmethod
     def of(self, generated: distances.Features, real: distances.Features) -> float:
@@ -177,30 +193,33 @@ class Copying(SampleMetric):
 
     nearest: distances.Nearest | None = None
 
-    def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float]:
+    def measure(self, samples: FeatureSet, reference: Reference) -> dict[str, float | None]:
         """See ``SampleMetric``."""
-        train, count = reference.train.features, len(samples.features)
-        copying = distances.copying(samples.features, train)
-        self.nearest = copying.nearest
-        found = {"": copying.share_closer}
-        if reference.test is not None and len(reference.test.features) >= count:
-            found["_floor"] = distances.copying(reference.test.some(count).features, train).share_closer
-        for percent in (1, 10, 50):
-            found[f"_distance_q{percent:02d}"] = float(copying.nearest.distances.quantile(percent / 100))
-        return found
+
+        def copied(images: FeatureSet) -> distances.Copying:
+            return distances.copying(images.features, reference.train.features)
+
+        found = copied(samples)
+        self.nearest = found.nearest
+        return {
+            "": found.share_closer,
+            "_floor": reference.floor(len(samples.features), lambda images: copied(images).share_closer),
+            **{
+                f"_distance_q{percent:02d}": float(found.nearest.distances.quantile(percent / 100))
+                for percent in (1, 10, 50)
+            },
+        }
 
 
-def measured(metrics: dict[str, SampleMetric], samples: FeatureSet, reference: Reference) -> dict[str, float]:
+def measured(
+    metrics: Mapping[str, SampleMetric], samples: FeatureSet, reference: Reference
+) -> dict[str, float | None]:
     """Return the numbers of all metrics under their full names.
 
     Raises:
-        UserError: there are too few images for one of them, or all images are the same.
+        UserError: there are too few images for one of them.
     """
-    if len(samples.features) > 1 and bool((samples.features == samples.features[0]).all()):
-        raise UserError(
-            f"all {len(samples.features)} images have the same features: there is nothing to compare"
-        )
-    report: dict[str, float] = {}
+    report: dict[str, float | None] = {}
     for name, metric in metrics.items():
         try:
             found = metric.measure(samples, reference)
@@ -208,5 +227,5 @@ def measured(metrics: dict[str, SampleMetric], samples: FeatureSet, reference: R
             raise UserError(
                 f"metrics.{name}: {error}; give more, or leave it out by metrics.{name}=null"
             ) from error
-        report |= {f"val/{name}{suffix}": value for suffix, value in found.items()}
+        report |= named(name, found)
     return report

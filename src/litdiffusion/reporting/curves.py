@@ -74,17 +74,20 @@ class Curves(dict[str, Series]):
                     series.y.append(value)
 
 
-def curves(metrics_csv: Path, png: Path, metrics: Iterable[str] = ()) -> None:
+def curves(
+    metrics_csv: Path, png: Path, metrics: Iterable[str] = (), sample_metrics: Iterable[str] = ()
+) -> None:
     """Plot the values in ``metrics_csv`` into the file ``png``.
 
     Loss, loss by noise level, learning rate and gradient norm always have a panel, which says so where nothing was
-    logged; others of the run's ``metrics`` have one where they were.
+    logged; others of the run's ``metrics`` and ``sample_metrics`` have one where they were.
 
     Raises:
         UserError: ``metrics_csv`` is missing or no table of metrics.
     """
     logged = Curves(read_rows(metrics_csv))
     further = {f"val/{name}": f"{name}, held out" for name in metrics if name != "loss"}
+    further |= {f"val/{name}": f"{name}, samples" for name in sample_metrics}
     further |= {name: name for name in logged if not name.startswith(OWN)}
     further = {name: title for name, title in further.items() if name in logged}
     rows = 2 + -(-len(further) // 2)

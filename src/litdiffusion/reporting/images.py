@@ -113,3 +113,10 @@ def save(image: Image.Image, path: Path) -> None:
     """Write a picture, whole or not at all, in the format that the suffix of ``path`` names."""
     with whole_file(path) as temporary:
         image.save(temporary)
+
+
+def save_each(images: UInt8[Tensor, "picture channel height width"], folder: Path) -> None:
+    """Write each image as a PNG of its own, under its number."""
+    folder.mkdir(exist_ok=True)
+    for number, pixels in enumerate(images.movedim(1, -1)):
+        Image.fromarray(pixels.squeeze(-1).numpy()).save(folder / f"{number:06d}.png")

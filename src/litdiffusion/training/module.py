@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from litdiffusion.data.datamodule import Batch
 from litdiffusion.diffusion import Denoiser, Draws, Objective, ObjectiveOutput
 from litdiffusion.errors import UserError
-from litdiffusion.evaluation import Metric, Model, listed, numbers
+from litdiffusion.evaluation import Metric, Model, SampleMetric, listed, numbers
 from litdiffusion.training.ema import EMA
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,11 @@ class LitDiffusion(LightningModule):
     def ema_denoiser(self) -> Denoiser:
         """The denoiser to sample from: with averaged weights where there are any."""
         return self.denoiser if self.ema_net is None else self.denoiser.with_net(self.ema_net)
+
+    @property
+    def all_metrics(self) -> dict[str, Metric | SampleMetric]:
+        """The metrics of the run by name: of held-out images, then of generated ones."""
+        return {**self.metrics, **self.sample_metrics}
 
     def setup(self, stage: str) -> None:
         """Check that a class-conditional network and the data have the same number of classes.

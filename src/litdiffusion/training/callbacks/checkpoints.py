@@ -12,6 +12,7 @@ from litdiffusion.errors import UserError
 from litdiffusion.system.files import hardlink
 from litdiffusion.training.callbacks.attached import get_callback
 from litdiffusion.training.callbacks.monitor import Monitor, check_finite, clock_stopped
+from litdiffusion.training.callbacks.quality import MeasureSamples
 from litdiffusion.training.module import LitDiffusion
 
 
@@ -60,17 +61,16 @@ class SaveCheckpoints(Checkpoint):
         """Find out whether the number that decides is better higher or lower.
 
         Raises:
-            UserError: no metric of the run has this name.
+            UserError: the run does not measure it.
         """
         if self.best is None:
             return
         assert isinstance(pl_module, LitDiffusion)
-        metrics = {
-            f"val_{name}": each for name, each in (pl_module.metrics | pl_module.sample_metrics).items()
-        }
+        measured = pl_module.all_metrics if get_callback(trainer, MeasureSamples) else pl_module.metrics
+        metrics = {f"val_{name}": metric for name, metric in measured.items()}
         if self.best not in metrics:
             raise UserError(
-                f"callbacks.save_checkpoints.best={self.best}: no metric of this run; choose {', '.join(metrics)}"
+                f"callbacks.save_checkpoints.best={self.best}: not measured in this run; choose {', '.join(metrics)}"
             )
         self.higher_is_better = metrics[self.best].higher_is_better
 
