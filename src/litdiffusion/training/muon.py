@@ -59,7 +59,7 @@ class Muon(Optimizer):
     def __init__(
         self,
         params: Iterable[nn.Parameter],
-        lr: float = 0.02,
+        lr: float = 0.01,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         adam_lr: float = 1e-3,
