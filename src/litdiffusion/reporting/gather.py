@@ -1,0 +1,374 @@
+"""What a report shows, read from run folders into one object of plain values."""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig
+
+from litdiffusion.configuration.resolvers import metric_of
+from litdiffusion.data.sources.base import natural_order
+from litdiffusion.errors import UserError, short_text
+from litdiffusion.reporting.embedded import FEW, pictures
+from litdiffusion.reporting.series import Curves
+from litdiffusion.runs.folder import RunFolder, read_json
+from litdiffusion.runs.lock import is_locked
+from litdiffusion.runs.metrics import read_rows
+from litdiffusion.runs.resume import flat, read_config
+from litdiffusion.system.redaction import redacted_code
+
+MAX_POINTS, MAX_POINTS_OF_ONE = 60_000, 1000
+"""Points of all curves together, and of one."""
+MAX_DIFF = 20_000
+"""Characters of a change to the code that are shown."""
+DEEPEST = 6
+"""How far below a given folder runs are looked for."""
+
+_LEVEL = re.compile(r"(.+)_t(\d\d)")
+_FOLDERS = ("run_dir", "out")
+_SUFFIXES = {"_floor": "floor", "_std_error": "error", "_std": "error"}
+"""Of the numbers of a metric: what perfect images would get, and how exact it is."""
+
+
+@dataclass(eq=False)
+class Found:
+    """A run, or what the table of a sweep says of one that has no folder.
+
+    Args:
+        folder: of the run.
+        row: of ``sweep.csv``.
+    """
+
+    folder: Path
+    row: Mapping[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    typed: dict[str, str] = field(default_factory=dict)
+    varied: dict[str, str] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+    status: str = ""
+    reason: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+class Ranking(NamedTuple):
+    """The number of ``summary.json`` that ranks runs, None where none compares them, and a line that says so."""
+
+    ranked_by: str | None
+    ranking: str
+    higher: bool
+
+    def place(self, run: Found) -> float:
+        """Return what runs are sorted by, the best first."""
+        value = run.numbers.get(self.ranked_by or "", math.nan)
+        return math.inf if math.isnan(value) else -value if self.higher else value
+
+
+def find_runs(paths: Iterable[Path]) -> list[Found]:
+    """Return the runs in folders: run folders themselves, sweeps, and folders of either.
+
+    Raises:
+        UserError: a path does not exist, or holds no run.
+    """
+    found: dict[Path, Found] = {}
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} does not exist: give a run folder, a sweep, or a folder of runs")
+        runs = list(_find(path, DEEPEST))
+        if not runs:
+            raise UserError(f"{path} holds no run: a run folder has a config.yaml")
+        for run in runs:
+            found.setdefault(run.folder.resolve(), run)
+    return list(found.values())
+
+
+def _find(path: Path, depth: int) -> Iterator[Found]:
+    if (path / "config.yaml").is_file():
+        yield Found(path)
+        return
+    if (path / "sweep.csv").is_file():
+        text = (path / "sweep.csv").read_text(encoding="utf-8", errors="replace")
+        for row in csv.DictReader(io.StringIO(text)):
+            if row.get("run_dir"):
+                yield Found(
+                    path / row["run_dir"], {key: value for key, value in row.items() if key and value}
+                )
+    if depth and path.is_dir():
+        with suppress(PermissionError):
+            inside = [each for each in path.iterdir() if each.is_dir() and not each.is_symlink()]
+            for folder in sorted(inside, key=lambda each: natural_order(each.name)):
+                yield from _find(folder, depth - 1)
+
+
+def gather(
+    runs: Sequence[Found], rank: Callable[[Sequence[Found]], Ranking | None] = lambda _: None
+) -> dict[str, Any]:
+    """Return what a report of runs shows. A run that cannot be read is shown with the reason.
+
+    Args:
+        runs: as ``find_runs`` returns them.
+        rank: says which number compares them, when they have been read.
+    """
+    for run in runs:
+        _guarded(run, _read_settings)
+    axes = _axes(runs)
+    known = {key for run in runs for key in run.typed}
+    for run in runs:
+        _read_table(run, known)
+    logged = [
+        _guarded(run, lambda run: Curves(read_rows(run.folder / "metrics.csv"))) or Curves([]) for run in runs
+    ]
+    for run, curves in zip(runs, logged, strict=True):
+        run.varied = {key: run.typed[key] for key in axes if key in run.typed}
+        _guarded(run, _read_summary)
+        if "step" in curves and curves["step"].y[-1] > run.numbers.get("steps", math.inf):
+            run.status = ""  # it is continued beyond its end
+        if not run.status:
+            _note_state(run, curves)
+    ranking = rank(runs)
+    best = sorted(runs, key=ranking.place)[:FEW] if ranking else runs[:FEW]
+    number = sum(1 for curves in logged for name in curves if not _LEVEL.fullmatch(name))
+    most = min(MAX_POINTS_OF_ONE, max(40, MAX_POINTS // max(number, 1)))
+    names = _names([run.folder for run in runs])
+    codes: dict[str, dict[str, Any]] = {}
+    shown = []
+    for index, (run, curves) in enumerate(zip(runs, logged, strict=True)):
+        row = {
+            "name": names[index],
+            "folder": str(run.folder),
+            "status": run.status,
+            "reason": run.reason,
+            "varied": run.varied,
+            "typed": [f"{key}={value}" for key, value in run.typed.items()],
+            "numbers": run.numbers,
+            "facts": run.facts,
+            **_of_curves(curves, most),
+            "quality": _guarded(run, _quality, curves) or [],
+            "origin": _guarded(run, _origin, codes) or {},
+            **(_guarded(run, _shown_pictures, len(runs), run in best) or {}),
+        }
+        shown.append(row)
+    common, differing = _settings(runs)
+    return {
+        "runs": shown,
+        "axes": axes,
+        "metrics": {name: higher for run in runs for name, higher in _directions(run.config).items()},
+        "axis": "images_seen" if any(curves.axis == "images_seen" for curves in logged if curves) else "step",
+        "thinned": most * any(len(series.y) > most for curves in logged for series in curves.values()),
+        "common": common,
+        "differing": differing,
+        "code": list(codes.values()),
+        **(ranking._asdict() if ranking else {}),
+    }
+
+
+def _guarded(run: Found, read: Callable[..., Any], *further: Any) -> Any:
+    """Return what ``read`` returns; None where files are missing, or damaged, which the run's status then says."""
+    try:
+        return read(run, *further)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # damaged files trip their readers in many ways
+        if not (isinstance(error, UserError) and str(error).endswith("does not exist")):
+            run.status, run.reason = "damaged", short_text(error)
+        return None
+
+
+def _read_settings(run: Found) -> None:
+    folder = RunFolder(run.folder)
+    if folder.overrides.exists():
+        for line in folder.overrides.read_text(encoding="utf-8").splitlines():
+            key, equals, value = line.lstrip("+~").partition("=")
+            if equals and key not in _FOLDERS and not key.startswith("hydra"):
+                run.typed[key] = value
+    if folder.config.exists():
+        run.config = read_config(folder.config)
+
+
+def _read_table(run: Found, known: Collection[str]) -> None:
+    """Take in what the table of a sweep says: settings, those that some job has typed, and numbers."""
+    run.typed = {key: value for key, value in run.row.items() if key in known} | run.typed
+    for key, value in run.row.items():
+        if key not in ("job", "status", "reason", *_FOLDERS, *known):
+            with suppress(ValueError):
+                run.numbers[key] = float(value)
+
+
+def _read_summary(run: Found) -> None:
+    summary = RunFolder(run.folder).read_summary()
+    run.numbers |= {key: value for key, value in summary.items() if type(value) in (int, float)}
+    run.facts = {
+        key: value for key, value in summary.items() if isinstance(value, str) and not _is_file(value)
+    }
+    if summary and not run.status:
+        run.status = "stopped early" if "stopped" in summary else "finished"
+        run.reason = str(summary.get("stopped", ""))
+
+
+def _is_file(value: str) -> bool:
+    return value.endswith((".png", ".gif", ".ckpt"))
+
+
+def _note_state(run: Found, curves: Curves) -> None:
+    """Say how a run without a summary stands: by its lock, by the table of its sweep, or by how far it came."""
+    if is_locked(run.folder):
+        run.status = "running"
+    elif run.row.get("status") in (None, "", "running", "finished", "skipped-finished"):
+        run.status = "unfinished"
+    else:
+        run.status, run.reason = run.row["status"], run.row.get("reason", "")
+    last = max((series.x[-1] for series in curves.values()), default=0)
+    if last and not run.reason:
+        run.reason = f"{last:,.0f} {curves.axis.replace('_', ' ')} so far"
+
+
+def _axes(runs: Sequence[Found]) -> list[str]:
+    """Return the keys that were typed with different values, or stand so in the table of a sweep."""
+    read = [run.typed for run in runs if run.typed]
+    typed = dict.fromkeys(key for each in read for key in each)
+    return [
+        key
+        for key in typed
+        if len({each.get(key) for each in read} | {run.row[key] for run in runs if key in run.row}) > 1
+    ]
+
+
+def _settings(runs: Sequence[Found]) -> tuple[dict[str, str], dict[str, list[tuple[str | None, list[int]]]]]:
+    """Return the settings that the runs share; and each other one's values, with the indices of the runs."""
+    read = {
+        index: {
+            key: str(value)
+            for key, value in flat(run.config).items()
+            if str(run.config["run_dir"]) not in str(value)
+        }
+        for index, run in enumerate(runs)
+        if run.config.get("run_dir")
+    }
+    common, differing = {}, {}
+    ends = set()
+    for key in sorted(
+        dict.fromkeys(key for each in read.values() for key in each), key=lambda key: key.count(".")
+    ):
+        values = tuple(each.get(key) for each in read.values())
+        # Nodes share values by interpolation: each is named once, where it was written.
+        parts = key.split(".")
+        if any((".".join(parts[i:]), values) in ends for i in range(1, len(parts))):
+            continue
+        ends.add((key, values))
+        having: dict[str | None, list[int]] = {}
+        for index, value in zip(read, values, strict=True):
+            having.setdefault(value, []).append(index)
+        if len(having) > 1:
+            differing[key] = list(having.items())
+        else:
+            common[key] = str(values[0])
+    return common, differing
+
+
+def _of_curves(curves: Curves, most: int) -> dict[str, Any]:
+    series: dict[str, list[list[float]]] = {}
+    levels: dict[str, list[float | None]] = {}
+    for name, found in curves.items():
+        if level := _LEVEL.fullmatch(name):
+            of_name = levels.setdefault(level[1], [None] * 10)
+            if int(level[2]) < 10:
+                of_name[int(level[2])] = _short(found.final())
+        elif name not in ("step", "images_seen"):
+            thin = found.thinned(most)
+            series[name] = [[round(x) for x in thin.x], [_short(y) for y in thin.y]]
+    steps = curves.get("step")
+    per_step = steps.x[-1] / steps.y[-1] if steps and steps.y[-1] else 1
+    return {"curves": series, "levels": levels, "images_per_step": per_step}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def own_metrics(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics of a configuration that are ours: for a run from elsewhere, nothing else is imported."""
+    return {
+        name: node
+        for name, node in (config.get("metrics") or {}).items()
+        if isinstance(node, dict) and str(node.get("_target_")).startswith("litdiffusion.evaluation.")
+    }
+
+
+def _directions(config: Mapping[str, Any]) -> dict[str, bool]:
+    """Return the metrics of a run, each with whether higher is better."""
+    metrics = DictConfig({"metrics": own_metrics(config)})
+    named = [name for name, node in (config.get("metrics") or {}).items() if node is not None]
+    return {name: bool(getattr(metric_of(name, metrics), "higher_is_better", False)) for name in named}
+
+
+def _quality(run: Found, curves: Curves) -> list[dict[str, Any]]:
+    """Return the metrics of the run's last validation, and of what ``evaluate`` has measured in its folder."""
+    last = {name: series.y[-1] for name, series in curves.items()}
+    told: list[tuple[str, dict[str, Any], dict[str, Any]]] = [("during training", last, {})]
+    evaluated = run.folder / "evaluated" / "metrics.json"
+    if evaluated.is_file():
+        found = read_json(evaluated, dict)
+        told.append(("evaluate", found, found))
+    shown = []
+    for source, numbers, about in told:
+        names = dict.fromkeys(
+            (
+                *run.config.get("metrics", {}),
+                *(name.removeprefix("val/") for name in about if name.startswith("val/")),
+            )
+        )
+        for name in names:
+            value = numbers.get(f"val/{name}")
+            is_part = any(name != other and name.startswith(f"{other}_") for other in names)
+            if isinstance(value, int | float) and math.isfinite(value) and not is_part:
+                further = {
+                    kind: numbers[f"val/{name}{suffix}"]
+                    for suffix, kind in _SUFFIXES.items()
+                    if f"val/{name}{suffix}" in numbers
+                }
+                keys = ("num_images", "sampler", "num_steps", "biased")
+                note = ", ".join(f"{key} {about[key]}" for key in keys if about.get(key) not in (None, False))
+                shown.append({"name": name, "value": value, "source": source, "note": note, **further})
+    return shown
+
+
+def _origin(run: Found, codes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return where a run came from; changes to the code are kept in ``codes``, since runs share them."""
+    if not RunFolder(run.folder).provenance.exists():
+        return {}
+    starts = read_json(RunFolder(run.folder).provenance, list)
+    last = starts[-1]
+    git = last.get("git") or {}
+    diff = redacted_code(str(git.get("diff", "")))
+    code = {"commit": str(git.get("commit", "")), "diff": diff[:MAX_DIFF], "cut": len(diff) > MAX_DIFF}
+    hardware = last.get("hardware") or {}
+    codes.setdefault(repr(code), code)
+    return {
+        "started": [str(start.get("started")) for start in starts],
+        "code": list(codes).index(repr(code)),
+        "python": last.get("python"),
+        "versions": last.get("versions"),
+        "hardware": [hardware.get("processor"), *hardware.get("gpus", ()), hardware.get("system")],
+    }
+
+
+def _shown_pictures(run: Found, number: int, whole: bool) -> dict[str, Any]:
+    return pictures(RunFolder(run.folder), number, whole)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Return the folders' paths below the folder that they share, or the name of a single one."""
+    resolved = [folder.absolute() for folder in folders]
+    shared = 0
+    while len({folder.parts[: shared + 1] for folder in resolved}) == 1 and all(
+        len(folder.parts) > shared + 1 for folder in resolved
+    ):
+        shared += 1
+    return (
+        ["/".join(folder.parts[shared:]) for folder in resolved] if len(folders) > 1 else [resolved[0].name]
+    )
