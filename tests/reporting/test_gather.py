@@ -97,6 +97,24 @@ def test_what_differs_is_named_once_and_what_follows_from_the_folder_not_at_all(
     assert [run["name"] for run in data["runs"]] == ["a", "b"]
 
 
+def test_a_default_stands_beside_what_others_typed(tmp_path: Path) -> None:
+    typed = ("optimizer.lr=1e-3 net=dit seed=0", "net.dims=[1,2] seed=0", "optimizer.lr=0.1 seed=0")
+    values = ((1e-3, [1]), (0.1, [1, 2]), (0.1, [1]))
+    runs = [
+        Found(make_run(tmp_path / str(i), typed=words, optimizer={"lr": rate}, net={"dims": dims}))
+        for i, (words, (rate, dims)) in enumerate(zip(typed, values, strict=True))
+    ]
+    failed = Found(tmp_path / "3", {"status": "failed", "optimizer.lr": "1e-3", "net": "dit", "seed": "0"})
+    data = gather([*runs, failed])
+    assert data["axes"] == ["optimizer.lr", "net", "net.dims"]
+    assert [run["varied"] for run in data["runs"]] == [
+        {"optimizer.lr": "0.001", "net.dims": "[1]", "net": "dit"},
+        {"optimizer.lr": "0.1", "net.dims": "[1, 2]"},
+        {"optimizer.lr": "0.1", "net.dims": "[1]"},
+        {"optimizer.lr": "0.001", "net": "dit"},
+    ]
+
+
 def test_each_run_says_how_it_stands(tmp_path: Path) -> None:
     names = ("finished", "continued", "running", "unfinished", "damaged", "unreadable")
     runs = {name: make_run(tmp_path / name, end=name not in ("running", "unfinished")) for name in names}
@@ -106,14 +124,16 @@ def test_each_run_says_how_it_stands(tmp_path: Path) -> None:
     (runs["unreadable"] / "config.yaml").write_text("a: [1\n")
     (runs["unfinished"] / "samples/step-0000001.png").write_bytes(b"no picture")
     lost = Found(tmp_path / "lost", {"status": "failed", "reason": "no GPU", "loss": "l1", "val_loss": "0.5"})
+    evaluated = Found(tmp_path / "evaluated", {"status": "finished", "val_fid": "3"})
     with RunLock(runs["running"]) as lock:
         lock.take()
-        found = gather([*map(Found, runs.values()), lost])["runs"]
+        found = gather([*map(Found, runs.values()), evaluated, lost])["runs"]
     status = {run["name"]: run["status"] for run in found}
     expected = {name: name for name in names} | {
         "continued": "unfinished",
         "unreadable": "damaged",
         "lost": "failed",
+        "evaluated": "finished",
     }
     assert status == expected
     reasons = {run["name"]: run["reason"] for run in found}

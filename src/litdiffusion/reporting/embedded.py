@@ -38,15 +38,17 @@ def pictures(folder: RunFolder, number: int, whole: bool) -> dict[str, Any]:
     }
     if whole:
         strip, steps, gif = (
-            folder.samples / name for name in ("noised_strip.png", "denoising.npz", "denoising.gif")
+            folder.samples / each for each in ("noised_strip.png", "denoising.npz", "denoising.gif")
         )
-        found["forward"] = _picture(strip, few) if strip.is_file() else None
-        found["gif"] = _data_uri(gif.read_bytes(), "gif") if gif.is_file() else None
+        if strip.is_file():
+            found["forward"] = _picture(strip, few)
         if steps.is_file():
             found["reverse"] = [
                 {"t": round(t, 4), "x": _encoded(x, "PNG"), "x0": _encoded(x0, "PNG")}
                 for t, x, x0 in read_steps(steps)
             ]
+        elif gif.is_file():
+            found["gif"] = _data_uri(gif.read_bytes(), "gif")
     return found
 
 

@@ -116,15 +116,14 @@ def gather(
     """
     for run in runs:
         _guarded(run, _read_settings)
-    axes = _axes(runs)
     known = {key for run in runs for key in run.typed}
     for run in runs:
         _read_table(run, known)
+    axes = _vary(runs)
     logged = [
         _guarded(run, lambda run: Curves(read_rows(run.folder / "metrics.csv"))) or Curves([]) for run in runs
     ]
     for run, curves in zip(runs, logged, strict=True):
-        run.varied = {key: run.typed[key] for key in axes if key in run.typed}
         _guarded(run, _read_summary)
         if "step" in curves and curves["step"].y[-1] > run.numbers.get("steps", math.inf):
             run.status = ""  # it is continued beyond its end
@@ -218,24 +217,38 @@ def _note_state(run: Found, curves: Curves) -> None:
     """Say how a run without a summary stands: by its lock, by the table of its sweep, or by how far it came."""
     if is_locked(run.folder):
         run.status = "running"
-    elif run.row.get("status") in (None, "", "running", "finished", "skipped-finished"):
-        run.status = "unfinished"
     else:
-        run.status, run.reason = run.row["status"], run.row.get("reason", "")
+        noted, run.reason = run.row.get("status", "running"), run.row.get("reason", "")
+        # The table of a sweep that was killed is not up to date; a job of sample or evaluate writes no summary.
+        stale = noted == "running" or (noted.endswith("finished") and run.config)
+        run.status = "unfinished" if stale else noted.removeprefix("skipped-")
     last = max((series.x[-1] for series in curves.values()), default=0)
     if last and not run.reason:
         run.reason = f"{last:,.0f} {curves.axis.replace('_', ' ')} so far"
 
 
-def _axes(runs: Sequence[Found]) -> list[str]:
-    """Return the keys that were typed with different values, or stand so in the table of a sweep."""
-    read = [run.typed for run in runs if run.typed]
-    typed = dict.fromkeys(key for each in read for key in each)
-    return [
-        key
-        for key in typed
-        if len({each.get(key) for each in read} | {run.row[key] for run in runs if key in run.row}) > 1
-    ]
+def _vary(runs: Sequence[Found]) -> list[str]:
+    """Return the keys that were typed with different values, and note the values of each run as ``varied``.
+
+    A value is the one that the run's configuration holds: what one run typed may be another's default.
+    """
+    typed = dict.fromkeys(key for run in runs for key in run.typed)
+    spelled: dict[tuple[str, str], str] = {}
+    for run in runs:
+        settings = flat(run.config)
+        run.varied = {key: str(settings[key]) for key in typed if key in settings} | {
+            key: value for key, value in run.typed.items() if key not in settings
+        }
+        if run.config:
+            spelled |= {(key, value): run.varied[key] for key, value in run.typed.items()}
+    for run in runs:
+        if not run.config:
+            run.varied = {key: spelled.get((key, value), value) for key, value in run.varied.items()}
+    read = [run for run in runs if run.config or len(run.varied) == len(typed)]
+    axes = [key for key in typed if len({run.varied.get(key) for run in read}) > 1]
+    for run in runs:
+        run.varied = {key: run.varied[key] for key in axes if key in run.varied}
+    return axes
 
 
 def _settings(runs: Sequence[Found]) -> tuple[dict[str, str], dict[str, list[tuple[str | None, list[int]]]]]:
