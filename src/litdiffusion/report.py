@@ -16,7 +16,7 @@ from litdiffusion.errors import UserError
 from litdiffusion.runs.folder import absolute
 
 if TYPE_CHECKING:
-    from litdiffusion.reporting.gather import Found, Ranking
+    from litdiffusion.reporting.found import Found, Ranking
 
 
 @entry_point("report")
@@ -30,7 +30,8 @@ def report(cfg: DictConfig) -> None:
     paths = [Path(absolute(path, "runs")) for path in given]
     out = Path(absolute(cfg.out, "out")) if cfg.out else paths[0] / "report.html"
     # Here, since they import torch, which takes seconds.
-    from litdiffusion.reporting.gather import find_runs, gather
+    from litdiffusion.reporting.found import find_runs
+    from litdiffusion.reporting.gather import gather
     from litdiffusion.reporting.page import write_page
 
     runs = find_runs(paths)
@@ -44,7 +45,8 @@ def report(cfg: DictConfig) -> None:
 def rank(runs: "Sequence[Found]") -> "Ranking | None":
     """Return the number that compares the runs, as the table of a sweep does."""
     from litdiffusion.configuration.resolvers import direction
-    from litdiffusion.reporting.gather import Ranking, own_metrics
+    from litdiffusion.reporting.found import Ranking
+    from litdiffusion.reporting.gather import own_metrics
     from litdiffusion.sweeps.jobs import Job
     from litdiffusion.sweeps.ranking import ranking
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from litdiffusion.errors import UserError
 from litdiffusion.reporting.embedded import FEW
-from litdiffusion.reporting.gather import Found, Ranking, find_runs, gather
+from litdiffusion.reporting.found import Found, Ranking, find_runs
+from litdiffusion.reporting.gather import gather
 from litdiffusion.runs.lock import RunLock
 
 FID = {"_target_": "litdiffusion.evaluation.FID"}

@@ -9,7 +9,8 @@ from test_gather import make_run
 
 from browser import CHROMIUM, Browser
 from litdiffusion.report import rank
-from litdiffusion.reporting.gather import find_runs, gather
+from litdiffusion.reporting.found import find_runs
+from litdiffusion.reporting.gather import gather
 from litdiffusion.reporting.page import write_page
 
 pytestmark = [

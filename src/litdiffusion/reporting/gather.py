@@ -1,108 +1,39 @@
 """What a report shows, read from run folders into one object of plain values."""
 
-import csv
-import io
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from omegaconf import DictConfig
 
 from litdiffusion.configuration.resolvers import metric_of
-from litdiffusion.data.sources.base import natural_order
-from litdiffusion.errors import UserError, short_text
 from litdiffusion.reporting.embedded import FEW, pictures
+from litdiffusion.reporting.found import (
+    Found,
+    Ranking,
+    guarded,
+    note_state,
+    read_settings,
+    read_summary,
+    read_table,
+    vary,
+)
 from litdiffusion.reporting.series import Curves
 from litdiffusion.runs.folder import RunFolder, read_json
-from litdiffusion.runs.lock import is_locked
 from litdiffusion.runs.metrics import read_rows
-from litdiffusion.runs.resume import flat, read_config
+from litdiffusion.runs.resume import flat
 from litdiffusion.system.redaction import redacted_code
 
 MAX_POINTS, MAX_POINTS_OF_ONE = 60_000, 1000
 """Points of all curves together, and of one."""
 MAX_DIFF = 20_000
 """Characters of a change to the code that are shown."""
-DEEPEST = 6
-"""How far below a given folder runs are looked for."""
 
 _LEVEL = re.compile(r"(.+)_t(\d\d)")
-_FOLDERS = ("run_dir", "out")
 _SUFFIXES = {"_floor": "floor", "_std_error": "error", "_std": "error"}
 """Of the numbers of a metric: what perfect images would get, and how exact it is."""
-
-
-@dataclass(eq=False)
-class Found:
-    """A run, or what the table of a sweep says of one that has no folder.
-
-    Args:
-        folder: of the run.
-        row: of ``sweep.csv``.
-    """
-
-    folder: Path
-    row: Mapping[str, str] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    typed: dict[str, str] = field(default_factory=dict)
-    varied: dict[str, str] = field(default_factory=dict)
-    numbers: dict[str, float] = field(default_factory=dict)
-    status: str = ""
-    reason: str = ""
-    facts: dict[str, str] = field(default_factory=dict)
-
-
-class Ranking(NamedTuple):
-    """The number of ``summary.json`` that ranks runs, None where none compares them, and a line that says so."""
-
-    ranked_by: str | None
-    ranking: str
-    higher: bool
-
-    def place(self, run: Found) -> float:
-        """Return what runs are sorted by, the best first."""
-        value = run.numbers.get(self.ranked_by or "", math.nan)
-        return math.inf if math.isnan(value) else -value if self.higher else value
-
-
-def find_runs(paths: Iterable[Path]) -> list[Found]:
-    """Return the runs in folders: run folders themselves, sweeps, and folders of either.
-
-    Raises:
-        UserError: a path does not exist, or holds no run.
-    """
-    found: dict[Path, Found] = {}
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} does not exist: give a run folder, a sweep, or a folder of runs")
-        runs = list(_find(path, DEEPEST))
-        if not runs:
-            raise UserError(f"{path} holds no run: a run folder has a config.yaml")
-        for run in runs:
-            found.setdefault(run.folder.resolve(), run)
-    return list(found.values())
-
-
-def _find(path: Path, depth: int) -> Iterator[Found]:
-    if (path / "config.yaml").is_file():
-        yield Found(path)
-        return
-    if (path / "sweep.csv").is_file():
-        text = (path / "sweep.csv").read_text(encoding="utf-8", errors="replace")
-        for row in csv.DictReader(io.StringIO(text)):
-            if row.get("run_dir"):
-                yield Found(
-                    path / row["run_dir"], {key: value for key, value in row.items() if key and value}
-                )
-    if depth and path.is_dir():
-        with suppress(PermissionError):
-            inside = [each for each in path.iterdir() if each.is_dir() and not each.is_symlink()]
-            for folder in sorted(inside, key=lambda each: natural_order(each.name)):
-                yield from _find(folder, depth - 1)
 
 
 def gather(
@@ -115,20 +46,20 @@ def gather(
         rank: says which number compares them, when they have been read.
     """
     for run in runs:
-        _guarded(run, _read_settings)
+        guarded(run, read_settings)
     known = {key for run in runs for key in run.typed}
     for run in runs:
-        _read_table(run, known)
-    axes = _vary(runs)
+        read_table(run, known)
+    axes = vary(runs)
     logged = [
-        _guarded(run, lambda run: Curves(read_rows(run.folder / "metrics.csv"))) or Curves([]) for run in runs
+        guarded(run, lambda run: Curves(read_rows(run.folder / "metrics.csv"))) or Curves([]) for run in runs
     ]
     for run, curves in zip(runs, logged, strict=True):
-        _guarded(run, _read_summary)
+        guarded(run, read_summary)
         if "step" in curves and curves["step"].y[-1] > run.numbers.get("steps", math.inf):
             run.status = ""  # it is continued beyond its end
         if not run.status:
-            _note_state(run, curves)
+            note_state(run, curves)
     ranking = rank(runs)
     best = sorted(runs, key=ranking.place)[:FEW] if ranking else runs[:FEW]
     number = sum(1 for curves in logged for name in curves if not _LEVEL.fullmatch(name))
@@ -147,9 +78,9 @@ def gather(
             "numbers": run.numbers,
             "facts": run.facts,
             **_of_curves(curves, most),
-            "quality": _guarded(run, _quality, curves) or [],
-            "origin": _guarded(run, _origin, codes) or {},
-            **(_guarded(run, _shown_pictures, len(runs), run in best) or {}),
+            "quality": guarded(run, _quality, curves) or [],
+            "origin": guarded(run, _origin, codes) or {},
+            **(guarded(run, _shown_pictures, len(runs), run in best) or {}),
         }
         shown.append(row)
     common, differing = _settings(runs)
@@ -164,91 +95,6 @@ def gather(
         "code": list(codes.values()),
         **(ranking._asdict() if ranking else {}),
     }
-
-
-def _guarded(run: Found, read: Callable[..., Any], *further: Any) -> Any:
-    """Return what ``read`` returns; None where files are missing, or damaged, which the run's status then says."""
-    try:
-        return read(run, *further)
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # damaged files trip their readers in many ways
-        if not (isinstance(error, UserError) and str(error).endswith("does not exist")):
-            run.status, run.reason = "damaged", short_text(error)
-        return None
-
-
-def _read_settings(run: Found) -> None:
-    folder = RunFolder(run.folder)
-    if folder.overrides.exists():
-        for line in folder.overrides.read_text(encoding="utf-8").splitlines():
-            key, equals, value = line.lstrip("+~").partition("=")
-            if equals and key not in _FOLDERS and not key.startswith("hydra"):
-                run.typed[key] = value
-    if folder.config.exists():
-        run.config = read_config(folder.config)
-
-
-def _read_table(run: Found, known: Collection[str]) -> None:
-    """Take in what the table of a sweep says: settings, those that some job has typed, and numbers."""
-    run.typed = {key: value for key, value in run.row.items() if key in known} | run.typed
-    for key, value in run.row.items():
-        if key not in ("job", "status", "reason", *_FOLDERS, *known):
-            with suppress(ValueError):
-                run.numbers[key] = float(value)
-
-
-def _read_summary(run: Found) -> None:
-    summary = RunFolder(run.folder).read_summary()
-    run.numbers |= {key: value for key, value in summary.items() if type(value) in (int, float)}
-    run.facts = {
-        key: value for key, value in summary.items() if isinstance(value, str) and not _is_file(value)
-    }
-    if summary and not run.status:
-        run.status = "stopped early" if "stopped" in summary else "finished"
-        run.reason = str(summary.get("stopped", ""))
-
-
-def _is_file(value: str) -> bool:
-    return value.endswith((".png", ".gif", ".ckpt"))
-
-
-def _note_state(run: Found, curves: Curves) -> None:
-    """Say how a run without a summary stands: by its lock, by the table of its sweep, or by how far it came."""
-    if is_locked(run.folder):
-        run.status = "running"
-    else:
-        noted, run.reason = run.row.get("status", "running"), run.row.get("reason", "")
-        # The table of a sweep that was killed is not up to date; a job of sample or evaluate writes no summary.
-        stale = noted == "running" or (noted.endswith("finished") and run.config)
-        run.status = "unfinished" if stale else noted.removeprefix("skipped-")
-    last = max((series.x[-1] for series in curves.values()), default=0)
-    if last and not run.reason:
-        run.reason = f"{last:,.0f} {curves.axis.replace('_', ' ')} so far"
-
-
-def _vary(runs: Sequence[Found]) -> list[str]:
-    """Return the keys that were typed with different values, and note the values of each run as ``varied``.
-
-    A value is the one that the run's configuration holds: what one run typed may be another's default.
-    """
-    typed = dict.fromkeys(key for run in runs for key in run.typed)
-    spelled: dict[tuple[str, str], str] = {}
-    for run in runs:
-        settings = flat(run.config)
-        run.varied = {key: str(settings[key]) for key in typed if key in settings} | {
-            key: value for key, value in run.typed.items() if key not in settings
-        }
-        if run.config:
-            spelled |= {(key, value): run.varied[key] for key, value in run.typed.items()}
-    for run in runs:
-        if not run.config:
-            run.varied = {key: spelled.get((key, value), value) for key, value in run.varied.items()}
-    read = [run for run in runs if run.config or len(run.varied) == len(typed)]
-    axes = [key for key in typed if len({run.varied.get(key) for run in read}) > 1]
-    for run in runs:
-        run.varied = {key: run.varied[key] for key in axes if key in run.varied}
-    return axes
 
 
 def _settings(runs: Sequence[Found]) -> tuple[dict[str, str], dict[str, list[tuple[str | None, list[int]]]]]:

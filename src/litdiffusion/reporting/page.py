@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from litdiffusion.reporting.gather import Found, gather
+from litdiffusion.reporting.found import Found
+from litdiffusion.reporting.gather import gather
 from litdiffusion.runs.folder import RunFolder
 from litdiffusion.system.files import write_text
 
