@@ -1,4 +1,4 @@
-# Tab completion in bash for python -m litdiffusion.train, sample and evaluate: groups, their choices, keys.
+# Tab completion in bash for python -m litdiffusion.train, sample, evaluate and report: groups, their choices, keys.
 #   source scripts/completion.bash          (zsh: autoload -U +X bashcompinit && bashcompinit, before it)
 _litdiffusion() {
     local words=($COMP_LINE) word="${COMP_WORDS[COMP_CWORD]}" module="${COMP_WORDS[2]}" line="${COMP_WORDS[2]}" choices each

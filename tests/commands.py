@@ -10,10 +10,10 @@ from unittest import mock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from litdiffusion import evaluate, sample, train
+from litdiffusion import evaluate, report, sample, train
 from litdiffusion.configuration import config_folder
 
-MAINS = {"train": train.main, "sample": sample.main, "evaluate": evaluate.main}
+MAINS = {"train": train.main, "sample": sample.main, "evaluate": evaluate.main, "report": report.main}
 
 
 def run(command: str, *overrides: str) -> None:

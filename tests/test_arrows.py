@@ -12,7 +12,7 @@ import pytest
 import litdiffusion
 
 PACKAGE = Path(litdiffusion.__file__).parent
-ENTRY_POINTS = {"train", "sample", "evaluate"}
+ENTRY_POINTS = {"train", "sample", "evaluate", "report"}
 CORE = {"diffusion": {"torch", "jaxtyping"}, "nn": {"torch", "jaxtyping", "einops"}}
 LEAVES = {"errors", "system.files", "system.parent_death", "system.redaction"}
 MAY_SUBCLASS_LIGHTNING = ("training.", "data.datamodule", "slurm.cluster")

@@ -62,8 +62,9 @@ def test_every_choice_trains_and_samples(overrides: list[str], tmp_path: Path) -
 def test_run_folder(trained: Path) -> None:
     expected = {
         *("config.yaml", "overrides.txt", "provenance.json", "metrics.csv", "summary.json", "curves.png"),
-        *("data.json", ".lock"),
+        *("data.json", "report.html", ".lock"),
         *("checkpoints/last.ckpt", "samples/grid.png", "samples/denoising.gif", "samples/noised_strip.png"),
+        "samples/denoising.npz",
     }
     found = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
     assert found == expected

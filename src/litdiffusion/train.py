@@ -19,11 +19,12 @@ from litdiffusion.configuration.nodes import build, refused
 from litdiffusion.configuration.resolvers import chosen_experiment
 from litdiffusion.configuration.sweeps import typed
 from litdiffusion.data.datamodule import ImageDataModule
-from litdiffusion.errors import UserError
+from litdiffusion.errors import UserError, short_text
 from litdiffusion.inference import MODEL_PARTS
 from litdiffusion.reporting.curves import curves
+from litdiffusion.reporting.page import write_run_page
 from litdiffusion.reporting.report import paragraph
-from litdiffusion.runs.folder import absolute
+from litdiffusion.runs.folder import RunFolder, absolute
 from litdiffusion.runs.run import Run
 from litdiffusion.slurm.cluster import leave
 from litdiffusion.sweeps.machine import SWEEP
@@ -161,7 +162,17 @@ def summarize(
     }
     close_loggers(loggers)  # a run that is killed before its dashboard has everything is not finished
     run.folder.write_summary(summary)
-    print(f"\n{paragraph(summary, run.folder.path)}", flush=True)
+    print(f"\n{paragraph(summary | write_report(run.folder), run.folder.path)}", flush=True)
+
+
+def write_report(folder: RunFolder) -> dict[str, str]:
+    """Write a finished run's report, unless it is there; return its name. The run does not fail for it."""
+    try:
+        if not folder.report.exists() or folder.report.stat().st_mtime_ns < folder.summary.stat().st_mtime_ns:
+            write_run_page(folder)
+    except Exception as error:
+        log.warning("%s is not written: %s", folder.report, short_text(error))
+    return {"report": folder.report.name} if folder.report.exists() else {}
 
 
 def report_end(run: Run) -> None:
@@ -172,7 +183,7 @@ def report_end(run: Run) -> None:
         print(
             f"This run is finished, at step {summary['steps']:,}{reason}; a larger trainer.max_steps continues it."
         )
-        print(paragraph(summary, run.folder.path), flush=True)
+        print(paragraph(summary | write_report(run.folder), run.folder.path), flush=True)
         try:
             complete_loggers(build_loggers(run.cfg), run)
         except UserError as error:

@@ -9,7 +9,7 @@ import pytest
 from litdiffusion.errors import UserError
 from litdiffusion.system import version_check
 
-ENTRY_POINTS = ("train", "sample", "evaluate")
+ENTRY_POINTS = ("train", "sample", "evaluate", "report")
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:

@@ -149,7 +149,8 @@ def command_help(*, _root_: DictConfig) -> str:
         elif line.startswith("# ") and len(groups) == 1:
             usage.append(line[2:])
     more = "-m runs a sweep, --cfg job shows every key, --hydra-help all options."
-    return "\n".join([*usage, "", *groups, "", *keys, "", more]).replace("$", "$$")
+    told = [usage, *(part for part in (groups, keys) if len(part) > 1)]
+    return "\n\n".join(["\n".join(part) for part in told] + [more]).replace("$", "$$")
 
 
 def _row(name: str, said: str | None) -> str:

@@ -23,7 +23,7 @@ MAX_IMAGES = 16
 
 
 class Film:
-    """Keeps what a GIF shows of a sampling process: the first images at some of their times.
+    """Keeps what is shown of a sampling process: the first images, and the estimates of x_0, at some of their times.
 
     Args:
         kept: which of the times to keep, by index; 0 is the noise.
@@ -32,7 +32,7 @@ class Film:
     def __init__(self, kept: Collection[int]) -> None:
         self._indices = set(kept)
         self._seen: Counter[int] = Counter()
-        self._kept: list[tuple[int, Float[Tensor, "batch channels h w"]]] = []
+        self._kept: list[tuple[int, SamplerOutput]] = []
 
     def watch(self, start: int, output: SamplerOutput) -> None:
         """Take the next output for the batch that begins with image ``start``."""
@@ -40,15 +40,27 @@ class Film:
         self._seen[start] += 1
         if index in self._indices and start < MAX_IMAGES:
             # Moved to the CPU at the end, since sampling would wait for each copy; a view would keep the batch.
-            self._kept.append((index, output.x[: MAX_IMAGES - start].to(torch.float32, copy=True)))
+            x, x0 = (
+                each[: MAX_IMAGES - start].to(torch.float32, copy=True) for each in (output.x, output.x0)
+            )
+            self._kept.append((index, SamplerOutput(output.t, x, x0)))
+
+    def steps(self) -> list[SamplerOutput]:
+        """Return the kept times, in order, on the CPU. Every process must call this, and gets them all."""
+        parts: dict[int, list[SamplerOutput]] = {}
+        mine = [(index, SamplerOutput(kept.t, kept.x.cpu(), kept.x0.cpu())) for index, kept in self._kept]
+        for index, kept in (each for of_one in gathered(mine) for each in of_one):
+            parts.setdefault(index, []).append(kept)
+        return [
+            SamplerOutput(
+                of_all[0].t, torch.cat([each.x for each in of_all]), torch.cat([each.x0 for each in of_all])
+            )
+            for _, of_all in sorted(parts.items())
+        ]
 
     def frames(self) -> list[Float[Tensor, "batch channels h w"]]:
-        """Return the first images at the kept times, in order. Every process must call this, and gets them all."""
-        parts: dict[int, list[Tensor]] = {}
-        mine = [(index, images.cpu()) for index, images in self._kept]
-        for index, images in (each for kept in gathered(mine) for each in kept):
-            parts.setdefault(index, []).append(images)
-        return [torch.cat(parts[index]) for index in sorted(parts)]
+        """Return the first images at the kept times. Every process must call this, and gets them all."""
+        return [step.x for step in self.steps()]
 
 
 def pick_frames(num_steps: int, num_frames: int = 60) -> list[int]:

@@ -17,6 +17,7 @@ TRAINED = {
 }
 LOSSES = {"train_loss": "{:.4g} in training", "val_loss": "{:.4g} on held-out images"}
 FILES = {
+    "report": "the report ({})",
     "grid": "a grid of samples ({})",
     "gif": "the reverse process as a GIF ({})",
     "curves": "the curves ({})",

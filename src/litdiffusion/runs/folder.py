@@ -2,9 +2,10 @@
 
 config.yaml       the resolved configuration          checkpoints/    last.ckpt, previous.ckpt
 overrides.txt     what was typed                      metrics.csv     numbers over the course of the run
-provenance.json   code, versions, hardware, seed      samples/        grids, noised strip, denoising GIF
+provenance.json   code, versions, hardware, seed      samples/        grids, noised strip, denoising GIF and npz
 data.json         fingerprint, names of classes       curves.png, wandb/, tensorboard/
-summary.json      how it ended                        .lock           which job is at work here
+summary.json      how it ended                        report.html     all of this on one page
+.lock             which job is at work here
 sampled/, evaluated/    what these commands make of its checkpoints
 
 None of these files holds a secret from the configuration, the command or the code.
@@ -40,6 +41,7 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.metrics = path / "metrics.csv"
         self.curves = path / "curves.png"
+        self.report = path / "report.html"
         self.checkpoints = path / "checkpoints"
         self.last_checkpoint = self.checkpoints / "last.ckpt"
         self.samples = path / "samples"
@@ -55,7 +57,15 @@ class RunFolder:
         except OSError as error:
             raise _unwritable("run_dir", self.path, error) from error
         _require_writable("run_dir", self.path, there)
-        own = (self.overrides, self.provenance, self.data, self.summary, self.metrics, self.curves)
+        own = (
+            self.overrides,
+            self.provenance,
+            self.data,
+            self.summary,
+            self.metrics,
+            self.curves,
+            self.report,
+        )
         foreign = next((file for file in own if file.exists()), None)
         if foreign and not self.config.exists():
             raise UserError(

@@ -9,6 +9,7 @@ from PIL.Image import Image
 from litdiffusion.diffusion import Sampler, SamplerOutput
 from litdiffusion.reporting import images as pictures
 from litdiffusion.reporting.gif import Film, pick_frames, save_gif
+from litdiffusion.reporting.steps import save_steps
 from litdiffusion.sampling import sample_images
 from litdiffusion.system.processes import share_of
 from litdiffusion.training.callbacks.attached import datamodule_of, images_seen
@@ -84,14 +85,15 @@ class SampleImages(Callback):
             samples = sample_images(
                 module.ema_denoiser, self.sampler, self.num_images, self.seed, BATCH_SIZE, watch
             )
-        frames = film.frames()
+        steps = film.steps()
         if not trainer.is_global_zero:
             return
         self._show(trainer, name, pictures.grid(samples))
         if record:
             path = self.folder / "denoising.gif"
-            save_gif(frames, path)
+            save_gif([step.x for step in steps], path)
             self._log(trainer, path)
+            save_steps(steps, self.folder / "denoising.npz")
 
     def _show(self, trainer: Trainer, name: str, image: Image) -> None:
         path = self.folder / f"{name}.png"
