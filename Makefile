@@ -47,9 +47,9 @@ data: $(INSTALLED)  ## Fetch Fashion-MNIST, without root, into LITDIFFUSION_DATA
 bench: $(INSTALLED)  ## Measure the training step beside the blog's code and others
 	$(PY) benchmarks/train_step.py --markdown docs/benchmarks.md $(ARGS)
 
-record: $(INSTALLED) data  ## FID over seconds of training, beside the blog's code and another library: hours; goes on where it was
+record: $(INSTALLED) data  ## Train the blog's code, another library and ours, and score them: hours, continued where it stopped
 	$(PY) benchmarks/record.py --markdown docs/benchmarks.md $(ARGS)
-	$(PY) benchmarks/samplers.py --markdown docs/benchmarks.md logs/record/{annotated,quickstart,fashion_mnist}/run
+	$(PY) benchmarks/samplers.py --markdown docs/benchmarks.md --spacing karras $(patsubst %,logs/record/%/run,quickstart fashion_mnist annotated)
 
 gpu: $(INSTALLED)  ## Run all that needs a GPU, in eight minutes: docs/gpu.md; ARGS=--dry-run tries it on the CPU
 	$(PY) benchmarks/gpu.py $(ARGS)
