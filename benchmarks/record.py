@@ -160,7 +160,8 @@ def publish(report: dict[str, Any], times: Sequence[float], path: Path) -> None:
     """Replace the table in a page, and the picture that it shows."""
     before, rest = path.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
-    write_text(path, f"{before}{BEGIN}\n{markdown(report, times)}\n{END}{after}")
+    shown = "![FID over seconds of training, and over images seen](images/record.png)"
+    write_text(path, f"{before}{BEGIN}\n{markdown(report, times)}\n\n{shown}\n{END}{after}")
     titles = {key: contender.title for key, contender in CONTENDERS.items()}
     picture(titles, report["rows"], path.parent / "images" / "record.png")
 
