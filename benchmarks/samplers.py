@@ -178,7 +178,7 @@ def markdown(report: dict[str, Any]) -> str:
 def publish(report: dict[str, Any], page: Path) -> None:
     """Replace the table in a page, and the pictures that it shows."""
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    shown = "![FID over evaluations of the network](images/samplers.png)\n\nImages of the best row, and of the worst:\n"
+    shown = "![FID over evaluations of the network](images/samplers.png)\n\nThe best row, and the worst:\n"
     shown += "".join(f"\n![the {name} row](images/samplers_{name}.png)" for name in ("best", "worst"))
     write_text(page, f"{before}{BEGIN}\n{markdown(report)}\n\n{shown}\n{END}{rest.split(END)[1]}")
     images = page.parent / "images"
